@@ -1,0 +1,441 @@
+"""The only reader of ``config.json``: what a Qwen3.5-MoE checkpoint says of its own shape.
+
+Field names are those of the file. ``ModelConfig.from_dict`` takes the nested form of a vision-language
+checkpoint (``model_type: qwen3_5_moe`` with ``text_config`` and ``vision_config``) and the flat form of a
+text-only one (``qwen3_5_moe_text``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+LayerType = Literal["linear_attention", "full_attention"]
+
+VISION_LANGUAGE_TYPE = "qwen3_5_moe"
+TEXT_TYPE = "qwen3_5_moe_text"
+
+RIGHT_ROPE_BLOCK = """"rope_parameters": {
+  "rope_type": "yarn", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
+  "mrope_section": [11, 11, 10], "mrope_interleaved": true,
+  "factor": 4.0, "original_max_position_embeddings": 262144
+}"""
+
+
+class ConfigError(ValueError):
+    """A ``config.json`` that this model cannot be built from; the message names the field."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeParameters:
+    """Rotary embedding: base, rotated fraction of a head, interleaved mRoPE sections, YaRN when named.
+
+    Attributes:
+        mrope_section: frequencies given to time, height and width; they sum to half the rotary dimension.
+        factor: YaRN's context extension factor; ``None`` for plain RoPE.
+    """
+
+    rope_type: Literal["default", "yarn"] = "default"
+    rope_theta: float = 10_000_000.0
+    partial_rotary_factor: float = 0.25
+    mrope_section: tuple[int, int, int] = (11, 11, 10)
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> RopeParameters:
+        """Read a ``rope_parameters`` block.
+
+        Raises:
+            ConfigError: unknown rope type, theta or sections missing, or sections that are not interleaved.
+        """
+        rope_type = block.get("rope_type", "default")
+        if rope_type not in ("default", "yarn"):
+            raise ConfigError(f"rope_parameters.rope_type is {rope_type!r}; only 'default' and 'yarn' are known")
+        for name in ("rope_theta", "mrope_section"):
+            if name not in block:
+                raise ConfigError(
+                    f"rope_parameters has no {name!r}: engines would silently fall back to another value. "
+                    f"A whole block looks like this:\n{RIGHT_ROPE_BLOCK}"
+                )
+        if block.get("mrope_interleaved", True) is not True:
+            raise ConfigError("rope_parameters.mrope_interleaved is false; this architecture interleaves its sections")
+        section = tuple(int(n) for n in block["mrope_section"])
+        if len(section) != 3 or min(section) < 0:
+            raise ConfigError(f"rope_parameters.mrope_section is {list(section)}; expected three counts")
+        if rope_type == "yarn" and block.get("factor") is None:
+            raise ConfigError("rope_parameters.rope_type is 'yarn' but no 'factor' is given")
+
+        def number(name: str) -> float | None:
+            value = block.get(name)
+            return None if value is None else float(value)
+
+        original = block.get("original_max_position_embeddings")
+        return cls(
+            rope_type=rope_type,
+            rope_theta=float(block["rope_theta"]),
+            partial_rotary_factor=float(block.get("partial_rotary_factor", 0.25)),
+            mrope_section=cast("tuple[int, int, int]", section),
+            factor=number("factor"),
+            original_max_position_embeddings=None if original is None else int(original),
+            beta_fast=float(block.get("beta_fast") or 32.0),
+            beta_slow=float(block.get("beta_slow") or 1.0),
+            attention_factor=number("attention_factor"),
+            mscale=number("mscale"),
+            mscale_all_dim=number("mscale_all_dim"),
+            truncate=bool(block.get("truncate", True)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """The decoder: sizes, layer pattern, experts, rotary embedding.
+
+    ``layer_types`` has one entry a layer. ``mtp_num_hidden_layers`` counts the layers of the multi-token
+    prediction head, zero when there is none.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    layer_types: tuple[LayerType, ...]
+    rope: RopeParameters = field(default_factory=RopeParameters)
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 262_144
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    router_aux_loss_coef: float = 0.001
+    initializer_range: float = 0.02
+    mtp_num_hidden_layers: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def key_dim(self) -> int:
+        """Width of all DeltaNet keys: Hk * dk."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of all DeltaNet values: Hv * dv."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: queries, keys and values side by side."""
+        return 2 * self.key_dim + self.value_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Width of all attention queries: heads * head_dim."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_dim(self) -> int:
+        """Width of all attention keys, and of all values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a head that are rotated."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> TextConfig:
+        """Read a ``text_config`` block, or a flat text-only ``config.json``.
+
+        Raises:
+            ConfigError: a field is missing, of the wrong type, or contradicts another.
+        """
+        if block.get("rope_scaling") is not None:
+            raise ConfigError(
+                "config has 'rope_scaling': beside rope_parameters it makes engines drop rope_theta and "
+                f"mrope_section silently. Remove it and name everything in one block:\n{RIGHT_ROPE_BLOCK}"
+            )
+        if not isinstance(block.get("rope_parameters"), Mapping):
+            raise ConfigError("text config has no 'rope_parameters' block")
+        sizes = {name: _size(block, name) for name in _TEXT_SIZES}
+        act = block.get("hidden_act", "silu")
+        if act != "silu":
+            raise ConfigError(f"hidden_act is {act!r}; this architecture uses 'silu'")
+        if block.get("attn_output_gate", True) is not True:
+            raise ConfigError("attn_output_gate is false; q_proj of this architecture holds a gate for every query")
+        if block.get("mlp_only_layers"):
+            raise ConfigError(f"mlp_only_layers is {block['mlp_only_layers']}; dense layers are not supported")
+        if block.get("mtp_use_dedicated_embeddings", False):
+            raise ConfigError("mtp_use_dedicated_embeddings is true; only a shared embedding is known")
+        eos = block.get("eos_token_id")
+        config = cls(
+            **sizes,
+            layer_types=_layer_types(block, sizes["num_hidden_layers"]),
+            rope=RopeParameters.from_dict(block["rope_parameters"]),
+            rms_norm_eps=float(block.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=int(block.get("max_position_embeddings", 262_144)),
+            tie_word_embeddings=bool(block.get("tie_word_embeddings", False)),
+            attention_bias=bool(block.get("attention_bias", False)),
+            router_aux_loss_coef=float(block.get("router_aux_loss_coef", 0.001)),
+            initializer_range=float(block.get("initializer_range", 0.02)),
+            mtp_num_hidden_layers=int(block.get("mtp_num_hidden_layers", 0)),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        for whole, part in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ConfigError(f"{whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
+            )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim or self.rotary_dim < 2:
+            raise ConfigError(f"partial_rotary_factor gives {self.rotary_dim} of {self.head_dim} rotary dimensions")
+        if sum(self.rope.mrope_section) != self.rotary_dim // 2:
+            raise ConfigError(
+                f"mrope_section {list(self.rope.mrope_section)} does not sum to {self.rotary_dim // 2}, "
+                f"half of the {self.rotary_dim} rotary dimensions"
+            )
+        if self.attention_bias:
+            raise ConfigError("attention_bias is true; checkpoints of this architecture have no attention biases")
+
+
+_TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """The vision tower. ``out_hidden_size`` is the decoder's hidden size."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    patch_size: int = 16
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+    rope_theta: float = 10_000.0
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merged_size(self) -> int:
+        """Width of one token before the merger: hidden_size * spatial_merge_size ** 2."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> VisionConfig:
+        """Read a ``vision_config`` block.
+
+        Raises:
+            ConfigError: a field is missing or contradicts another, or deepstack layers are asked for.
+        """
+        if block.get("deepstack_visual_indexes"):
+            raise ConfigError("vision_config.deepstack_visual_indexes is set; this architecture has no deepstack")
+        names = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "num_position_embeddings")
+        optional = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+        rope = block.get("rope_parameters") or {}
+        config = cls(
+            **{name: _size(block, name, "vision_config.") for name in names},
+            **{name: _size({name: default, **block}, name, "vision_config.") for name, default in optional.items()},
+            rope_theta=float(rope.get("rope_theta", 10_000.0)),
+        )
+        if config.hidden_size % config.num_heads or config.head_dim % 4:
+            raise ConfigError(
+                f"vision_config.hidden_size {config.hidden_size} does not give {config.num_heads} heads "
+                "of a width that is a multiple of 4"
+            )
+        return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A whole checkpoint: the decoder, the vision tower when there is one, and its special token ids."""
+
+    text: TextConfig
+    vision: VisionConfig | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Read a parsed ``config.json``.
+
+        Raises:
+            ConfigError: another ``model_type`` (the message names it), or a field that is missing or wrong.
+        """
+        model_type = config.get("model_type")
+        if model_type == TEXT_TYPE:
+            return cls(text=TextConfig.from_dict(config))
+        if model_type != VISION_LANGUAGE_TYPE:
+            raise ConfigError(
+                f"model_type is {model_type!r}; only {VISION_LANGUAGE_TYPE!r} (Qwen3.5-MoE, Qwen3.6-MoE) and "
+                f"{TEXT_TYPE!r} are supported{_HINTS.get(str(model_type), '')}"
+            )
+        text = config.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ConfigError("config has no 'text_config' block")
+        if "tie_word_embeddings" in config:
+            text = {**text, "tie_word_embeddings": config["tie_word_embeddings"]}
+        vision = config.get("vision_config")
+        result = cls(
+            text=TextConfig.from_dict(text),
+            vision=VisionConfig.from_dict(vision) if isinstance(vision, Mapping) else None,
+            **{name: config.get(name) for name in _TOKEN_IDS},
+        )
+        if result.vision and result.vision.out_hidden_size != result.text.hidden_size:
+            raise ConfigError(
+                f"vision_config.out_hidden_size {result.vision.out_hidden_size} differs from "
+                f"text_config.hidden_size {result.text.hidden_size}"
+            )
+        return result
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelConfig:
+        """Read ``config.json`` at ``path``.
+
+        Raises:
+            ConfigError: the file is missing, not JSON, or not this architecture.
+        """
+        try:
+            parsed = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+        if not isinstance(parsed, dict):
+            raise ConfigError(f"{path} holds no JSON object")
+        try:
+            return cls.from_dict(parsed)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+_HINTS = {
+    "qwen3_5": " (this is the dense Qwen3.5: it has no experts)",
+    "qwen3_5_text": " (this is the dense Qwen3.5: it has no experts)",
+    "qwen3_next": " (Qwen3-Next stores its DeltaNet projections in another layout)",
+    "qwen3_moe": " (Qwen3-MoE has no DeltaNet layers)",
+}
+
+
+def _size(block: Mapping[str, Any], name: str, where: str = "") -> int:
+    value = block.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{where}{name} is {value!r}; expected a positive whole number")
+    return value
+
+
+def _layer_types(block: Mapping[str, Any], count: int) -> tuple[LayerType, ...]:
+    """``layer_types`` when given, else every ``full_attention_interval``-th layer (default 4) is full attention."""
+    given = block.get("layer_types")
+    if given is None:
+        interval = _size({"full_attention_interval": 4, **block}, "full_attention_interval")
+        return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(count))
+    unknown = [t for t in given if t not in ("linear_attention", "full_attention")]
+    if unknown:
+        raise ConfigError(f"layer_types has an unknown entry {unknown[0]!r}")
+    if len(given) != count:
+        raise ConfigError(f"layer_types has {len(given)} entries for {count} layers")
+    return tuple(given)
+
+
+def _public_text(
+    hidden: int, layers: int, heads: int, value_heads: int, experts: int, top_k: int, width: int
+) -> TextConfig:
+    return TextConfig(
+        vocab_size=248_320,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=value_heads,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=width,
+        layer_types=_layer_types({}, layers),
+        mtp_num_hidden_layers=1,
+        eos_token_ids=(248_044,),
+    )
+
+
+def _public(text: TextConfig) -> ModelConfig:
+    vision = VisionConfig(
+        depth=27,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_heads=16,
+        out_hidden_size=text.hidden_size,
+        num_position_embeddings=2304,
+    )
+    return ModelConfig(
+        text=text,
+        vision=vision,
+        image_token_id=248_056,
+        video_token_id=248_057,
+        vision_start_token_id=248_053,
+        vision_end_token_id=248_054,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "35b-a3b": _public(_public_text(2048, 40, 16, 32, 256, 8, 512)),
+    "122b-a10b": _public(_public_text(3072, 48, 32, 64, 256, 8, 1024)),
+    "397b-a17b": _public(_public_text(4096, 60, 32, 64, 512, 10, 1024)),
+}
+"""Sizes of the public checkpoints; Qwen3.6-35B-A3B has those of 35B-A3B."""
