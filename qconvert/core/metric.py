@@ -1,0 +1,66 @@
+"""The only thing that a report contains: a number, its uncertainty, its limit and the verdict."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+
+class Verdict(enum.Enum):
+    """What a limit says of a number."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    AMBIGUOUS = "ambiguous"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One measured number.
+
+    Attributes:
+        name: what was measured, for example ``kl_mean``.
+        where: the tensor, role, layer or mode that it was measured on.
+        low: lower end of the confidence interval; equal to ``value`` where the number is exact.
+        high: upper end.
+        limit: the bound, or ``None`` for a number that is only reported.
+        unit: ``nats``, ``dB``, ``fraction``, ``count`` or empty.
+        better: whether small or large values are good: a limit is a maximum or a minimum.
+    """
+
+    name: str
+    where: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    limit: float | None = None
+    better: Literal["low", "high"] = "low"
+
+    @property
+    def verdict(self) -> Verdict:
+        """``AMBIGUOUS`` when the limit lies inside [low, high]; NaN fails."""
+        if self.limit is None:
+            return Verdict.PASS
+        if self.value != self.value:
+            return Verdict.FAIL
+        low, high, limit = self.low, self.high, self.limit
+        if self.better == "high":
+            low, high, limit = -self.high, -self.low, -self.limit
+        if high <= limit:
+            return Verdict.PASS
+        return Verdict.FAIL if low > limit else Verdict.AMBIGUOUS
+
+
+def exact(
+    name: str,
+    where: str,
+    value: float,
+    unit: str = "",
+    *,
+    limit: float | None = None,
+    better: Literal["low", "high"] = "low",
+) -> Metric:
+    """A metric without uncertainty."""
+    return Metric(name=name, where=where, value=value, low=value, high=value, unit=unit, limit=limit, better=better)

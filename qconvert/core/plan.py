@@ -1,0 +1,143 @@
+"""The unit of work and of resume: what happens to every tensor, and where every output byte will stand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qconvert.core.dtypes import DType
+from qconvert.core.role import TensorRole
+from qconvert.core.scheme import Scheme
+from qconvert.core.tensor_info import TensorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """The part of a source tensor that a step reads: one contiguous run of rows.
+
+    Attributes:
+        tensor: name in the source checkpoint.
+        begin: first row, counted over all leading dimensions: row ``r`` of expert ``e`` of a stacked
+            ``[E, N, K]`` tensor is ``e * N + r``.
+        end: one past the last row.
+    """
+
+    tensor: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Copy the bytes as they are, under ``name``."""
+
+    reason: str
+    name: str
+
+    def __str__(self) -> str:
+        return "keep"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantize:
+    """Round a matrix to ``scheme`` and store it as ``format`` does under the module name ``module``.
+
+    Attributes:
+        search: choose each scale by mean squared error instead of by the largest value.
+    """
+
+    reason: str
+    module: str
+    scheme: Scheme
+    format: str
+    search: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.scheme} ({self.format})"
+
+
+Action = Keep | Quantize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One tensor's way from source to output.
+
+    Attributes:
+        outputs: names of the output tensors that the step writes, all of them and nobody else.
+        peak_bytes: memory that the step holds at most while it runs.
+    """
+
+    inputs: tuple[Slice, ...]
+    role: TensorRole
+    action: Action
+    outputs: tuple[str, ...]
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The output's files: every tensor's file, type, shape and offsets, fixed before anything is written.
+
+    ``TensorInfo.begin`` and ``end`` count from the start of the file, header included.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+
+    def by_file(self) -> dict[str, tuple[TensorInfo, ...]]:
+        """Tensors of each file in the order of their bytes."""
+        files: dict[str, list[TensorInfo]] = {}
+        for info in self.tensors:
+            files.setdefault(info.shard, []).append(info)
+        return {name: tuple(infos) for name, infos in files.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(info.nbytes for info in self.tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A whole conversion, decided.
+
+    Attributes:
+        source_hash: xxh3-128 of the source's headers and ``config.json``.
+        policy_hash: xxh3-128 of the rules that decided.
+        side_files: files of the source that are copied beside the weights.
+        config: the output's ``config.json``.
+    """
+
+    steps: tuple[Step, ...]
+    layout: Layout
+    source_hash: str
+    policy_hash: str
+    config: dict[str, Any]
+    side_files: tuple[str, ...] = ()
+
+    def decisions(self) -> Iterator[tuple[str, str, str, int, int]]:
+        """(role path, action, reason, tensors, output bytes), one line per kind of decision, in plan order."""
+        sizes = {info.name: info.nbytes for info in self.layout.tensors}
+        count: Counter[tuple[str, str, str]] = Counter()
+        total: Counter[tuple[str, str, str]] = Counter()
+        for step in self.steps:
+            key = (step.role.path, str(step.action), step.action.reason)
+            count[key] += 1
+            total[key] += sum(sizes[name] for name in step.outputs)
+        for key in count:
+            yield (*key, count[key], total[key])
+
+    @property
+    def largest_step(self) -> Step:
+        """The step that needs most memory."""
+        return max(self.steps, key=lambda step: step.peak_bytes)
+
+
+def dtype_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
+    """Bytes of a dense tensor."""
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,37 @@
+"""What a safetensors header says of a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from qconvert.core.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor's place: no bytes.
+
+    Attributes:
+        name: full name in the checkpoint.
+        shard: file name inside the checkpoint folder.
+        begin: first byte, counted from the start of the file.
+        end: one past the last byte.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    shard: str
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.begin
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
