@@ -1,0 +1,1 @@
+"""The architecture as data: names and roles, shapes, families."""

@@ -28,7 +28,7 @@ class DType(enum.Enum):
     F64 = "F64"
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """The torch element type with the same bytes."""
         return _TORCH[self]
 

@@ -9,10 +9,27 @@ from torch import Tensor
 
 from qconvert.core.scheme import Block, Channel, Codebook, Flat, Float, Group, Int, PerTensor, Scheme
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E2M1_VALUES: tuple[float, ...] = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
 """OCP Microscaling Formats (MX) v1.0, FP4 e2m1 by code."""
 
-NF4_VALUES = (
+NF4_VALUES: tuple[float, ...] = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -32,7 +49,7 @@ NF4_VALUES = (
 )
 """NormalFloat4 by code (Dettmers et al. 2023, arXiv 2305.14314, appendix E)."""
 
-FP4_VALUES = tuple(
+FP4_VALUES: tuple[float, ...] = tuple(
     sign * value / 12.0 for sign in (1.0, -1.0) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 )
 """bitsandbytes' FP4 by code: sign, then 0, 0.0625, 8, 12, 4, 6, 2, 3, all over 12."""

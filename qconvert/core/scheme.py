@@ -1,4 +1,4 @@
-"""How numbers are rounded: the grid of codes, what shares a scale, how scales are stored, what engines do to activations."""
+"""How numbers are rounded: the grid of codes, what shares a scale, and what engines do to activations."""
 
 from __future__ import annotations
 

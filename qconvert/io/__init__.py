@@ -1,0 +1,1 @@
+"""Bytes without meaning: safetensors headers, checkpoints, shards."""

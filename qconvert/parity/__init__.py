@@ -1,0 +1,1 @@
+"""What a conversion cost: metrics, causes, verdicts, reports."""

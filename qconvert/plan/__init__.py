@@ -1,0 +1,1 @@
+"""From a checkpoint and a policy to a plan with every output byte in place."""

@@ -1,0 +1,1 @@
+"""Rewrites of weights that have an inverse or a proof."""

@@ -1,0 +1,1 @@
+"""Weights of any checkpoint that we read, for the reference model."""
