@@ -1,0 +1,193 @@
+"""Ordered rules from roles to actions: the first rule that matches a tensor decides it.
+
+A policy file is TOML::
+
+    [[rule]]
+    match = "text.shared_expert.*"   # glob over role paths, see `qconvert inspect`
+    scheme = "int8"                  # int4, int8, fp8, fp8-block; or keep = true
+    layers = "0-3,39"                # optional
+    reason = "always active"         # optional
+
+``group``, ``symmetric`` and ``search`` refine ``scheme``. Rules of a file are tried before the default ones.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+import xxhash
+from tomlkit.exceptions import TOMLKitError
+
+from qconvert.core.errors import UsageError
+from qconvert.core.role import TensorRole
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
+
+SCHEME_NAMES = ("int4", "int8", "fp8", "fp8-block")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One line of a policy.
+
+    Attributes:
+        match: shell-style pattern over ``TensorRole.path``.
+        scheme: how to round what matches; ``None`` keeps it as it is.
+        layers: the layers that the rule speaks of; ``None`` is all of them.
+        search: choose scales by mean squared error.
+    """
+
+    match: str
+    scheme: Scheme | None
+    reason: str
+    layers: frozenset[int] | None = None
+    search: bool = False
+
+    def matches(self, role: TensorRole) -> bool:
+        """Whether the rule speaks of ``role``."""
+        if self.layers is not None and role.layer not in self.layers:
+            return False
+        return fnmatch.fnmatchcase(role.path, self.match)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Ordered rules that decide every role."""
+
+    rules: tuple[Rule, ...]
+
+    def decide(self, role: TensorRole) -> Rule:
+        """The first rule that matches; the default rules end with one that matches everything."""
+        return next(rule for rule in self.rules if rule.matches(role))
+
+    @property
+    def hash(self) -> str:
+        """xxh3-128 of the rules."""
+        return xxhash.xxh3_128_hexdigest(
+            repr([(r.match, r.scheme, sorted(r.layers or ()), r.search) for r in self.rules]).encode()
+        )
+
+
+def scheme_named(name: str, *, group: int | None = None, symmetric: bool = True) -> Scheme:
+    """The scheme that a user asks for.
+
+    Raises:
+        UsageError: an unknown name, or an option that the scheme does not have.
+    """
+    if name not in SCHEME_NAMES:
+        raise UsageError(f"scheme {name!r} is unknown; expected one of {', '.join(SCHEME_NAMES)}")
+    if name == "int4":
+        size = 128 if group is None else group
+        if size not in (32, 64, 128):
+            raise UsageError(f"group {size} is not supported for int4; expected 32, 64 or 128")
+        return int4(size, symmetric=symmetric)
+    if group is not None:
+        raise UsageError(f"scheme {name!r} has no groups; drop the group of {group}")
+    if not symmetric:
+        raise UsageError(f"scheme {name!r} is symmetric only")
+    return {"int8": INT8, "fp8": FP8, "fp8-block": FP8_BLOCK}[name]
+
+
+_ALWAYS_ACTIVE = "always active: few bytes, high sensitivity"
+
+_KEPT = (
+    ("mtp.*", "drafts from few bits are rejected: acceptance falls to zero"),
+    ("vision.*", "the vision tower is small and engines expect it unquantized"),
+    ("text.router", "routing decides which experts run; engines keep it in 16 bits"),
+    ("text.shared_expert_gate", "one row; engines keep it in 16 bits"),
+    ("text.shared_expert.*", _ALWAYS_ACTIVE),
+    ("text.attention.*norm", "a vector"),
+    ("text.attention.*", _ALWAYS_ACTIVE),
+    ("text.linear_attention.a_log", "the decay is never cast"),
+    ("text.linear_attention.dt_bias", "the decay is never cast"),
+    ("text.linear_attention.conv", "four taps a channel"),
+    ("text.linear_attention.norm", "a vector"),
+    ("text.linear_attention.[ab]", "decay and write strength: one row a head"),
+    ("text.linear_attention.*", _ALWAYS_ACTIVE),
+    ("text.*norm", "a vector"),
+    ("text.embedding", "a lookup: bits saved here cost quality everywhere"),
+    ("text.head", "logits are as good as their last matrix"),
+)
+
+
+def default_policy(scheme: Scheme, *, search: bool = False, rules: tuple[Rule, ...] = ()) -> Policy:
+    """Routed experts in ``scheme``, everything else as it is; ``rules`` come first."""
+    experts = Rule(
+        match="text.expert.*", scheme=scheme, reason="routed experts: most bytes, least sensitive", search=search
+    )
+    kept = tuple(Rule(match=match, scheme=None, reason=reason) for match, reason in _KEPT)
+    return Policy(rules=(*rules, experts, *kept))
+
+
+def read_rules(path: Path, *, search: bool = False) -> tuple[Rule, ...]:
+    """Rules of a policy file, in their order.
+
+    Raises:
+        UsageError: the file cannot be read, or a rule is malformed; the message counts the rule.
+    """
+    try:
+        document = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
+    except OSError as error:
+        raise UsageError(f"cannot read policy {path}: {error.strerror}") from error
+    except (TOMLKitError, UnicodeDecodeError) as error:
+        raise UsageError(f"policy {path} is not TOML: {error}") from error
+    entries = document.get("rule")
+    if set(document) != {"rule"} or not isinstance(entries, list):
+        raise UsageError(f"policy {path} must hold [[rule]] tables and nothing else; found {sorted(document)}")
+    return tuple(_rule(entry, f"policy {path}, rule {i}", search) for i, entry in enumerate(entries, start=1))
+
+
+_TYPES: dict[str, type] = {
+    "match": str,
+    "scheme": str,
+    "keep": bool,
+    "group": int,
+    "symmetric": bool,
+    "search": bool,
+    "layers": str,
+    "reason": str,
+}
+
+
+def _rule(entry: Mapping[str, Any], where: str, search: bool) -> Rule:
+    for key, value in entry.items():
+        if key not in _TYPES:
+            raise UsageError(f"{where}: unknown key {key!r}; expected some of {', '.join(_TYPES)}")
+        if type(value) is not _TYPES[key]:
+            raise UsageError(f"{where}: {key} is {value!r}; expected {_TYPES[key].__name__}")
+    if "match" not in entry:
+        raise UsageError(f"{where}: no 'match'")
+    keep = entry.get("keep", False)
+    if keep == ("scheme" in entry):
+        raise UsageError(f"{where}: give either 'scheme' or 'keep = true'")
+    if keep and {"group", "symmetric", "search"} & set(entry):
+        raise UsageError(f"{where}: 'keep' takes no group, symmetric or search")
+    try:
+        scheme = (
+            None
+            if keep
+            else scheme_named(entry["scheme"], group=entry.get("group"), symmetric=entry.get("symmetric", True))
+        )
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    return Rule(
+        match=entry["match"],
+        scheme=scheme,
+        reason=entry.get("reason", where.rpartition(", ")[2] + " of the policy file"),
+        layers=_layers(entry["layers"], where) if "layers" in entry else None,
+        search=entry.get("search", search),
+    )
+
+
+def _layers(text: str, where: str) -> frozenset[int]:
+    layers: set[int] = set()
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"{where}: layers is {text!r}; expected something like '0-3,39'")
+        layers.update(range(int(first), int(last if dash else first) + 1))
+    return frozenset(layers)
