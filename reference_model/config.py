@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 LayerType = Literal["linear_attention", "full_attention"]
 
@@ -84,7 +84,7 @@ class RopeParameters:
             rope_type=rope_type,
             rope_theta=float(block["rope_theta"]),
             partial_rotary_factor=float(block.get("partial_rotary_factor", 0.25)),
-            mrope_section=cast("tuple[int, int, int]", section),
+            mrope_section=(section[0], section[1], section[2]),
             factor=number("factor"),
             original_max_position_embeddings=None if original is None else int(original),
             beta_fast=float(block.get("beta_fast") or 32.0),
@@ -209,9 +209,7 @@ class TextConfig:
             if getattr(self, whole) % getattr(self, part):
                 raise ConfigError(f"{whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}")
         if self.num_experts_per_tok > self.num_experts:
-            raise ConfigError(
-                f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
-            )
+            raise ConfigError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim or self.rotary_dim < 2:
             raise ConfigError(f"partial_rotary_factor gives {self.rotary_dim} of {self.head_dim} rotary dimensions")
         if sum(self.rope.mrope_section) != self.rotary_dim // 2:
@@ -223,23 +221,7 @@ class TextConfig:
             raise ConfigError("attention_bias is true; checkpoints of this architecture have no attention biases")
 
 
-_TEXT_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_conv_kernel_dim",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-)
+_TEXT_SIZES = tuple(f.name for f in fields(TextConfig) if f.default is MISSING and f.type == "int")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

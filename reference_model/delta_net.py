@@ -1,0 +1,95 @@
+"""The Gated DeltaNet layer: three of every four layers mix tokens with a recurrent memory instead of attention.
+
+    x ─ in_proj_qkv ─ causal conv ─ silu ─ q, k, v ─┐
+    x ─ in_proj_a ─ g (decay)  ─────────────────────┼─ delta rule ─ gated norm ─ out_proj
+    x ─ in_proj_b ─ beta (strength) ────────────────┘                  │
+    x ─ in_proj_z ─────────────────────────────────────────────────────┘
+
+Shapes: B batch, T tokens, D hidden, Hk / Hv key and value heads, dk / dv their widths, C = 2 Hk dk + Hv dv channels,
+W width of the convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reference_model.config import TextConfig
+from reference_model.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
+from reference_model.norm import GatedRMSNorm, widen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaNetCache:
+    """What a DeltaNet layer remembers, of a size that does not grow. Never written to: a step makes a new one.
+
+    Attributes:
+        conv: the last W - 1 inputs of the convolution, before it [B, W - 1, C].
+        recurrent: state of the delta rule [B, Hv, dk, dv], in at least fp32.
+    """
+
+    conv: Tensor
+    recurrent: Tensor
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution, the same few taps for each channel: no bias, weight [C, 1, W]."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        """``y_t = sum_j weight_j x_{t - W + 1 + j}``, x [B, T, C] preceded by past [B, W - 1, C]; summed in fp32 or wider."""
+        taps = widen(self.weight).squeeze(1).unbind(-1)
+        inputs = widen(torch.cat((past, x), dim=1))
+        total = inputs[:, : x.shape[1]] * taps[0]
+        for j, tap in enumerate(taps[1:], start=1):
+            total = total + inputs[:, j : j + x.shape[1]] * tap
+        return total.to(x.dtype)
+
+
+class GatedDeltaNet(nn.Module):
+    """``out_proj(norm(delta_rule(q, k, v, g, beta), z))``.
+
+    q, k, v come from ``silu(conv(in_proj_qkv(x)))``, rows [Hk dk | Hk dk | Hv dv];
+    ``g = -exp(A_log) * softplus(in_proj_a(x) + dt_bias)`` in at least fp32; ``beta = sigmoid(in_proj_b(x))``;
+    ``z = in_proj_z(x)`` gates the norm, whose weight [dv] is shared by all heads.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        heads, hidden = config.linear_num_value_heads, config.hidden_size
+        self.key_dim, self.value_dim = config.key_dim, config.value_dim
+        self.key_head, self.value_head = config.linear_key_head_dim, config.linear_value_head_dim
+        self.in_proj_qkv = nn.Linear(hidden, config.conv_dim, bias=False)
+        self.in_proj_z = nn.Linear(hidden, config.value_dim, bias=False)
+        self.in_proj_b = nn.Linear(hidden, heads, bias=False)
+        self.in_proj_a = nn.Linear(hidden, heads, bias=False)
+        self.conv1d = CausalConv(config.conv_dim, config.linear_conv_kernel_dim)
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(0.01, 16).log())
+        self.dt_bias = nn.Parameter(torch.ones(heads))
+        self.norm = GatedRMSNorm(self.value_head, config.rms_norm_eps)
+        self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
+
+    def forward(self, x: Tensor, cache: DeltaNetCache | None = None) -> tuple[Tensor, DeltaNetCache]:
+        """Mix x [B, T, D] over time; gives [B, T, D] and the cache that includes these tokens."""
+        batch, tokens, _ = x.shape
+        raw = self.in_proj_qkv(x)
+        taps = self.conv1d.weight.shape[-1]
+        past = raw.new_zeros(batch, taps - 1, raw.shape[-1]) if cache is None else cache.conv
+        q, k, v = functional.silu(self.conv1d(raw, past)).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+        q, k = (y.unflatten(-1, (-1, self.key_head)) for y in (q, k))
+        v = v.unflatten(-1, (-1, self.value_head))
+        g = -widen(self.A_log).exp() * functional.softplus(widen(self.in_proj_a(x)) + widen(self.dt_bias))
+        beta = torch.sigmoid(self.in_proj_b(x))
+        rule = recurrent_gated_delta_rule if tokens == 1 else chunked_gated_delta_rule
+        mixed, state = rule(q, k, v, g, beta, None if cache is None else cache.recurrent)
+        gate = self.in_proj_z(x).unflatten(-1, (-1, self.value_head))
+        out: Tensor = self.out_proj(self.norm(mixed, gate).flatten(-2))
+        recent = torch.cat((past, raw), dim=1)[:, tokens:]
+        return out, DeltaNetCache(conv=recent, recurrent=state)

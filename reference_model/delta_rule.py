@@ -1,0 +1,164 @@
+"""The gated delta rule: a memory that is a matrix, forgets by a factor, and is corrected rather than added to.
+
+Each head keeps a state S of shape [dk, dv] that maps keys to values. For token t with query q, key k, value v,
+log decay g <= 0 and writing strength beta in (0, 1):
+
+    S  <- exp(g_t) S                          forget
+    d  =  beta_t (v_t - S^T k_t)              what the memory gets wrong about k_t, times how much to believe v_t
+    S  <- S + k_t d^T                         correct it: afterwards S^T k_t has moved by beta_t towards v_t
+    o_t = S^T q_t / sqrt(dk)                  ask it
+
+where q and k have first been divided by their L2 norms, and S starts at zero. In one line this is
+``S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T`` (Yang, Kautz and Hatamizadeh 2024, "Gated Delta
+Networks", arXiv 2412.06464, equation 10, transposed: their state is [dv, dk]).
+
+``recurrent_gated_delta_rule`` is these four lines; ``chunked_gated_delta_rule`` computes the same with matrix
+products over chunks of 64 tokens. They agree to rounding.
+
+Shapes: B batch, T tokens, Hk query/key heads, Hv value heads, dk key width, dv value width. Query/key head h serves
+the Hv / Hk consecutive value heads from h * Hv / Hk on. The state is [B, Hv, dk, dv], always in at least fp32, as is
+the arithmetic; the output has the dtype of v.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from reference_model.norm import widen
+
+CHUNK = 64
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Scale the last dimension to length one: ``x / sqrt(sum(x ** 2) + 1e-6)``, in the dtype of x.
+
+    The constant under the root makes a zero vector stay zero.
+    """
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def recurrent_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rule, one token after another.
+
+    Args:
+        q: queries [B, T, Hk, dk], not yet normalised.
+        k: keys [B, T, Hk, dk], not yet normalised.
+        v: values [B, T, Hv, dv].
+        g: log decay [B, T, Hv], <= 0.
+        beta: writing strength [B, T, Hv].
+        state: memory before the first token [B, Hv, dk, dv]; ``None`` is zero.
+
+    Returns:
+        Outputs [B, T, Hv, dv] in the dtype of v, and the memory after the last token.
+    """
+    dtype, groups = v.dtype, v.shape[2] // q.shape[2]
+    q, k, v, g, beta = (widen(x) for x in (q, k, v, g, beta))
+    q = l2_normalize(q).repeat_interleave(groups, dim=2) / math.sqrt(q.shape[-1])
+    k = l2_normalize(k).repeat_interleave(groups, dim=2)
+    memory = _zero_state(k, v) if state is None else state.to(v.dtype)
+    outputs = []
+    for t in range(v.shape[1]):
+        memory = memory * g[:, t].exp()[..., None, None]
+        wrong = v[:, t] - torch.einsum("bhkv,bhk->bhv", memory, k[:, t])
+        memory = memory + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t].unsqueeze(-1) * wrong)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
+    return torch.stack(outputs, dim=1).to(dtype), memory
+
+
+def chunked_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rule, 64 tokens at a time; arguments and results as ``recurrent_gated_delta_rule``.
+
+    Within a chunk let c_i = g_1 + ... + g_i, and let S be the state before it. Unrolling the recurrence, the state
+    after token i is ``exp(c_i) S + sum_{j <= i} exp(c_i - c_j) k_j d_j^T``. Put into the formula of d_i this is
+
+        d_i + sum_{j < i} beta_i exp(c_i - c_j) (k_i . k_j) d_j = beta_i (v_i - exp(c_i) S^T k_i)
+
+    a unit lower triangular system ``(I + A) d = r`` for all corrections of the chunk at once (the WY form of a
+    product of Householder-like factors; section 3.3 of arXiv 2412.06464). With d known:
+
+        o_i = (exp(c_i) S^T q_i + sum_{j <= i} exp(c_i - c_j) (q_i . k_j) d_j) / sqrt(dk)
+        S  <- exp(c_64) S + sum_j exp(c_64 - c_j) k_j d_j^T
+
+    Every exponent is <= 0, so nothing overflows. A, its inverse and the q . k products need no state: they are
+    computed for all chunks together, and only the last three formulas run chunk after chunk.
+    """
+    dtype, tokens = v.dtype, v.shape[1]
+    q, k, v, g, beta = (_chunks(widen(x)) for x in (q, k, v, g, beta))
+    q, k = l2_normalize(q) / math.sqrt(q.shape[-1]), l2_normalize(k)
+    memory = _zero_state_of_chunks(k, v) if state is None else state.to(v.dtype)
+
+    c = g.cumsum(-1)
+    earlier = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
+    decay = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(~earlier, -math.inf).exp()
+    groups = v.shape[1] // k.shape[1]
+    key_products = (k @ k.transpose(-1, -2)).repeat_interleave(groups, dim=1)
+    query_products = (q @ k.transpose(-1, -2)).repeat_interleave(groups, dim=1)
+    q, k = (x.repeat_interleave(groups, dim=1) for x in (q, k))
+
+    solve = invert_unit_lower((beta.unsqueeze(-1) * decay * key_products).tril(-1))
+    attend = decay * query_products
+    since_start = c.exp().unsqueeze(-1)
+    until_end = (c[..., -1:] - c).exp().unsqueeze(-1)
+    read_q, read_k, write_k = q * since_start, k * since_start, (k * until_end).transpose(-1, -2)
+    whole_chunk = c[..., -1].exp()[..., None, None]
+    strength = beta.unsqueeze(-1)
+
+    outputs = []
+    for n in range(v.shape[2]):
+        corrections = solve[:, :, n] @ (strength[:, :, n] * (v[:, :, n] - read_k[:, :, n] @ memory))
+        outputs.append(read_q[:, :, n] @ memory + attend[:, :, n] @ corrections)
+        memory = whole_chunk[:, :, n] * memory + write_k[:, :, n] @ corrections
+    return torch.cat(outputs, dim=2)[:, :, :tokens].transpose(1, 2).to(dtype), memory
+
+
+def invert_unit_lower(a: Tensor) -> Tensor:
+    """Inverse of ``I + a`` for strictly lower triangular a [..., n, n], n a power of two; in the dtype of a.
+
+    Halves are inverted together and joined: ``[[P, 0], [C, Q]]^-1 = [[P', 0], [-Q' C P', Q']]``, which is as stable as
+    substitution. The shorter product ``(I - a)(I + a^2)(I + a^4)...`` is not: when the tokens of a chunk repeat, its
+    powers reach 1e17 and cancel.
+    """
+    n = a.shape[-1]
+    if n <= 16:
+        return _invert_small(a)
+    half = n // 2
+    p, q = invert_unit_lower(torch.stack((a[..., :half, :half], a[..., half:, half:]))).unbind()
+    corner = -(q @ a[..., half:, :half] @ p)
+    return torch.cat((torch.cat((p, torch.zeros_like(p)), dim=-1), torch.cat((corner, q), dim=-1)), dim=-2)
+
+
+def _invert_small(a: Tensor) -> Tensor:
+    """The same joining, from blocks of one up, with all corners of one size in one product of whole matrices."""
+    n = a.shape[-1]
+    index = torch.arange(n, device=a.device)
+    inverse = torch.eye(n, dtype=a.dtype, device=a.device)
+    block = 1
+    while block < n:
+        row, column = index[:, None] // block, index[None, :] // block
+        corners = (row % 2 == 1) & (column == row - 1)
+        inverse = inverse - inverse @ (a * corners) @ inverse
+        block *= 2
+    return inverse.expand_as(a)
+
+
+def _chunks(x: Tensor) -> Tensor:
+    """[B, T, H, ...] -> [B, H, T / 64, 64, ...], padded with tokens that neither decay nor write (all zeros)."""
+    missing = -x.shape[1] % CHUNK
+    padded = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
+    return padded.transpose(1, 2).unflatten(2, (-1, CHUNK))
+
+
+def _zero_state(k: Tensor, v: Tensor) -> Tensor:
+    return v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
+
+
+def _zero_state_of_chunks(k: Tensor, v: Tensor) -> Tensor:
+    return v.new_zeros(v.shape[0], v.shape[1], k.shape[-1], v.shape[-1])
