@@ -1,0 +1,137 @@
+"""The only place that prints: tables, progress, JSON, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from qconvert.core.errors import QconvertError
+from reference_model.config import ConfigError
+
+INTERRUPTED = 130
+UNFORESEEN = 70
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+def say(text: str = "") -> None:
+    """Print a line for people."""
+    _out.print(text, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print a line beside the result, on standard error."""
+    _err.print(text, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    _out.print(table)
+
+
+def show_json(value: Any) -> None:
+    """Print one JSON document and nothing else on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def gigabytes(count: int) -> str:
+    """Bytes in decimal units with three digits."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count / size < 1000 else f"{count / size:,.0f} {unit}"
+    return f"{count} B"
+
+
+def fail(error: BaseException) -> int:
+    """Print one clear error and return the exit code for it."""
+    if isinstance(error, KeyboardInterrupt):
+        _err.print("\nInterrupted: nothing was left half-written.")
+        return INTERRUPTED
+    if isinstance(error, QconvertError):
+        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    if isinstance(error, ConfigError):
+        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return 3
+    _err.print_exception()
+    _err.print("[bold red]This is a fault of qconvert itself.[/] Please report the lines above.")
+    return UNFORESEEN
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """Run a command to its exit code; every failure is printed here and nowhere else."""
+    try:
+        return call()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place that may
+        return fail(error)
+
+
+class Quiet:
+    """Progress that shows nothing, for ``--json`` and ``--quiet``."""
+
+    def advance(self, description: str, done: int, total: int) -> None:
+        """Ignore the news."""
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class Bar:
+    """A line with what is done, the rate and the time left; one task per phase."""
+
+    def __init__(self, *, in_bytes: bool) -> None:
+        amount: tuple[ProgressColumn, ...] = (
+            (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+        )
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn(),
+            console=_err,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def advance(self, description: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` is done in the phase ``description``."""
+        if description not in self._tasks:
+            self._tasks[description] = self._progress.add_task(description, total=total)
+        self._progress.update(self._tasks[description], completed=done, total=total)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def progress(*, in_bytes: bool, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A function ``(phase, done, total)`` that draws a progress line."""
+    with Quiet() if quiet else Bar(in_bytes=in_bytes) as shown:
+        yield shown.advance

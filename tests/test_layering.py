@@ -1,0 +1,144 @@
+"""The house's walls: who may import whom, no cycles, no vague names, no file that has outgrown its purpose."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("qconvert", "reference_model", "calibration")
+MAX_LINES = 400
+VAGUE = {"utils", "helpers", "common", "misc"}
+
+# Rooms by the longest matching prefix; what each may import besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "reference_model": set(),
+    "reference_model.config": set(),
+    "reference_model.load": set(),
+    "qconvert.core": set(),
+    "qconvert.arch": {"qconvert.core", "reference_model.config"},
+    "qconvert.io": {"qconvert.core"},
+    "qconvert.numerics": {"qconvert.core"},
+    "qconvert.transform": {"qconvert.core", "qconvert.arch"},
+    "qconvert.formats": {"qconvert.core", "qconvert.arch", "qconvert.numerics.packing"},
+    "qconvert.plan": {"qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats"},
+    "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
+    "qconvert.run": {"qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats"},
+    "qconvert.weights": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
+        "reference_model.load", "reference_model.config",
+    },
+    "calibration": {"qconvert.core", "qconvert.numerics", "qconvert.weights", "reference_model"},
+    "qconvert.parity": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
+        "qconvert.weights", "reference_model",
+    },
+    "qconvert.cli": {"qconvert", "reference_model", "calibration"},
+    "qconvert": set(),
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Our own modules that a file imports anywhere, in functions and under TYPE_CHECKING too."""
+    known = set(modules())
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                found.add(whole if whole in known else base)
+    return found
+
+
+def within(module: str, room: str) -> bool:
+    return module == room or module.startswith(room + ".")
+
+
+def room_of(module: str) -> str:
+    return max((room for room in ALLOWED if within(module, room)), key=len)
+
+
+def ours(module: str) -> bool:
+    return module.split(".")[0] in PACKAGES
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_only_what_its_room_may(name: str) -> None:
+    room = room_of(name)
+    own = "reference_model" if room.startswith("reference_model") else room
+    for module in filter(ours, imports(name, modules()[name])):
+        if module == "qconvert" and name.startswith("qconvert."):
+            continue  # the version
+        allowed = within(module, own) or any(within(module, other) for other in ALLOWED[room])
+        assert allowed, f"{name} imports {module}, which {room} may not"
+
+
+def test_nobody_imports_the_command_line() -> None:
+    for name, path in modules().items():
+        if not within(name, "qconvert.cli"):
+            assert not any(within(module, "qconvert.cli") for module in imports(name, path)), name
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith("reference_model")])
+def test_the_reference_model_needs_torch_and_the_standard_library_only(name: str) -> None:
+    import sys
+
+    for module in imports(name, modules()[name]):
+        top = module.split(".")[0]
+        assert top in {"torch", "reference_model"} or top in sys.stdlib_module_names, f"{name} imports {module}"
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {name: {m for m in imports(name, path) if m in modules()} for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name in done:
+            return
+        for other in graph[name]:
+            if other != "qconvert":
+                visit(other, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_file_is_small_and_named_after_its_purpose(name: str) -> None:
+    assert name.split(".")[-1] not in VAGUE
+    assert len(modules()[name].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_only_the_console_catches_everything() -> None:
+    for name, path in modules().items():
+        if name == "qconvert.cli.console":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                assert caught not in {"everything", "Exception", "BaseException"}, f"{name}:{node.lineno}"
+
+
+def test_asserts_are_for_tests() -> None:
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), name
