@@ -187,7 +187,7 @@ class TextConfig:
         eos = block.get("eos_token_id")
         config = cls(
             **sizes,
-            layer_types=_layer_types(block, sizes["num_hidden_layers"]),
+            layer_types=layer_types_of(block, sizes["num_hidden_layers"]),
             rope=RopeParameters.from_dict(block["rope_parameters"]),
             rms_norm_eps=float(block.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=int(block.get("max_position_embeddings", 262_144)),
@@ -357,7 +357,7 @@ def _size(block: Mapping[str, Any], name: str, where: str = "") -> int:
     return value
 
 
-def _layer_types(block: Mapping[str, Any], count: int) -> tuple[LayerType, ...]:
+def layer_types_of(block: Mapping[str, Any], count: int) -> tuple[LayerType, ...]:
     """``layer_types`` when given, else every ``full_attention_interval``-th layer (default 4) is full attention."""
     given = block.get("layer_types")
     if given is None:
@@ -369,55 +369,3 @@ def _layer_types(block: Mapping[str, Any], count: int) -> tuple[LayerType, ...]:
     if len(given) != count:
         raise ConfigError(f"layer_types has {len(given)} entries for {count} layers")
     return tuple(given)
-
-
-def _public_text(
-    hidden: int, layers: int, heads: int, value_heads: int, experts: int, top_k: int, width: int
-) -> TextConfig:
-    return TextConfig(
-        vocab_size=248_320,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        head_dim=256,
-        linear_num_key_heads=16,
-        linear_num_value_heads=value_heads,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        linear_conv_kernel_dim=4,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        moe_intermediate_size=width,
-        shared_expert_intermediate_size=width,
-        layer_types=_layer_types({}, layers),
-        mtp_num_hidden_layers=1,
-        eos_token_ids=(248_044,),
-    )
-
-
-def _public(text: TextConfig) -> ModelConfig:
-    vision = VisionConfig(
-        depth=27,
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_heads=16,
-        out_hidden_size=text.hidden_size,
-        num_position_embeddings=2304,
-    )
-    return ModelConfig(
-        text=text,
-        vision=vision,
-        image_token_id=248_056,
-        video_token_id=248_057,
-        vision_start_token_id=248_053,
-        vision_end_token_id=248_054,
-    )
-
-
-PRESETS: dict[str, ModelConfig] = {
-    "35b-a3b": _public(_public_text(2048, 40, 16, 32, 256, 8, 512)),
-    "122b-a10b": _public(_public_text(3072, 48, 32, 64, 256, 8, 1024)),
-    "397b-a17b": _public(_public_text(4096, 60, 32, 64, 512, 10, 1024)),
-}
-"""Sizes of the public checkpoints; Qwen3.6-35B-A3B has those of 35B-A3B."""
