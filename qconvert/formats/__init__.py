@@ -1,1 +1,1 @@
-"""How a quantized tensor is named and laid out on disk, one file per format, and what engines read."""
+"""How quantized matrices are named and laid out on disk, and what engines demand of a whole checkpoint."""

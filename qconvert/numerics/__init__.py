@@ -1,1 +1,1 @@
-"""Pure functions on tensors: grids, rounding, packing, errors."""
+"""Pure functions on tensors: rounding, packing, activation rounding, errors. Nothing here knows a name."""

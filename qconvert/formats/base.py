@@ -1,0 +1,91 @@
+"""What every format can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import FormatError
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartSpec:
+    """One stored tensor of a quantized matrix; its size never depends on data.
+
+    Attributes:
+        suffix: what follows ``<module>.`` in the tensor's name.
+        rows_per_row: rows of the matrix that one row of this part covers; 0 for a part that is the same
+            whatever rows are written and is written once.
+    """
+
+    suffix: str
+    dtype: DType
+    shape: tuple[int, ...]
+    rows_per_row: int
+
+    def rows_of(self, begin: int, end: int) -> tuple[int, int]:
+        """Rows of this part that the rows ``begin:end`` of the matrix fill; ``begin`` is a multiple of the row block."""
+        return begin // self.rows_per_row, -(-end // self.rows_per_row)
+
+
+class Format(Protocol):
+    """A way to store quantized matrices; stateless.
+
+    Attributes:
+        name: what plans and the command line call it.
+        quant_method: the loader that reads it, as ``quantization_config`` names it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def quant_method(self) -> str: ...
+
+    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
+        """Raise ``FormatError`` with the reason when this format cannot hold a [N, K] matrix in this scheme."""
+
+    def row_block(self, scheme: Scheme) -> int:
+        """Rows may be written in separate runs that begin at multiples of this number."""
+
+    def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
+        """The tensors that a [N, K] matrix is stored as."""
+
+    def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Stored tensors by suffix; ``shape`` is that of the whole matrix where ``quantized`` is a run of its rows."""
+
+    def unpack(self, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+        """The exact inverse of ``pack``; ``FormatError`` for missing parts, types or shapes that do not fit."""
+
+
+def check_parts(parts: Mapping[str, Tensor], specs: tuple[PartSpec, ...]) -> None:
+    """Compare stored tensors with what the format expects.
+
+    Raises:
+        FormatError: the first part that is missing or has another type or shape.
+    """
+    for spec in specs:
+        if spec.suffix not in parts:
+            raise FormatError(f"{spec.suffix} is missing beside {', '.join(sorted(parts)) or 'nothing'}")
+        found = parts[spec.suffix]
+        if tuple(found.shape) != spec.shape or found.dtype != spec.dtype.torch_dtype:
+            raise FormatError(
+                f"{spec.suffix} is {found.dtype} {tuple(found.shape)}, expected {spec.dtype} {spec.shape}"
+            )
+
+
+def check_scales(scale: Tensor, suffix: str) -> None:
+    """Refuse scales that no rounding makes.
+
+    Raises:
+        FormatError: a scale is zero, negative, infinite or NaN.
+    """
+    wrong = ~((scale.float() > 0) & scale.float().isfinite())
+    if bool(wrong.any()):
+        raise FormatError(f"{suffix} holds {int(wrong.sum())} scales that are zero, negative, infinite or NaN")

@@ -1,0 +1,70 @@
+"""The layout of the official FP8 checkpoints (``quant_method: fp8``): one scale per 128 x 128 tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import FormatError
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.scheme import Block, Float, Scheme
+from qconvert.formats.base import PartSpec, check_parts, check_scales
+
+WEIGHT = "weight"
+SCALE = "weight_scale_inv"
+TILE = Block(rows=128, cols=128)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Block:
+    """``weight`` float8_e4m3fn [N, K], ``weight_scale_inv`` [ceil(N/128), ceil(K/128)], which multiplies the codes.
+
+    Source: the public FP8 checkpoints of this family, and their loaders in transformers 5.23 and vLLM 0.32.
+    """
+
+    name: str = "fp8-block"
+    quant_method: str = "fp8"
+
+    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
+        """Raise ``FormatError`` unless the scheme is FP8 in 128 x 128 tiles with dynamic activations per 128 inputs.
+
+        Transformers takes N / (number of tile rows) for a tile's height: a matrix with partial tiles would load
+        with wrong numbers and no error.
+        """
+        if scheme.grid != Float(kind="e4m3fn") or scheme.blocking != TILE:
+            raise FormatError(f"{self.name} holds fp8 in {TILE.rows} x {TILE.cols} tiles, not {scheme}")
+        activation = scheme.activation
+        if activation.kind != "dynamic" or activation.grid != scheme.grid or activation.group != TILE.cols:
+            raise FormatError(f"{self.name} needs dynamic fp8 activations per {TILE.cols} inputs, not {scheme}")
+        if scheme.scale.dtype not in (DType.BF16, DType.F32) or scheme.scale.second is not None:
+            raise FormatError(f"{self.name} holds one BF16 or F32 scale per tile, not {scheme.scale}")
+        rows, cols = shape
+        if rows % TILE.rows or cols % TILE.cols:
+            raise FormatError(f"tiles of {TILE.rows} x {TILE.cols} do not divide a {rows} x {cols} matrix")
+
+    def row_block(self, scheme: Scheme) -> int:
+        """A tile's height."""
+        return TILE.rows
+
+    def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
+        """Codes and scales."""
+        self.check(scheme, shape)
+        scale_shape = scheme.scale_shape(*shape)
+        return (
+            PartSpec(suffix=WEIGHT, dtype=DType.F8_E4M3, shape=shape, rows_per_row=1),
+            PartSpec(suffix=SCALE, dtype=scheme.scale.dtype, shape=scale_shape, rows_per_row=TILE.rows),
+        )
+
+    def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """See ``Format.pack``."""
+        self.check(quantized.scheme, quantized.shape)
+        return {WEIGHT: quantized.codes, SCALE: quantized.scale}
+
+    def unpack(self, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+        """See ``Format.unpack``."""
+        check_parts(parts, self.parts(scheme, shape))
+        check_scales(parts[SCALE], SCALE)
+        return QuantizedTensor(codes=parts[WEIGHT], scale=parts[SCALE], scheme=scheme, shape=shape)

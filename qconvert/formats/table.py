@@ -1,0 +1,23 @@
+"""All formats."""
+
+from __future__ import annotations
+
+from qconvert.core.errors import FormatError
+from qconvert.formats.base import Format
+from qconvert.formats.float_quantized import FloatQuantized
+from qconvert.formats.fp8_block import Fp8Block
+from qconvert.formats.pack_quantized import PackQuantized
+
+FORMATS: tuple[Format, ...] = (PackQuantized(), FloatQuantized(), Fp8Block())
+
+
+def format_named(name: str) -> Format:
+    """The format that plans call ``name``.
+
+    Raises:
+        FormatError: there is none.
+    """
+    for known in FORMATS:
+        if known.name == name:
+            return known
+    raise FormatError(f"no format is called {name!r}; there are {', '.join(known.name for known in FORMATS)}")
