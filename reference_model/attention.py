@@ -22,7 +22,7 @@ AttentionKind = Literal["sdpa", "plain"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCache:
-    """Rotated keys and values of the tokens seen so far, both [B, S, M, K]. Never written to: a step makes a new one."""
+    """Rotated keys and values of the tokens seen so far, both [B, S, M, K]; a step makes a new one."""
 
     keys: Tensor
     values: Tensor

@@ -44,7 +44,10 @@ class CausalConv(nn.Module):
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        """``y_t = sum_j weight_j x_{t - W + 1 + j}``, x [B, T, C] preceded by past [B, W - 1, C]; summed in fp32 or wider."""
+        """``y_t = sum_j weight_j x_{t - W + 1 + j}``, summed in at least fp32.
+
+        x [B, T, C] is preceded by past [B, W - 1, C]; y [B, T, C] has the dtype of x.
+        """
         taps = widen(self.weight).squeeze(1).unbind(-1)
         inputs = widen(torch.cat((past, x), dim=1))
         total = inputs[:, : x.shape[1]] * taps[0]
@@ -82,14 +85,15 @@ class GatedDeltaNet(nn.Module):
         raw = self.in_proj_qkv(x)
         taps = self.conv1d.weight.shape[-1]
         past = raw.new_zeros(batch, taps - 1, raw.shape[-1]) if cache is None else cache.conv
-        q, k, v = functional.silu(self.conv1d(raw, past)).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
-        q, k = (y.unflatten(-1, (-1, self.key_head)) for y in (q, k))
-        v = v.unflatten(-1, (-1, self.value_head))
+        mixed = functional.silu(self.conv1d(raw, past))
+        q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q, k = (y.reshape(batch, tokens, -1, self.key_head) for y in (q, k))
+        v = v.reshape(batch, tokens, -1, self.value_head)
         g = -widen(self.A_log).exp() * functional.softplus(widen(self.in_proj_a(x)) + widen(self.dt_bias))
         beta = torch.sigmoid(self.in_proj_b(x))
         rule = recurrent_gated_delta_rule if tokens == 1 else chunked_gated_delta_rule
-        mixed, state = rule(q, k, v, g, beta, None if cache is None else cache.recurrent)
-        gate = self.in_proj_z(x).unflatten(-1, (-1, self.value_head))
-        out: Tensor = self.out_proj(self.norm(mixed, gate).flatten(-2))
+        read, state = rule(q, k, v, g, beta, None if cache is None else cache.recurrent)
+        gate = self.in_proj_z(x).view_as(read)
+        out: Tensor = self.out_proj(self.norm(read, gate).flatten(-2))
         recent = torch.cat((past, raw), dim=1)[:, tokens:]
         return out, DeltaNetCache(conv=recent, recurrent=state)

@@ -61,7 +61,7 @@ def recurrent_gated_delta_rule(
     q, k, v, g, beta = (widen(x) for x in (q, k, v, g, beta))
     q = l2_normalize(q).repeat_interleave(groups, dim=2) / math.sqrt(q.shape[-1])
     k = l2_normalize(k).repeat_interleave(groups, dim=2)
-    memory = _zero_state(k, v) if state is None else state.to(v.dtype)
+    memory = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1]) if state is None else state.to(v.dtype)
     outputs = []
     for t in range(v.shape[1]):
         memory = memory * g[:, t].exp()[..., None, None]
@@ -93,7 +93,7 @@ def chunked_gated_delta_rule(
     dtype, tokens = v.dtype, v.shape[1]
     q, k, v, g, beta = (_chunks(widen(x)) for x in (q, k, v, g, beta))
     q, k = l2_normalize(q) / math.sqrt(q.shape[-1]), l2_normalize(k)
-    memory = _zero_state_of_chunks(k, v) if state is None else state.to(v.dtype)
+    memory = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(v.dtype)
 
     c = g.cumsum(-1)
     earlier = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
@@ -153,12 +153,5 @@ def _chunks(x: Tensor) -> Tensor:
     """[B, T, H, ...] -> [B, H, T / 64, 64, ...], padded with tokens that neither decay nor write (all zeros)."""
     missing = -x.shape[1] % CHUNK
     padded = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-    return padded.transpose(1, 2).unflatten(2, (-1, CHUNK))
-
-
-def _zero_state(k: Tensor, v: Tensor) -> Tensor:
-    return v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
-
-
-def _zero_state_of_chunks(k: Tensor, v: Tensor) -> Tensor:
-    return v.new_zeros(v.shape[0], v.shape[1], k.shape[-1], v.shape[-1])
+    heads_first = padded.transpose(1, 2)
+    return heads_first.reshape(*heads_first.shape[:2], -1, CHUNK, *x.shape[3:])

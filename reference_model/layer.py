@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 from torch import Tensor, nn
 
 from reference_model.attention import AttentionCache, AttentionKind, GatedAttention
@@ -13,7 +11,7 @@ from reference_model.moe import Routing, SparseMoe
 from reference_model.norm import RMSNorm
 from reference_model.rope import Rotation
 
-LayerCache = Union[AttentionCache, DeltaNetCache]
+LayerCache = AttentionCache | DeltaNetCache
 
 
 class DecoderLayer(nn.Module):
@@ -51,9 +49,7 @@ class DecoderLayer(nn.Module):
             mixed, new = self.self_attn(normal, by, cache)
         return x + mixed, new
 
-    def forward(
-        self, x: Tensor, by: Rotation, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Routing, LayerCache]:
+    def forward(self, x: Tensor, by: Rotation, cache: LayerCache | None = None) -> tuple[Tensor, Routing, LayerCache]:
         """Run x [B, T, D]; gives [B, T, D], where the tokens went, and the cache."""
         mixed, new = self.mix(x, by, cache)
         out, routing = self.mlp(self.post_attention_layernorm(mixed))

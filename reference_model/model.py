@@ -143,7 +143,7 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     Fixed row blocks make the whole-model run and the layer-wise run the same products, bit for bit.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = [functional.linear(part, weight) for part in flat.split(HEAD_ROWS)]
+    rows = [functional.linear(part, weight) for part in torch.split(flat, HEAD_ROWS)]
     return torch.cat(rows).view(*hidden.shape[:-1], weight.shape[0])
 
 
@@ -162,7 +162,7 @@ def initialize(model: CausalLM, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("linear_attn.norm.weight") or name.endswith("dt_bias"):
+            if name.endswith(("linear_attn.norm.weight", "dt_bias")):
                 weight.fill_(1.0)
             elif name.endswith("norm.weight") or "layernorm" in name or "pre_fc_norm" in name:
                 weight.zero_()

@@ -35,7 +35,7 @@ class Dispatch:
 
     token: Tensor
     slot: Tensor
-    counts: tuple[int, ...]
+    counts: list[int]
 
 
 class Router(nn.Module):
@@ -67,7 +67,7 @@ def dispatch(experts: Tensor, num_experts: int) -> Dispatch:
     return Dispatch(
         token=order.div(experts.shape[1], rounding_mode="floor"),
         slot=order.remainder(experts.shape[1]),
-        counts=tuple(counts.tolist()),
+        counts=counts.tolist(),
     )
 
 
@@ -99,7 +99,7 @@ class Experts(nn.Module):
         where = dispatch(routing.experts, self.gate_up_proj.shape[0])
         # unbind and split, not indexing: their backward is one stack, where an index writes E full-size gradients
         parts = zip(
-            x.index_select(0, where.token).split(where.counts),
+            torch.split(x.index_select(0, where.token), where.counts),
             self.gate_up_proj.unbind(),
             self.down_proj.unbind(),
             strict=True,

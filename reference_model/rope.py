@@ -112,5 +112,5 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     """
     half = by.cos.shape[-1]
     cos, sin = by.cos.unsqueeze(2), by.sin.unsqueeze(2)
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    a, b, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)

@@ -1,0 +1,164 @@
+"""Fill a model with weights, strictly: whatever is missing, left over or of the wrong shape is named in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+GATE_UP = "experts.gate_up_proj"
+DOWN = "experts.down_proj"
+EXACT = ("A_log", "dt_bias")
+"""Parameters behind an exponential: never rounded below the dtype in which they are stored, nor below fp32."""
+
+
+class WeightError(ValueError):
+    """Weights that do not fit the model; the message names every tensor that is wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """One routed expert: ``gate`` and ``up`` [F, D], ``down`` [D, F]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a dictionary, a checkpoint on disk, a quantized one that is dequantized on the way.
+
+    Names are the model's own (``layers.0.mlp.gate.weight``, ``lm_head.weight``, ``mtp.fc.weight``): no prefix of the
+    checkpoint, and of routed experts always the fused pair ``layers.0.mlp.experts.gate_up_proj`` and ``.down_proj``,
+    however they are stored. Tensors are floating point of any precision. A source may give the same buffer again and
+    again: whoever calls it copies before the next call.
+    """
+
+    def names(self) -> Collection[str]:
+        """All that the source holds."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor that is not of a routed expert.
+
+        Raises:
+            KeyError: the source does not hold it.
+        """
+        ...
+
+    def expert(self, experts: str, index: int) -> ExpertWeights:
+        """Routed expert ``index`` of the block ``experts``, for example ``layers.0.mlp.experts``.
+
+        Raises:
+            KeyError: the source does not hold it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDictSource:
+    """A ``WeightSource`` over a dictionary of fused tensors, such as a model's own ``state_dict()``."""
+
+    tensors: Mapping[str, Tensor]
+
+    def names(self) -> Collection[str]:
+        """The dictionary's keys."""
+        return self.tensors.keys()
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name; ``KeyError`` when there is none."""
+        return self.tensors[name]
+
+    def expert(self, experts: str, index: int) -> ExpertWeights:
+        """Rows of the fused tensors: the first half of ``gate_up_proj`` is the gate."""
+        gate_up, down = self.tensors[f"{experts}.gate_up_proj"], self.tensors[f"{experts}.down_proj"]
+        gate, up = gate_up[index].chunk(2)
+        return ExpertWeights(gate=gate, up=up, down=down[index])
+
+
+def load_weights(
+    module: nn.Module, source: WeightSource, dtype: torch.dtype, *, prefix: str = "", skip: tuple[str, ...] = ()
+) -> None:
+    """Replace every parameter of ``module`` by a copy from ``source`` in ``dtype``.
+
+    The module may be on the meta device: nothing is allocated twice. ``A_log`` and ``dt_bias`` stay at least fp32.
+
+    Args:
+        module: the model, or a part of it.
+        source: gives tensors by name.
+        dtype: floating-point dtype of the parameters.
+        prefix: what the module's parameter names lack in the source, for example ``layers.3.``.
+        skip: prefixes of parameter names that are left as they are, and are no surplus in the source either.
+
+    Raises:
+        WeightError: tensors are missing, unknown to the module, of another shape, or not floating point; all named.
+    """
+    wanted = {name: weight.shape for name, weight in module.named_parameters() if not name.startswith(skip)}
+    held = {name.removeprefix(prefix) for name in source.names() if name.startswith(prefix)}
+    extra = sorted(name for name in held - wanted.keys() if not name.startswith(skip))
+    problems = [f"not a weight of the model: {prefix}{name}" for name in extra]
+    loaded: dict[str, Tensor] = {}
+    for name, shape in wanted.items():
+        try:
+            if name.endswith(GATE_UP):
+                loaded |= _load_experts(source, name.removesuffix(".gate_up_proj"), prefix, wanted, dtype, problems)
+            elif not name.endswith(DOWN):
+                tensor = source.tensor(prefix + name)
+                if _fits(tensor, shape, prefix + name, problems):
+                    loaded[name] = tensor.to(_kept_dtype(name, tensor, dtype), copy=True)
+        except KeyError:
+            problems.append(f"missing: {prefix}{name}")
+    if problems:
+        raise WeightError(
+            f"{len(problems)} weights do not fit the model that config.json describes:\n" + "\n".join(sorted(problems))
+        )
+    module.load_state_dict(loaded, strict=False, assign=True)
+
+
+def _load_experts(
+    source: WeightSource,
+    experts: str,
+    prefix: str,
+    wanted: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    problems: list[str],
+) -> dict[str, Tensor]:
+    """Stack the experts of one block, each copied to its place as it comes."""
+    names = f"{experts}.gate_up_proj", f"{experts}.down_proj"
+    gate_up, down = (torch.empty(wanted[name], dtype=dtype) for name in names)
+    width, hidden = gate_up.shape[1] // 2, gate_up.shape[2]
+    for index in range(gate_up.shape[0]):
+        where = f"{prefix}{experts} expert {index}"
+        try:
+            weights = source.expert(prefix + experts, index)
+        except KeyError:
+            problems.append(f"missing: {where}")
+            continue
+        places = (
+            ("gate", weights.gate, gate_up[index, :width], (width, hidden)),
+            ("up", weights.up, gate_up[index, width:], (width, hidden)),
+            ("down", weights.down, down[index], (hidden, width)),
+        )
+        for part, tensor, place, shape in places:
+            if _fits(tensor, torch.Size(shape), f"{where} {part}", problems):
+                place.copy_(tensor)
+    return dict(zip(names, (gate_up, down), strict=True))
+
+
+def _fits(tensor: Tensor, shape: torch.Size, name: str, problems: list[str]) -> bool:
+    if tensor.shape != shape:
+        problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(shape)}")
+    elif not tensor.is_floating_point():
+        problems.append(f"wrong dtype: {name} is {tensor.dtype}, expected a floating-point one")
+    else:
+        return True
+    return False
+
+
+def _kept_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if name.rsplit(".", 1)[-1] not in EXACT:
+        return dtype
+    return torch.promote_types(torch.promote_types(dtype, tensor.dtype), torch.float32)
