@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qconvert.core.fp8 import widen_e4m3
 from qconvert.core.scheme import Block, Channel, Codebook, Flat, Float, Group, Int, PerTensor, Scheme
 
 E2M1_VALUES: tuple[float, ...] = (
@@ -92,8 +93,10 @@ class QuantizedTensor:
 
     def _values(self) -> Tensor:
         match self.scheme.grid:
-            case Int() | Float(kind="e4m3fn"):
+            case Int():
                 return self.codes.to(torch.float32)
+            case Float(kind="e4m3fn"):
+                return widen_e4m3(self.codes)
             case Float():
                 table = E2M1_VALUES
             case Codebook(kind="nf4"):

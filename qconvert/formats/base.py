@@ -30,23 +30,20 @@ class PartSpec:
     rows_per_row: int
 
     def rows_of(self, begin: int, end: int) -> tuple[int, int]:
-        """Rows of this part that the rows ``begin:end`` of the matrix fill; ``begin`` is a multiple of the row block."""
+        """Rows of this part that rows ``begin:end`` of the matrix fill; ``begin`` is a multiple of the row block."""
         return begin // self.rows_per_row, -(-end // self.rows_per_row)
 
 
 class Format(Protocol):
-    """A way to store quantized matrices; stateless.
-
-    Attributes:
-        name: what plans and the command line call it.
-        quant_method: the loader that reads it, as ``quantization_config`` names it.
-    """
+    """A way to store quantized matrices; stateless."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What plans and the command line call it."""
 
     @property
-    def quant_method(self) -> str: ...
+    def quant_method(self) -> str:
+        """The loader that reads it, as ``quantization_config`` names it."""
 
     def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
         """Raise ``FormatError`` with the reason when this format cannot hold a [N, K] matrix in this scheme."""

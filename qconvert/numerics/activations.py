@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qconvert.core.errors import FormatError
+from qconvert.core.fp8 import widen_e4m3
 from qconvert.core.scheme import Activation, Float, Int
 
 _FP8_MAX = 448.0
@@ -37,7 +38,7 @@ def quantize_activations(x: Tensor, activation: Activation) -> Tensor:
     if activation.group is not None:
         if x.shape[-1] % activation.group:
             raise ValueError(f"groups of {activation.group} do not divide {x.shape[-1]} inputs")
-        values = values.unflatten(-1, (-1, activation.group))
+        values = values.reshape(*x.shape[:-1], -1, activation.group)
     largest = values.abs().amax(dim=-1, keepdim=True)
     match activation.grid:
         case Float(kind="e4m3fn"):
@@ -45,7 +46,7 @@ def quantize_activations(x: Tensor, activation: Activation) -> Tensor:
                 scale = (largest / _FP8_MAX).clamp_(min=1.0 / (_FP8_MAX * 512.0))
             else:
                 scale = largest.clamp_(min=1e-10) / _FP8_MAX
-            codes = (values / scale).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+            codes = widen_e4m3((values / scale).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn))
         case Int(bits=8):
             scale = largest.clamp_(min=1e-10) / 127.0
             codes = (values / scale).round_().clamp_(-128.0, 127.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qconvert.core.errors import DataError, FormatError
+from qconvert.core.fp8 import widen_e4m3
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Block, Channel, Float, Group, Int, PerTensor, Scheme
 
@@ -115,9 +116,8 @@ class _Rule:
         scaled.clamp_(*self.code_range)
         return scaled if isinstance(self.scheme.grid, Float) else scaled.round_()
 
-    def residual(self, blocks: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """``(code - zero) * scale - w`` in float32."""
-        values = codes.to(torch.float32)
+    def residual(self, blocks: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """``(value - zero) * scale - w`` in float32, in place of ``values``."""
         if zero is not None:
             values.sub_(zero)
         return values.mul_(scale.to(torch.float32)).sub_(blocks)
@@ -157,7 +157,7 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
         values = rule.values(blocks, block_scale, zero)
         codes[begin:end] = _unblocked(values, scheme, end - begin, cols)
         if isinstance(scheme.grid, Float):
-            values = _blocked(codes[begin:end], scheme)[0]
+            values = _blocked(widen_e4m3(codes[begin:end]), scheme)[0]
         squared_error += sum_of_squares(rule.residual(blocks, values, block_scale, zero))
         signal += sum_of_squares(blocks)
         scale[first:last] = block_scale.reshape(last - first, -1)
@@ -171,7 +171,7 @@ def sum_of_squares(values: Tensor) -> float:
     """Sum of squares; float32 inside rows and float64 across, or float64 where float32 would leave its range."""
     flat = values.reshape(values.shape[0], -1)
     total = float(torch.linalg.vecdot(flat, flat).sum(dtype=torch.float64))
-    if 1e-20 < total < 1e30 or total == 0.0 and not bool(flat.any()):
+    if 1e-20 < total < 1e30 or (total == 0.0 and not bool(flat.any())):
         return total
     return float(flat.to(torch.float64).square().sum())
 
@@ -209,7 +209,9 @@ def _choose(
 
 def _block_error(rule: _Rule, blocks: Tensor, dims: tuple[int, ...], scale: Tensor, zero: Tensor | None) -> Tensor:
     """Squared error of every block, summed in float64, which squares of no float32 leave."""
-    values = rule.values(blocks, scale, zero).to(rule.code_dtype)
+    values = rule.values(blocks, scale, zero)
+    if isinstance(rule.scheme.grid, Float):
+        values = widen_e4m3(values.to(rule.code_dtype))
     residual = rule.residual(blocks, values, scale, zero)
     return residual.to(torch.float64).square_().sum(dim=dims, keepdim=True)
 
