@@ -1,0 +1,222 @@
+"""What vLLM, SGLang and transformers demand of a checkpoint as a whole: names that stay, and schemes that must agree.
+
+Sources: vLLM 0.32 and transformers 5.23, run; SGLang 0.5.23, read in its wheel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qconvert.core.errors import PlanError
+from qconvert.core.scheme import Group, Scheme
+from qconvert.formats.table import format_named
+
+STACKED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
+    ("in_proj_ba", ("in_proj_b", "in_proj_a")),
+)
+"""Modules that vLLM and SGLang stack into one matrix product, and the name of the stack."""
+
+EXPERT_TARGET = r"re:.*\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
+"""Matches every routed expert, in the names of all engines."""
+
+_LAYER = re.compile(r"^(?P<layer>.*\blayers\.\d+)\.(?P<rest>.+)$")
+_EXPERT = re.compile(r"^(?P<layer>.*)\.mlp\.experts\.(?:(?P<index>\d+)\.)?(?P<part>[a-z_]+)$")
+_NEVER = (
+    (re.compile(r".*\.mlp\.gate$"), "the router is always dense in vLLM and in transformers"),
+    (re.compile(r".*\.mlp\.shared_expert_gate$"), "the shared expert's gate is always dense in vLLM"),
+    (re.compile(r"(.*\.)?visual\..*"), "engines load the vision tower dense"),
+    (re.compile(r"mtp\.fc$"), "SGLang never quantizes it, and vLLM's draft model must agree"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleDecision:
+    """What becomes of one linear module.
+
+    Attributes:
+        name: its name in the checkpoint without ``.weight``, for example
+            ``model.language_model.layers.3.self_attn.q_proj``; experts that are stored stacked are
+            ``...mlp.experts.gate_up_proj`` and ``...mlp.experts.down_proj``.
+        shape: (N, K) of one matrix.
+        scheme: ``None`` for a module that stays as it is.
+        format: name of the format that stores ``scheme``.
+        stacked: number of experts in this one tensor, 0 for a plain matrix.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme | None = None
+    format: str | None = None
+    stacked: int = 0
+
+
+def vllm_name(name: str) -> str:
+    """What vLLM calls a module of a checkpoint with a vision tower; names of text-only ones stay."""
+    for ours, theirs in (
+        ("model.language_model.", "language_model.model."),
+        ("model.visual.", "visual."),
+        ("lm_head", "language_model.lm_head"),
+    ):
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def expand(decision: ModuleDecision) -> Iterator[str]:
+    """The plain module names behind a decision: those of every expert where experts are stored stacked."""
+    if not decision.stacked:
+        yield decision.name
+        return
+    prefix, _, part = decision.name.rpartition(".")
+    for index in range(decision.stacked):
+        for plain in ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,):
+            yield f"{prefix}.{index}.{plain}"
+
+
+def exact_names(decisions: Iterable[ModuleDecision]) -> list[str]:
+    """Full names of everything that stays, in order: per module and per expert; for MTP also the names of stacks.
+
+    vLLM matches ``modules_to_not_convert`` by equality only: a substring or a pattern there loads and answers
+    nonsense. Its MTP loader looks experts up one by one even where they are stored stacked, SGLang looks for the
+    stacks.
+    """
+    kept: dict[str, None] = {}
+    for decision in decisions:
+        if decision.scheme is None:
+            kept.update(dict.fromkeys(expand(decision)))
+    for stack, parts in STACKED:
+        for name in [name for name in kept if name.startswith("mtp.") and name.endswith("." + parts[0])]:
+            stem = name.removesuffix(parts[0])
+            if not _EXPERT.match(name) and all(stem + part in kept for part in parts):
+                kept[stem + stack] = None
+    return list(kept)
+
+
+def ignore_list(decisions: Sequence[ModuleDecision]) -> list[str]:
+    """compressed-tensors' ``ignore``: patterns for kinds that stay everywhere, then every exact name.
+
+    vLLM maps exact names to its own but matches ``re:`` patterns, with ``re.match``, against its own names; SGLang
+    and a text-only class on a checkpoint with a vision tower do not map at all. A pattern is written only when it
+    matches nothing that is quantized.
+    """
+    names = exact_names(decisions)
+    quantized = [name for decision in decisions if decision.scheme is not None for name in expand(decision)]
+    quantized += [vllm_name(name) for name in quantized]
+    patterns: dict[str, None] = {}
+    for name in names:
+        patterns.update(dict.fromkeys(_patterns(name)))
+    safe = [pattern for pattern in patterns if not any(re.match(pattern[3:], name) for name in quantized)]
+    return safe + names
+
+
+def _patterns(name: str) -> Iterator[str]:
+    """Patterns, in vLLM's names, that cover a module's kind in all layers."""
+    if name.startswith("mtp."):
+        yield "re:^mtp.*"
+        return
+    if name.startswith(("model.visual.", "visual.")):
+        yield r"re:.*visual\..*"
+        return
+    if name == "lm_head":
+        yield r"re:.*lm_head$"
+        return
+    found = _LAYER.match(name)
+    if found is None or ".mlp.experts." in name:
+        return
+    stem, _, part = found["rest"].rpartition(".")
+    where = rf"re:.*\.{re.escape(stem)}\."
+    yield rf"{where}{part}$"
+    for stack, parts in STACKED:
+        if part in parts:
+            yield rf"{where}{stack}$"
+
+
+def module_patterns(decisions: Sequence[ModuleDecision], chosen: Sequence[ModuleDecision]) -> list[str]:
+    """``targets`` that match the modules of ``chosen`` and nothing else: patterns where they suffice, else names."""
+    mine = {decision.name for decision in chosen}
+    others = [name for decision in decisions if decision.name not in mine for name in expand(decision)]
+    others += [vllm_name(name) for name in others]
+    targets: dict[str, None] = {}
+    for decision in chosen:
+        if _EXPERT.match(decision.name):
+            candidates = [EXPERT_TARGET]
+        else:
+            candidates = [pattern for pattern in _patterns(decision.name) if pattern.endswith("$")][:1]
+        safe = [pattern for pattern in candidates if not any(re.match(pattern[3:], name) for name in others)]
+        targets[safe[0] if safe else decision.name] = None
+    return list(targets)
+
+
+def verify(decisions: Sequence[ModuleDecision]) -> None:
+    """Refuse what an engine would reject, or load wrongly.
+
+    Raises:
+        PlanError: names the modules and the rule.
+        FormatError: a format cannot hold one of the matrices.
+    """
+    quantized = [decision for decision in decisions if decision.scheme is not None]
+    for decision in quantized:
+        _check_alone(decision)
+    _check_stacks(decisions)
+    _check_experts(decisions)
+    methods = {format_named(decision.format or "").quant_method: decision.name for decision in quantized}
+    if len(methods) > 1:
+        listed = ", ".join(f"{method} ({name})" for method, name in sorted(methods.items()))
+        raise PlanError(f"one checkpoint has one quant_method; this one would need {listed}: choose one format")
+    schemes = {decision.scheme for decision in quantized}
+    if "fp8" in methods and len(schemes) > 1:
+        raise PlanError("quant_method fp8 has one scheme for the whole checkpoint: choose one scheme")
+
+
+def _check_alone(decision: ModuleDecision) -> None:
+    for pattern, why in _NEVER:
+        if pattern.match(decision.name):
+            raise PlanError(f"{decision.name} cannot be quantized to {decision.scheme}: {why}; keep it")
+    if decision.stacked:
+        raise PlanError(f"{decision.name} stacks experts; engines read quantized experts one by one: split it first")
+    if decision.scheme is None or decision.format is None:
+        raise PlanError(f"{decision.name} is to be quantized, but no format is named")
+    format_named(decision.format).check(decision.scheme, decision.shape)
+    expert = _EXPERT.match(decision.name)
+    if expert is not None and isinstance(decision.scheme.blocking, Group):
+        rows, cols = decision.shape
+        size = decision.scheme.blocking.size
+        if rows % size or cols % size:
+            raise PlanError(
+                f"{decision.name} is {rows} x {cols}: vLLM needs both sides of an expert divisible by the group, "
+                f"which is {size}; choose a smaller one"
+            )
+
+
+def _check_stacks(decisions: Sequence[ModuleDecision]) -> None:
+    by_name = {decision.name: decision for decision in decisions}
+    for stack, parts in STACKED:
+        for name in [name for name in by_name if name.endswith("." + parts[0])]:
+            stem = name.removesuffix(parts[0])
+            members = [by_name[stem + part] for part in parts if stem + part in by_name]
+            _agree(members, f"engines stack them into {stem}{stack}, which has one scheme")
+
+
+def _check_experts(decisions: Sequence[ModuleDecision]) -> None:
+    layers: dict[str, list[ModuleDecision]] = defaultdict(list)
+    for decision in decisions:
+        expert = _EXPERT.match(decision.name)
+        if expert is not None:
+            layers[expert["layer"]].append(decision)
+    for layer, members in layers.items():
+        _agree(members, f"vLLM reads the scheme of all experts of {layer} at expert 0's three matrices")
+    first = [members[0] for members in layers.values() if members[0].scheme is not None]
+    _agree(first, "transformers reads one scheme for the experts of all layers")
+
+
+def _agree(members: Sequence[ModuleDecision], rule: str) -> None:
+    for other in members[1:]:
+        if other.scheme != members[0].scheme or other.format != members[0].format:
+            ours, theirs = members[0].scheme or "kept", other.scheme or "kept"
+            raise PlanError(f"{members[0].name} ({ours}) and {other.name} ({theirs}) differ: {rule}")
