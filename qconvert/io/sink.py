@@ -1,0 +1,40 @@
+"""The write side that a run needs, whatever the output's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+Bytes = bytes | bytearray | memoryview
+Extra = Mapping[str, "bytes | Path"]
+"""Files beside the weights: name -> content, or the path of a file to copy."""
+
+
+class Sink(Protocol):
+    """Takes the bytes of planned tensors in any order, from any thread; nothing is visible before ``finish``."""
+
+    def write(self, name: str, data: Tensor | Bytes, offset: int = 0) -> None:
+        """Put ``data`` at byte ``offset`` of tensor ``name``.
+
+        Raises:
+            OutputError: unknown tensor, outside it, or the disk refuses.
+        """
+        ...
+
+    def finish(self, extra: Extra) -> dict[str, str]:
+        """Check that everything is written and reads back alike, add ``extra``, make the output visible.
+
+        Returns:
+            xxh3-128 of every tensor's bytes.
+
+        Raises:
+            OutputError: bytes are missing or read back differently, or the disk refuses.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Remove what was written; without effect after ``finish``."""
+        ...
