@@ -6,7 +6,7 @@ its up rows; ``down_proj`` is [E, D, F]. Rows are counted over both leading dime
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,63 +14,46 @@ from torch import Tensor
 
 from qconvert.core.plan import Slice
 from qconvert.core.role import Kind, TensorRole
-from reference_model.config import TextConfig
+from qconvert.core.tensor_info import TensorInfo
+
+_INSIDE = {
+    Kind.EXPERT_GATE_UP: (Kind.EXPERT_GATE, Kind.EXPERT_UP),
+    Kind.EXPERT_DOWN: (Kind.EXPERT_DOWN,),
+}
 
 
-def expert_slice(role: TensorRole, tensor: str, config: TextConfig) -> Slice:
-    """The rows of one expert's matrix inside the stacked tensor that holds it.
+def unstack(info: TensorInfo, role: TensorRole) -> Iterator[tuple[TensorRole, Slice]]:
+    """The matrices inside a stacked tensor with their rows, in the order of the rows.
 
-    ``gate: e 2F .. e 2F + F``, ``up: e 2F + F .. (e + 1) 2F`` of ``gate_up_proj``; ``down: e D .. (e + 1) D`` of
-    ``down_proj``. Reading, it says what to read; writing a stacked tensor, where to write.
-
-    Args:
-        role: one expert's gate, up or down.
-        tensor: name of the stacked tensor.
-        config: sizes.
+    ``gate: e 2F .. e 2F + F``, ``up: e 2F + F .. (e + 1) 2F`` of ``gate_up_proj`` [E, 2F, D];
+    ``down: e D .. (e + 1) D`` of ``down_proj`` [E, D, F]. Reading, a slice says what to read; writing a stacked
+    tensor, where to write.
 
     Raises:
-        ValueError: another role, or an expert beyond E.
+        ValueError: ``role`` is not that of a stacked tensor, or the shape is not [E, N, K] with an even N of gate_up.
     """
-    if role.expert is None or not 0 <= role.expert < config.num_experts:
-        raise ValueError(f"{role} is not a matrix of one of {config.num_experts} experts")
-    width, hidden = config.moe_intermediate_size, config.hidden_size
-    match role.kind:
-        case Kind.EXPERT_GATE:
-            begin, rows = role.expert * 2 * width, width
-        case Kind.EXPERT_UP:
-            begin, rows = role.expert * 2 * width + width, width
-        case Kind.EXPERT_DOWN:
-            begin, rows = role.expert * hidden, hidden
-        case _:
-            raise ValueError(f"{role} is not a matrix of one expert")
-    return Slice(tensor=tensor, begin=begin, end=begin + rows)
+    kinds = _INSIDE.get(role.kind) if role.expert is None else None
+    if kinds is None or len(info.shape) != 3 or info.shape[1] % len(kinds):
+        raise ValueError(f"{info.name} of shape {list(info.shape)} is not a tensor of stacked experts")
+    experts, rows = info.shape[0], info.shape[1] // len(kinds)
+    begin = 0
+    for expert in range(experts):
+        for kind in kinds:
+            yield replace(role, kind=kind, expert=expert), Slice(tensor=info.name, begin=begin, end=begin + rows)
+            begin += rows
 
 
 def stacked_role(role: TensorRole) -> TensorRole:
-    """The stacked tensor's role that holds one expert's matrix.
+    """The role of the stacked tensor that holds one expert's matrix.
 
     Raises:
         ValueError: not a routed expert's matrix.
     """
-    match role.kind:
-        case Kind.EXPERT_GATE | Kind.EXPERT_UP:
-            return replace(role, kind=Kind.EXPERT_GATE_UP, expert=None)
-        case Kind.EXPERT_DOWN:
-            return replace(role, expert=None)
-        case _:
-            raise ValueError(f"{role} is not a matrix of one expert")
-
-
-def expert_roles(stacked: TensorRole, experts: int) -> tuple[TensorRole, ...]:
-    """The matrices inside a stacked tensor, in the order of its rows.
-
-    Raises:
-        ValueError: ``stacked`` is not a stacked tensor.
-    """
-    if stacked.expert is not None or stacked.kind not in (Kind.EXPERT_GATE_UP, Kind.EXPERT_DOWN):
-        raise ValueError(f"{stacked} is not a tensor of stacked experts")
-    kinds = (Kind.EXPERT_GATE, Kind.EXPERT_UP) if stacked.kind is Kind.EXPERT_GATE_UP else (Kind.EXPERT_DOWN,)
-    return tuple(replace(stacked, kind=kind, expert=expert) for expert in range(experts) for kind in kinds)
+    stacked = {Kind.EXPERT_GATE: Kind.EXPERT_GATE_UP, Kind.EXPERT_UP: Kind.EXPERT_GATE_UP}
+    kind = stacked.get(role.kind, role.kind)
+    if kind not in _INSIDE or role.expert is None:
+        raise ValueError(f"{role} is not a matrix of one expert")
+    return replace(role, kind=kind, expert=None)
 
 
 def stack_gate_up(gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Tensor:
