@@ -1,0 +1,39 @@
+"""The same weights in transformers, and a way to run it in true fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+
+def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model with these weights; its rotary frequencies stay fp32 in every dtype."""
+    model = Qwen3_5MoeForCausalLM._from_config(
+        Qwen3_5MoeTextConfig(**config), experts_implementation="eager", attn_implementation="eager"
+    )
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")})
+    frequencies = model.model.rotary_emb.inv_freq
+    model = model.to(dtype).eval().requires_grad_(False)
+    model.model.rotary_emb.inv_freq = frequencies
+    return model
+
+
+class LiftedCasts(TorchFunctionMode):
+    """While active, nothing casts an fp64 tensor down to fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if func in (Tensor.to, Tensor.type):
+                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if func in (Tensor.to, functional.softmax, torch.softmax) and kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
