@@ -45,6 +45,9 @@ class Format(Protocol):
     def quant_method(self) -> str:
         """The loader that reads it, as ``quantization_config`` names it."""
 
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Raise ``FormatError`` with the reason when this format cannot hold the scheme, whatever the shape."""
+
     def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
         """Raise ``FormatError`` with the reason when this format cannot hold a [N, K] matrix in this scheme."""
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qconvert.core.errors import PlanError
+from qconvert.core.errors import FormatError, PlanError
 from qconvert.core.scheme import Group, Scheme
 from qconvert.formats.table import format_named
 
@@ -182,7 +182,10 @@ def _check_alone(decision: ModuleDecision) -> None:
         raise PlanError(f"{decision.name} stacks experts; engines read quantized experts one by one: split it first")
     if decision.scheme is None or decision.format is None:
         raise PlanError(f"{decision.name} is to be quantized, but no format is named")
-    format_named(decision.format).check(decision.scheme, decision.shape)
+    try:
+        format_named(decision.format).check(decision.scheme, decision.shape)
+    except FormatError as reason:
+        raise FormatError(f"{decision.name}: {reason}") from reason
     expert = _EXPERT.match(decision.name)
     if expert is not None and isinstance(decision.scheme.blocking, Group):
         rows, cols = decision.shape

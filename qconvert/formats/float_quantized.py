@@ -24,7 +24,7 @@ class FloatQuantized:
     name: str = "float-quantized"
     quant_method: str = "compressed-tensors"
 
-    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
+    def check_scheme(self, scheme: Scheme) -> None:
         """Raise ``FormatError`` unless the scheme is FP8 per channel with dynamic FP8 activations per token."""
         if scheme.grid != Float(kind="e4m3fn") or scheme.blocking != Channel():
             raise FormatError(f"{self.name} holds fp8 with one scale per channel, not {scheme}")
@@ -33,6 +33,10 @@ class FloatQuantized:
             raise FormatError(f"{self.name} needs dynamic fp8 activations per token, not {scheme}")
         if not scheme.scale.dtype.is_weight or scheme.scale.second is not None:
             raise FormatError(f"{self.name} holds one BF16, F16 or F32 scale per row, not {scheme.scale}")
+
+    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
+        """As ``check_scheme``: every shape fits."""
+        self.check_scheme(scheme)
 
     def row_block(self, scheme: Scheme) -> int:
         """1: rows are independent."""

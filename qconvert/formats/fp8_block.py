@@ -28,12 +28,8 @@ class Fp8Block:
     name: str = "fp8-block"
     quant_method: str = "fp8"
 
-    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
-        """Raise ``FormatError`` unless the scheme is FP8 in 128 x 128 tiles with dynamic activations per 128 inputs.
-
-        Transformers takes N / (number of tile rows) for a tile's height: a matrix with partial tiles would load
-        with wrong numbers and no error.
-        """
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Raise ``FormatError`` unless the scheme is FP8 in 128 x 128 tiles, dynamic activations per 128 inputs."""
         if scheme.grid != Float(kind="e4m3fn") or scheme.blocking != TILE:
             raise FormatError(f"{self.name} holds fp8 in {TILE.rows} x {TILE.cols} tiles, not {scheme}")
         activation = scheme.activation
@@ -41,6 +37,14 @@ class Fp8Block:
             raise FormatError(f"{self.name} needs dynamic fp8 activations per {TILE.cols} inputs, not {scheme}")
         if scheme.scale.dtype not in (DType.BF16, DType.F32) or scheme.scale.second is not None:
             raise FormatError(f"{self.name} holds one BF16 or F32 scale per tile, not {scheme.scale}")
+
+    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
+        """Raise ``FormatError`` unless tiles divide the matrix.
+
+        Transformers takes N / (number of tile rows) for a tile's height: a matrix with partial tiles would load
+        with wrong numbers and no error.
+        """
+        self.check_scheme(scheme)
         rows, cols = shape
         if rows % TILE.rows or cols % TILE.cols:
             raise FormatError(f"tiles of {TILE.rows} x {TILE.cols} do not divide a {rows} x {cols} matrix")

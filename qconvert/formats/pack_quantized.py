@@ -31,23 +31,25 @@ class PackQuantized:
     name: str = "pack-quantized"
     quant_method: str = "compressed-tensors"
 
-    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
-        """Raise ``FormatError`` unless int4 or int8 codes per channel or group fill whole words."""
-        rows, cols = shape
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Raise ``FormatError`` unless the scheme is int4 or int8 weights, 16-bit activations, per channel or group."""
         if not isinstance(scheme.grid, Int) or scheme.grid.bits not in (4, 8):
             raise FormatError(f"{self.name} holds 4- and 8-bit integers, not {scheme.grid}")
+        if not isinstance(scheme.blocking, Group | Channel):
+            raise FormatError(f"{self.name} has scales per channel or group, not {scheme.blocking}")
         if scheme.activation.kind != "none":
             raise FormatError(f"{self.name} is for 16-bit activations, not for {scheme}")
         if not scheme.scale.dtype.is_weight or scheme.scale.second is not None:
             raise FormatError(f"{self.name} holds one BF16, F16 or F32 scale per block, not {scheme.scale}")
-        match scheme.blocking:
-            case Group(size=size) if cols % size:
-                raise FormatError(f"groups of {size} do not divide the {cols} columns of a {rows} x {cols} matrix")
-            case Group() | Channel():
-                pass
-            case _:
-                raise FormatError(f"{self.name} has scales per channel or group, not {scheme.blocking}")
-        per_word = 32 // scheme.grid.bits
+
+    def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
+        """Raise ``FormatError`` unless groups divide the rows and codes and zero points fill whole words."""
+        self.check_scheme(scheme)
+        rows, cols = shape
+        if isinstance(scheme.blocking, Group) and cols % scheme.blocking.size:
+            size = scheme.blocking.size
+            raise FormatError(f"groups of {size} do not divide the {cols} columns of a {rows} x {cols} matrix")
+        per_word = 32 // scheme.weight_bits
         if cols % per_word:
             raise FormatError(f"{self.name} packs {per_word} codes in a word, which does not divide {cols} columns")
         if not scheme.symmetric and rows % per_word:
