@@ -22,11 +22,19 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.arch": {"qconvert.core", "reference_model.config", "reference_model.presets"},
     "qconvert.io": {"qconvert.core"},
     "qconvert.numerics": {"qconvert.core"},
-    "qconvert.transform": {"qconvert.core", "qconvert.arch"},
+    "qconvert.transform": {"qconvert.core", "qconvert.arch", "reference_model.config"},
     "qconvert.formats": {"qconvert.core", "qconvert.arch", "qconvert.numerics.packing"},
-    "qconvert.plan": {"qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats"},
+    "qconvert.plan": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
+        "reference_model.config",
+    },
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
     "qconvert.run": {"qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats"},
+    "qconvert.memory": set(),
+    "qconvert.manifest": {"qconvert.core", "qconvert.run"},
+    "qconvert.convert": {
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
+    },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
         "reference_model.load", "reference_model.config",
@@ -134,7 +142,8 @@ def test_only_the_console_catches_everything() -> None:
         if name == "qconvert.cli.console":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ExceptHandler):
+            # Cleaning up and raising again catches nothing.
+            if isinstance(node, ast.ExceptHandler) and ast.unparse(node.body[-1]) != "raise":
                 caught = ast.unparse(node.type) if node.type else "everything"
                 assert caught not in {"everything", "Exception", "BaseException"}, f"{name}:{node.lineno}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ class Plan:
     policy_hash: str
     config: dict[str, Any]
     side_files: tuple[str, ...] = ()
+
+    @property
+    def config_bytes(self) -> bytes:
+        """The content of the output's ``config.json``."""
+        return (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()
 
     def decisions(self) -> Iterator[tuple[str, str, str, int, int]]:
         """(role path, action, reason, tensors, output bytes), one line per kind of decision, in plan order."""

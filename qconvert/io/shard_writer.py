@@ -135,7 +135,7 @@ class ShardWriter:
             hashes = {name: self._read_back(written) for name, written in self._written.items()}
             self._close()
             for name, content in chain(self._index().items(), extra.items()):
-                self._add(name, content)
+                self._add(name, content(hashes) if callable(content) else content)
             self._folder.publish()
         except BaseException:
             self.abort()

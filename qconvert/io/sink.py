@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 Bytes = bytes | bytearray | memoryview
-Extra = Mapping[str, "bytes | Path"]
-"""Files beside the weights: name -> content, or the path of a file to copy."""
+Content = bytes | Path | Callable[[Mapping[str, str]], bytes]
+"""A file's bytes, the path of a file to copy, or what makes the bytes from the hashes of all tensors."""
+
+Extra = Mapping[str, Content]
+"""Files beside the weights by name."""
 
 
 class Sink(Protocol):

@@ -9,9 +9,7 @@ from qconvert.core.dtypes import DType
 from qconvert.core.plan import Layout, dtype_bytes
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.io.safetensors_header import serialize_header
-
-METADATA = {"format": "pt"}
-"""Header metadata that transformers asks for."""
+from qconvert.io.shard_writer import PYTORCH_METADATA
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -61,5 +59,5 @@ def _place(tensors: Sequence[OutputTensor], shard: str) -> list[TensorInfo]:
             TensorInfo(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, shard=shard, begin=offset, end=end)
         )
         offset = end
-    header = len(serialize_header(relative, METADATA))
+    header = len(serialize_header(relative, PYTORCH_METADATA))
     return [replace(info, begin=info.begin + header, end=info.end + header) for info in relative]

@@ -1,0 +1,101 @@
+"""A whole conversion: open, plan, execute, record. What the command line calls and what Python users call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qconvert.core.errors import PlanError
+from qconvert.core.plan import Plan
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.shard_writer import ShardWriter
+from qconvert.manifest import MANIFEST_FILE, manifest, manifest_bytes
+from qconvert.memory import resident_bytes
+from qconvert.plan.builder import build_plan
+from qconvert.plan.layout import DEFAULT_SHARD_BYTES
+from qconvert.plan.policy import Policy
+from qconvert.run import Progress, run
+
+DEFAULT_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """A finished conversion.
+
+    Attributes:
+        record: what `qconvert.json` in the output holds.
+        bytes_before: bytes of the source's tensors.
+        bytes_after: bytes of the output's tensors.
+    """
+
+    out: Path
+    plan: Plan
+    record: Mapping[str, Any]
+    bytes_before: int
+    bytes_after: int
+
+
+def plan_conversion(source: Path, policy: Policy, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+    """Decide what happens to every tensor of ``source``; reads headers only.
+
+    Raises:
+        SourceError: ``source`` is no checkpoint that can be converted.
+        PlanError: the policy asks for something impossible.
+        FormatError: a matrix does not fit the format of its scheme.
+    """
+    with Checkpoint.open(source) as checkpoint:
+        return build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+
+
+def convert(
+    source: Path,
+    out: Path,
+    policy: Policy,
+    *,
+    jobs: int = 2,
+    max_memory: int = DEFAULT_MEMORY,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> Conversion:
+    """Convert ``source`` into the new folder ``out``, which appears whole or not at all.
+
+    Args:
+        source: folder with a checkpoint.
+        out: folder that does not exist yet.
+        policy: decides every tensor.
+        jobs: steps that run at once; the bytes do not depend on it.
+        max_memory: bytes that the whole process may hold.
+        shard_bytes: largest output file.
+        progress: called with source bytes done and in all.
+
+    Raises:
+        SourceError, PlanError, FormatError, OutputError, DataError: see ``plan_conversion`` and ``run``.
+    """
+    with Checkpoint.open(source) as checkpoint:
+        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+        before = sum(info.nbytes for info in checkpoint.tensors.values())
+        left = max_memory - resident_bytes()
+        if left <= 0:
+            raise PlanError(
+                f"the process holds {resident_bytes() / 2**20:.0f} MiB before it starts, more than the limit of "
+                f"{max_memory / 2**20:.0f} MiB: raise --max-memory"
+            )
+        with ShardWriter(out, plan.layout) as sink:
+            losses = run(plan, checkpoint, sink, jobs=jobs, memory=left, progress=progress)
+            record: dict[str, Any] = {}
+
+            def write_manifest(hashes: Mapping[str, str]) -> bytes:
+                record.update(manifest(plan, losses, hashes))
+                return manifest_bytes(record)
+
+            sink.finish(
+                {
+                    **{name: source / name for name in plan.side_files},
+                    "config.json": plan.config_bytes,
+                    MANIFEST_FILE: write_manifest,
+                }
+            )
+    return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)

@@ -1,0 +1,157 @@
+"""Checkpoint and policy -> plan: every tensor decided, every output byte placed, every rule of the engines checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from qconvert.arch.census import check
+from qconvert.arch.families import read_config, reject_quantized
+from qconvert.arch.names import Naming, module_of, name_of
+from qconvert.arch.shapes import STACKED, kept_by_nature
+from qconvert.core.errors import FormatError, PlanError, SourceError
+from qconvert.core.plan import Keep, Plan, Quantize, Slice, Step
+from qconvert.core.role import Kind, TensorRole
+from qconvert.core.tensor_info import TensorInfo
+from qconvert.formats.engine_rules import ModuleDecision
+from qconvert.formats.quantization_config import quantization_config
+from qconvert.formats.table import format_for, format_named
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
+from qconvert.plan.policy import Policy
+from qconvert.plan.row_blocks import peak_bytes
+from qconvert.transform.experts import unstack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrix:
+    """A tensor, or one expert's part of a stacked one, before it is decided."""
+
+    info: TensorInfo
+    role: TensorRole
+    part: Slice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = self.part.end - self.part.begin
+        whole = rows * self.width == self.info.numel
+        return self.info.shape if whole else (rows, self.width)
+
+    @property
+    def width(self) -> int:
+        return self.info.shape[-1] if len(self.info.shape) > 1 else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decided:
+    step: Step
+    outputs: tuple[OutputTensor, ...]
+    module: ModuleDecision | None
+
+
+def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+    """Decide every tensor of ``checkpoint`` and place every byte of the output; reads headers only.
+
+    Stacked experts are split where any of them is quantized, and stay stacked otherwise. Steps and outputs come in
+    the order of the source's bytes.
+
+    Raises:
+        SourceError: another architecture, tensors missing, unknown or misshapen, or quantized already.
+        PlanError: a rule rounds what cannot be rounded, or an engine would not read the output.
+        FormatError: a matrix does not fit the format of its scheme.
+    """
+    reject_quantized(checkpoint.config, checkpoint.path, checkpoint.tensors)
+    config = read_config(checkpoint.config, checkpoint.path)
+    try:
+        census = check(checkpoint.tensors, config)
+    except SourceError as error:
+        raise SourceError(f"{checkpoint.path}: {error}") from None
+    decided = [
+        _decide(matrix, policy, census.naming)
+        for name, role in census.roles.items()
+        for matrix in _matrices(census.tensors[name], role, policy)
+    ]
+    modules = [one.module for one in decided if one.module is not None]
+    if not any(module.scheme is not None for module in modules):
+        raise PlanError("the policy quantizes nothing: no rule with a scheme matches a tensor")
+    return Plan(
+        steps=tuple(one.step for one in decided),
+        layout=lay_out([one.outputs for one in decided], shard_bytes),
+        source_hash=checkpoint.header_hash,
+        policy_hash=policy.hash,
+        config={**checkpoint.config, "quantization_config": quantization_config(modules)},
+        side_files=tuple(file.name for file in checkpoint.side_files),
+    )
+
+
+def _matrices(info: TensorInfo, role: TensorRole, policy: Policy) -> Iterator[_Matrix]:
+    if role.kind in STACKED and role.expert is None:
+        experts = list(unstack(info, role))
+        if any(policy.decide(expert).scheme is not None for expert, _ in experts):
+            for expert, part in experts:
+                yield _Matrix(info=info, role=expert, part=part)
+            return
+    width = info.shape[-1] if len(info.shape) > 1 else 1
+    yield _Matrix(info=info, role=role, part=Slice(tensor=info.name, begin=0, end=info.numel // width))
+
+
+def _decide(matrix: _Matrix, policy: Policy, naming: Naming) -> _Decided:
+    rule = policy.decide(matrix.role)
+    name = name_of(matrix.role, naming)
+    if rule.scheme is None:
+        return _keep(matrix, name, rule.reason)
+    natural = kept_by_nature(matrix.role)
+    if natural is not None:
+        raise PlanError(
+            f"the policy's rule {rule.match!r} rounds {name} to {rule.scheme}, but that is {natural}: "
+            "put a rule with 'keep = true' for it before"
+        )
+    return _quantize(matrix, module_of(name), Quantize(
+        reason=rule.reason, module=module_of(name), scheme=rule.scheme,
+        format=format_for(rule.scheme).name, search=rule.search,
+    ))  # fmt: skip
+
+
+def _keep(matrix: _Matrix, name: str, reason: str) -> _Decided:
+    info = matrix.info
+    rows = matrix.part.end - matrix.part.begin
+    step = Step(
+        inputs=(matrix.part,),
+        role=matrix.role,
+        action=Keep(reason=reason, name=name),
+        outputs=(name,),
+        peak_bytes=peak_bytes(rows, matrix.width, 1, info.dtype.itemsize, rounding=False),
+    )
+    outputs = (OutputTensor(name=name, dtype=info.dtype, shape=matrix.shape),)
+    return _Decided(step=step, outputs=outputs, module=_kept_module(matrix, name))
+
+
+def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
+    """What the engines' lists must say of a kept tensor; vectors, tables and convolutions are no linear modules."""
+    linear_by_nature = matrix.role.kind in (Kind.ROUTER, Kind.SHARED_EXPERT_GATE)
+    if kept_by_nature(matrix.role) is not None and not linear_by_nature:
+        return None
+    rows, cols = matrix.shape[-2:]
+    stacked = matrix.shape[0] if len(matrix.shape) == 3 else 0
+    return ModuleDecision(name=module_of(name), shape=(rows, cols), stacked=stacked)
+
+
+def _quantize(matrix: _Matrix, module: str, action: Quantize) -> _Decided:
+    shape = (prod(matrix.shape[:-1]), matrix.shape[-1])
+    form = format_named(action.format)
+    try:
+        parts = form.parts(action.scheme, shape)
+    except FormatError as error:
+        raise FormatError(f"{module} cannot be stored as {action.scheme}: {error}") from None
+    outputs = tuple(OutputTensor(name=f"{module}.{part.suffix}", dtype=part.dtype, shape=part.shape) for part in parts)
+    multiple = form.row_block(action.scheme)
+    step = Step(
+        inputs=(matrix.part,),
+        role=matrix.role,
+        action=action,
+        outputs=tuple(output.name for output in outputs),
+        peak_bytes=peak_bytes(*shape, multiple, matrix.info.dtype.itemsize, rounding=True),
+    )
+    decision = ModuleDecision(name=module, shape=shape, scheme=action.scheme, format=action.format)
+    return _Decided(step=step, outputs=outputs, module=decision)
