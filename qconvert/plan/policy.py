@@ -23,7 +23,7 @@ import tomlkit
 import xxhash
 from tomlkit.exceptions import TOMLKitError
 
-from qconvert.core.errors import UsageError
+from qconvert.core.errors import PlanError, UsageError
 from qconvert.core.role import TensorRole
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
 
@@ -61,8 +61,15 @@ class Policy:
     rules: tuple[Rule, ...]
 
     def decide(self, role: TensorRole) -> Rule:
-        """The first rule that matches; the default rules end with one that matches everything."""
-        return next(rule for rule in self.rules if rule.matches(role))
+        """The first rule that matches.
+
+        Raises:
+            PlanError: none does.
+        """
+        for rule in self.rules:
+            if rule.matches(role):
+                return rule
+        raise PlanError(f"no rule of the policy decides {role}")
 
     @property
     def hash(self) -> str:

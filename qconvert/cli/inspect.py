@@ -1,0 +1,120 @@
+"""`qconvert inspect`: what a checkpoint holds and what each scheme would make of it, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qconvert.arch.census import Census, check
+from qconvert.arch.families import describe, read_config
+from qconvert.cli import console
+from qconvert.cli.options import Json
+from qconvert.convert import plan_conversion
+from qconvert.core.errors import FormatError, PlanError, SourceError
+from qconvert.core.role import Section
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.hub import resolve
+from qconvert.plan.policy import default_policy, scheme_named
+
+_OFFERED: tuple[tuple[str, int | None], ...] = (
+    ("int4", 32),
+    ("int4", 128),
+    ("int8", None),
+    ("fp8", None),
+    ("fp8-block", None),
+)
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a hub id ORG/NAME.")],
+    json: Json = False,
+) -> None:
+    """Show architecture, counts, bytes by role, and the size that each scheme would give.
+
+    Reads headers only, whatever the checkpoint's size.
+
+    Example:
+
+      qconvert inspect ./Qwen3.5-35B-A3B
+    """
+
+    def call() -> int:
+        folder = resolve(source)
+        with Checkpoint.open(folder) as checkpoint:
+            config = read_config(checkpoint.config, folder)
+            try:
+                census = check(checkpoint.tensors, config)
+            except SourceError as error:
+                raise SourceError(f"{folder}: {error}") from None
+        sizes = _sizes(folder)
+        if json:
+            console.show_json(_document(census, sizes))
+        else:
+            _show(folder, census, sizes)
+        return 0
+
+    raise typer.Exit(console.guarded(call))
+
+
+def _sizes(folder: Path) -> dict[str, int | str]:
+    """Output bytes by scheme, or why the scheme is impossible."""
+    sizes: dict[str, int | str] = {}
+    for name, group in _OFFERED:
+        label = name if group is None else f"{name} --group {group}"
+        try:
+            sizes[label] = plan_conversion(folder, default_policy(scheme_named(name, group=group))).layout.nbytes
+        except (PlanError, FormatError) as error:
+            sizes[label] = str(error)
+    return sizes
+
+
+def _document(census: Census, sizes: dict[str, int | str]) -> dict[str, Any]:
+    return {
+        "architecture": describe(census.config),
+        "parameters": census.parameters(),
+        "parameters_by_section": {section.value: census.parameters(section) for section in Section},
+        "active_parameters": census.active_parameters,
+        "bytes": census.nbytes,
+        "roles": [asdict(line) for line in census.lines()],
+        "notes": list(census.notes),
+        "schemes": {
+            label: {"bytes": size} if isinstance(size, int) else {"impossible": size} for label, size in sizes.items()
+        },
+    }
+
+
+def _show(folder: Path, census: Census, sizes: dict[str, int | str]) -> None:
+    text = census.config.text
+    full = text.layer_types.count("full_attention")
+    console.say(f"[bold]{describe(census.config)}[/]  {folder}")
+    console.say(
+        f"{census.parameters() / 1e9:.3g} B parameters, {census.active_parameters / 1e9:.3g} B active per token; "
+        f"{text.num_hidden_layers} layers ({text.num_hidden_layers - full} linear, {full} full attention), "
+        f"{text.num_experts} experts top-{text.num_experts_per_tok}, {census.mtp_layers} MTP layers"
+    )
+    for line in census.notes:
+        console.say(f"[yellow]note:[/] {line}")
+    table = Table("role", "type", "tensors", "parameters", "bytes", "share", title="Bytes by role")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in census.lines():
+        table.add_row(
+            row.path,
+            row.dtype,
+            f"{row.tensors:,}",
+            f"{row.parameters:,}",
+            console.gigabytes(row.nbytes),
+            f"{row.nbytes / census.nbytes:.1%}",
+        )
+    console.show(table)
+    table = Table("quantize --scheme", "bytes", "of the original", title="What each scheme would give")
+    for label, size in sizes.items():
+        if isinstance(size, int):
+            table.add_row(label, console.gigabytes(size), f"{size / census.nbytes:.1%}")
+        else:
+            table.add_row(label, "impossible", size)
+    console.show(table)

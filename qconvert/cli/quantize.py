@@ -1,0 +1,115 @@
+"""`qconvert quantize`: a checkpoint in fewer bits."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from qconvert.cli import console
+from qconvert.cli.options import Json, parse_size
+from qconvert.convert import Conversion, convert, plan_conversion
+from qconvert.core.plan import Plan
+from qconvert.io.hub import resolve
+from qconvert.plan.document import plan_document
+from qconvert.plan.policy import SCHEME_NAMES, Policy, default_policy, read_rules, scheme_named
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a hub id ORG/NAME.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; it appears whole or not at all.")],
+    scheme: Annotated[
+        str, typer.Option(help=f"How routed experts are rounded: {', '.join(SCHEME_NAMES)}.")
+    ] = "int4",
+    group: Annotated[int | None, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128 (default).")] = None,
+    asymmetric: Annotated[bool, typer.Option(help="int4 with zero points; fewer engines read it.")] = False,
+    search: Annotated[
+        bool, typer.Option(help="Choose every scale by least squared error: slower, a little better.")
+    ] = False,
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML of ordered rules that are tried before the default ones.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")
+    ] = min(os.cpu_count() or 1, 8),
+    max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
+    json: Json = False,
+) -> None:
+    """Round a checkpoint to int4, int8 or fp8, tensor by tensor.
+
+    Routed experts are rounded; everything else is carried bit for bit unless a policy says otherwise. Every tensor
+    has a decision with a reason: see it with --dry-run.
+
+    Examples:
+
+      qconvert quantize ./Qwen3.5-35B-A3B ./int4 --scheme int4 --group 128
+
+      qconvert quantize ./Qwen3.5-35B-A3B ./mixed --policy attention-int8.toml --dry-run
+    """
+
+    def call() -> int:
+        rules = default_policy(
+            scheme_named(scheme, group=group, symmetric=not asymmetric),
+            search=search,
+            rules=() if policy is None else read_rules(policy, search=search),
+        )
+        limit, shard_bytes = parse_size(max_memory), parse_size(max_shard_size)
+        folder = resolve(source)
+        if dry_run:
+            plan = plan_conversion(folder, rules, shard_bytes=shard_bytes)
+            if json:
+                console.show_json(plan_document(plan))
+            else:
+                _show_plan(plan)
+            return 0
+        _convert(folder, out, rules, jobs, limit, shard_bytes, json=json)
+        return 0
+
+    raise typer.Exit(console.guarded(call))
+
+
+def _convert(
+    source: Path, out: Path, policy: Policy, jobs: int, limit: int, shard_bytes: int, *, json: bool
+) -> Conversion:
+    start = time.perf_counter()
+    with console.progress(in_bytes=True, quiet=json) as advance:
+        done = convert(
+            source, out, policy, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
+            progress=lambda now, total: advance("rounding", now, total),
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    if json:
+        console.show_json(
+            {
+                "out": str(out),
+                "bytes_before": done.bytes_before,
+                "bytes_after": done.bytes_after,
+                "seconds": round(seconds, 3),
+                **{key: done.record[key] for key in ("source_hash", "policy_hash", "decisions", "sqnr_db")},
+            }
+        )
+        return done
+    _show_plan(done.plan)
+    for path, value in done.record["sqnr_db"].items():
+        console.say(f"{path}: signal to rounding error {'exact' if value is None else f'{value:.2f} dB'}")
+    console.say(
+        f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)} in {seconds:.1f} s "
+        f"({done.bytes_before / 1e9 / seconds:.2f} GB/s): [bold]{out}[/]"
+    )
+    console.say(f"Next: qconvert parity {source} {out}")
+    return done
+
+
+def _show_plan(plan: Plan) -> None:
+    table = Table("role", "action", "tensors", "bytes", "reason", title="Plan")
+    for column in (2, 3):
+        table.columns[column].justify = "right"
+    for role, action, reason, tensors, nbytes in plan.decisions():
+        table.add_row(role, action, f"{tensors:,}", console.gigabytes(nbytes), reason)
+    console.show(table)

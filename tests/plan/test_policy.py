@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qconvert.arch.shapes import expected_roles
+from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
+from qconvert.core.scheme import INT8, int4
+from qconvert.plan.policy import SCHEME_NAMES, Policy, default_policy, read_rules, scheme_named
+from reference_model.config import ModelConfig
+from tests.checkpoints import tiny_config
+
+
+def role(kind: Kind, layer: int = 0, section: Section = Section.TEXT) -> TensorRole:
+    return TensorRole(section=section, kind=kind, layer=layer)
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "policy.toml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_by_default_only_routed_experts_of_the_decoder_are_rounded(stacked: bool) -> None:
+    config = ModelConfig.from_dict(tiny_config())
+    policy = default_policy(int4())
+    for one in expected_roles(config, stacked=stacked):
+        rule = policy.decide(one)
+        assert (rule.scheme is not None) == (one.section is Section.TEXT and one.kind in EXPERT_KINDS), one
+        assert rule.reason
+
+
+def test_a_role_that_no_rule_decides_is_an_error() -> None:
+    with pytest.raises(PlanError, match=r"text\.norm"):
+        Policy(rules=()).decide(role(Kind.NORM))
+
+
+def test_the_first_rule_that_matches_decides(tmp_path: Path) -> None:
+    rules = read_rules(
+        write(
+            tmp_path,
+            """
+            [[rule]]
+            match = "text.expert.*"
+            layers = "0-1,3"
+            keep = true
+            reason = "first layers"
+            [[rule]]
+            match = "text.attention.*"
+            scheme = "int8"
+            """,
+        )
+    )
+    policy = default_policy(int4(32), rules=rules)
+    kept = [layer for layer in range(5) if policy.decide(role(Kind.EXPERT_DOWN, layer)).scheme is None]
+    assert kept == [0, 1, 3]
+    assert policy.decide(role(Kind.EXPERT_DOWN)).reason == "first layers"
+    assert policy.decide(role(Kind.ATTENTION_KEY)).scheme == INT8
+    assert policy.decide(role(Kind.LINEAR_Z)).scheme is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rule = 3", "[[rule]]"),
+        ("[[rule]]\nmatch = 'a'", "either 'scheme' or 'keep = true'"),
+        ("[[rule]]\nkeep = true", "no 'match'"),
+        ("[[rule]]\nmatch = 'a'\nscheme = 'int3'", "int4, int8, fp8, fp8-block"),
+        ("[[rule]]\nmatch = 'a'\nscheme = 'int8'\ngroup = 32", "no groups"),
+        ("[[rule]]\nmatch = 'a'\nscheme = 'int4'\ngroup = 33", "32, 64 or 128"),
+        ("[[rule]]\nmatch = 'a'\nkeep = true\nlayers = '1-'", "0-3,39"),
+        ("[[rule]]\nmatch = 'a'\nkeep = true\nlayer = 1", "unknown key 'layer'"),
+        ("[[rule]]\nmatch = 'a'\nkeep = 1", "expected bool"),
+        ("[[rule]]\nmatch = 'a'\nkeep = true\nsearch = true", "takes no"),
+        ("[[rule", "not TOML"),
+    ],
+)
+def test_a_malformed_policy_is_one_error_that_names_the_rule(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        read_rules(write(tmp_path, text))
+    assert said in str(raised.value)
+    assert "policy.toml" in str(raised.value)
+
+
+def test_the_hash_changes_with_every_rule() -> None:
+    policies = [default_policy(scheme_named(name)) for name in SCHEME_NAMES]
+    policies += [default_policy(int4(32)), default_policy(int4(symmetric=False)), default_policy(int4(), search=True)]
+    assert len({policy.hash for policy in policies}) == len(policies)

@@ -1,0 +1,165 @@
+"""Whole conversions: the same bytes whatever the threads, nothing visible after a failure, nothing lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qconvert.convert import convert
+from qconvert.core.errors import DataError, OutputError, PlanError, QconvertError
+from qconvert.core.scheme import int4
+from qconvert.plan import row_blocks
+from qconvert.plan.policy import Policy, Rule, default_policy, scheme_named
+from tests.checkpoints import Layout, make_tiny
+
+POLICIES: dict[str, tuple[Policy, int]] = {
+    "int4": (default_policy(int4(32)), 32),
+    "int4-asym": (default_policy(int4(32, symmetric=False)), 32),
+    "int4-search": (default_policy(int4(32), search=True), 32),
+    "int8": (default_policy(scheme_named("int8")), 32),
+    "fp8": (default_policy(scheme_named("fp8")), 32),
+    "fp8-block": (default_policy(scheme_named("fp8-block")), 128),
+}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_bytes_do_not_depend_on_jobs_or_block_size(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, group = POLICIES[name]
+    make_tiny(tmp_path / "src", group=group)
+    convert(tmp_path / "src", tmp_path / "one", policy, jobs=1)
+    convert(tmp_path / "src", tmp_path / "many", policy, jobs=5)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 1024)
+    convert(tmp_path / "src", tmp_path / "blocks", policy, jobs=3)
+    assert digest(tmp_path / "one") == digest(tmp_path / "many")
+    blocks, whole = digest(tmp_path / "blocks"), digest(tmp_path / "one")
+    for file in whole:
+        if file != "qconvert.json":  # error sums are added up block by block there
+            assert blocks[file] == whole[file], file
+
+
+@pytest.mark.parametrize("layout", ["fused", "per-expert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kept_tensors_are_carried_bit_for_bit(tmp_path: Path, layout: Layout, dtype: torch.dtype) -> None:
+    make_tiny(tmp_path / "src", layout=layout, dtype=dtype)
+    done = convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    before, after = tensors(tmp_path / "src"), tensors(tmp_path / "out")
+    experts = {name for name in before if ".mlp.experts." in name and not name.startswith("mtp.")}
+    kept = set(before) - experts
+    assert kept
+    for name in kept:
+        assert after[name].dtype == before[name].dtype
+        assert torch.equal(after[name], before[name]), name
+    assert set(done.record["xxh3_128"]) == set(after)
+    assert done.bytes_after == sum(t.nbytes for t in after.values())
+
+
+def test_side_files_come_along_and_metadata_is_there(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "src")
+    (tmp_path / "src" / "tokenizer.json").write_text("{}")
+    (tmp_path / "src" / "chat_template.jinja").write_text("hello")
+    (tmp_path / "src" / "code.py").write_text("raise SystemExit")
+    convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    names = set(os.listdir(tmp_path / "out"))
+    assert {"tokenizer.json", "chat_template.jinja", "config.json", "qconvert.json"} <= names
+    assert "code.py" not in names
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["mlp.experts.gate_up_proj", "linear_attn.in_proj_z.weight", "mtp.norm.weight"])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(tmp_path: Path, value: float, where: str) -> None:
+    make_tiny(tmp_path / "src", shards=1)
+    file = tmp_path / "src" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(where))
+    weights[name].view(-1)[-3] = value
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(DataError) as raised:
+        convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    assert name in str(raised.value)
+    assert "model.safetensors" in str(raised.value)
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_an_existing_output_is_never_touched(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "src")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(OutputError, match="out"):
+        convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    assert os.listdir(tmp_path / "out") == ["precious"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "src"]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "rename", "ftruncate"])
+def test_a_refusing_disk_is_one_error_and_leaves_nothing(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny(tmp_path / "src")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in {"pwrite": ("pwrite", "pwritev"), "rename": ("rename", "replace")}.get(call, (call,)):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(OutputError, match=r"[Nn]o space|full"):
+        convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_a_limit_below_the_largest_step_is_refused_before_writing(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "src")
+    with pytest.raises(PlanError, match="--max-memory"):
+        convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)), max_memory=1000)
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_the_record_names_every_decision(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "src")
+    rule = Rule(match="text.shared_expert.*", scheme=scheme_named("int8"), reason="because")
+    convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32), rules=(rule,)))
+    record = json.loads((tmp_path / "out" / "qconvert.json").read_text())
+    decided = {line["role"]: line for line in record["decisions"]}
+    assert decided["text.shared_expert.up"]["reason"] == "because"
+    assert decided["text.expert.down"]["action"].startswith("int4-g32-sym")
+    assert sum(line["bytes"] for line in record["decisions"]) == sum(
+        t.nbytes for t in tensors(tmp_path / "out").values()
+    )
+    assert all(line["reason"] for line in record["decisions"])
+
+
+def test_a_source_that_shrinks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny(tmp_path / "src", shards=1)
+    file = tmp_path / "src" / "model.safetensors"
+    from qconvert import convert as module
+
+    def shrink_then_run(*args: object, **options: object) -> object:
+        os.truncate(file, file.stat().st_size // 2)
+        return original(*args, **options)  # type: ignore[arg-type]
+
+    original = module.run
+    monkeypatch.setattr(module, "run", shrink_then_run)
+    with pytest.raises(QconvertError, match=r"model\.safetensors"):
+        convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    assert os.listdir(tmp_path) == ["src"]
