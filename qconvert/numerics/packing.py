@@ -33,7 +33,8 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         # Bits above the low four are the sign's copies; the shift drops those of the high code.
         raw = (raw[:, 0::2] & 0xF).bitwise_or_(raw[:, 1::2] << 4)
-    return raw.contiguous().view(torch.int32)
+    # Through one dimension: a single row may have any stride, which a view of another width refuses.
+    return raw.reshape(-1).view(torch.int32).view(raw.shape[0], -1)
 
 
 def unpack_int32(packed: Tensor, bits: int, cols: int, *, signed: bool = True) -> Tensor:
@@ -54,7 +55,7 @@ def unpack_int32(packed: Tensor, bits: int, cols: int, *, signed: bool = True) -
     _check_bits(bits)
     if packed.shape[1] != -(-cols * bits // 32):
         raise ValueError(f"{packed.shape[1]} words of 32 bits do not hold {cols} codes of {bits} bits")
-    raw = packed.contiguous().view(torch.uint8)
+    raw = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], -1)
     if bits == 4:
         raw = torch.stack((raw & 0xF, raw >> 4), dim=-1).view(raw.shape[0], -1)
     raw = raw[:, :cols]

@@ -1,0 +1,200 @@
+"""Weights of a checkpoint by role or by the reference model's names, dequantized one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from qconvert.arch.names import Naming, name_of, role_of
+from qconvert.core.errors import FormatError, SourceError
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
+from qconvert.core.scheme import Scheme
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.transform.experts import stacked_role
+from qconvert.weights.quantized_view import Problem, QuantizedView, Stored, view
+from reference_model.config import ModelConfig
+from reference_model.load import ExpertWeights
+
+_SHOWN = 20
+
+
+class CheckpointWeights:
+    """A ``WeightSource`` over a checkpoint, plain or quantized, in either expert layout and either naming.
+
+    Attributes:
+        checkpoint: the bytes.
+        view: where everything is.
+    """
+
+    checkpoint: Checkpoint
+    view: QuantizedView
+
+    def __init__(self, checkpoint: Checkpoint, *, round_to: torch.dtype | None = None, strict: bool = True) -> None:
+        """Look at headers and configuration; nothing is read.
+
+        Args:
+            checkpoint: stays open as long as this is used.
+            round_to: type that dequantized matrices pass through, as in an engine that stores them so
+                (transformers: BF16); ``None`` keeps them in float32.
+            strict: refuse a checkpoint that contradicts itself; otherwise look at ``problems``.
+
+        Raises:
+            SourceError: all contradictions between headers, configuration and architecture.
+        """
+        self.checkpoint = checkpoint
+        self.view = view(checkpoint)
+        self._round_to = round_to
+        if strict and self.problems:
+            listed = "\n  ".join(str(problem) for problem in self.problems[:_SHOWN])
+            more = len(self.problems) - _SHOWN
+            raise SourceError(
+                f"{checkpoint.path}: {len(self.problems)} tensors contradict config.json:\n  {listed}"
+                + (f"\n  ... and {more} more" if more > 0 else "")
+            )
+
+    @classmethod
+    def open(cls, path: Path, *, round_to: torch.dtype | None = None, strict: bool = True) -> CheckpointWeights:
+        """Open the checkpoint folder ``path``; see the constructor. Closes with ``close`` or ``with``."""
+        checkpoint = Checkpoint.open(path)
+        try:
+            return cls(checkpoint, round_to=round_to, strict=strict)
+        except BaseException:
+            checkpoint.close()
+            raise
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and layer pattern."""
+        return self.view.config
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What contradicts itself and cannot be read."""
+        return self.view.problems
+
+    @property
+    def stored(self) -> Mapping[TensorRole, Stored]:
+        """Every readable tensor by role, routed experts one matrix each."""
+        return self.view.stored
+
+    def scheme(self, role: TensorRole) -> Scheme | None:
+        """How a matrix is rounded; ``None`` for a plain tensor."""
+        return self._stored(role).scheme
+
+    def raw(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> Tensor:
+        """A plain tensor, or some of its rows, in the type that is stored.
+
+        Raises:
+            KeyError: no such role, or a quantized one.
+        """
+        stored = self._stored(role)
+        rows = stored.plain
+        if rows is None:
+            raise KeyError(f"{role} is quantized")
+        if begin is None and end is None:
+            whole = self.checkpoint.tensors[rows.tensor].shape == stored.shape
+            if whole:
+                return self.checkpoint.read(rows.tensor)
+        first = rows.begin + (begin or 0)
+        last = rows.end if end is None else rows.begin + end
+        return self.checkpoint.read(rows.tensor, first, last)
+
+    def parts(self, role: TensorRole) -> dict[str, Tensor]:
+        """The stored parts of a quantized matrix by suffix; empty for a plain tensor."""
+        return {suffix: self.checkpoint.read(name) for suffix, name in self._stored(role).parts.items()}
+
+    def quantized(self, role: TensorRole) -> QuantizedTensor:
+        """Codes and scales of a quantized matrix.
+
+        Raises:
+            KeyError: no such role, or a plain one.
+            FormatError: parts that contradict each other, or scales that are zero or not finite; names the module.
+        """
+        stored = self._stored(role)
+        if stored.format is None or stored.scheme is None:
+            raise KeyError(f"{role} is not quantized")
+        rows, cols = stored.shape
+        try:
+            return stored.format.unpack(self.parts(role), stored.scheme, (rows, cols))
+        except FormatError as error:
+            raise FormatError(f"{stored.name}: {error}") from None
+
+    def matrix(self, role: TensorRole) -> Tensor:
+        """The float32 values of one tensor in its own shape, whatever is stored.
+
+        Raises:
+            KeyError: no such role.
+            FormatError: a quantized matrix that cannot be read.
+        """
+        if self._stored(role).plain is not None:
+            return self.raw(role).to(torch.float32)
+        values = self.quantized(role).dequantize()
+        return values if self._round_to is None else values.to(self._round_to).to(torch.float32)
+
+    def names(self) -> Collection[str]:
+        """All names that the reference model could ask for: vision tensors are none of them."""
+        return {_model_name(role) for role in self.stored if self._of_model(role)}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the reference model that is not a routed expert's, as stored or dequantized to float32.
+
+        Raises:
+            KeyError: it is not stored.
+        """
+        role = _role(name)
+        if role not in self.stored or not self._of_model(role):
+            raise KeyError(name)
+        return self.raw(role) if self.stored[role].plain is not None else self.matrix(role)
+
+    def expert(self, experts: str, index: int) -> ExpertWeights:
+        """Expert ``index`` of a block of the reference model such as ``layers.0.mlp.experts``.
+
+        Raises:
+            KeyError: one of its matrices is not stored.
+        """
+        gate, up, down = (
+            self.matrix(_role(f"{experts}.{index}.{part}.weight")) for part in ("gate_proj", "up_proj", "down_proj")
+        )
+        return ExpertWeights(gate=gate, up=up, down=down)
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> CheckpointWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stored(self, role: TensorRole) -> Stored:
+        try:
+            return self.stored[role]
+        except KeyError:
+            raise KeyError(f"{self.checkpoint.path} holds no {role}") from None
+
+    def _of_model(self, role: TensorRole) -> bool:
+        if role.kind is Kind.HEAD:
+            return not self.config.text.tie_word_embeddings
+        return role.section is not Section.VISION
+
+
+def _model_name(role: TensorRole) -> str:
+    """The reference model's name: without the decoder's prefix, routed experts as the stacked pair."""
+    whole = stacked_role(role) if role.kind in EXPERT_KINDS else role
+    return name_of(whole, Naming.TEXT).removeprefix(Naming.TEXT.value)
+
+
+def _role(name: str) -> TensorRole:
+    own = name.startswith(("lm_head.", "mtp."))
+    try:
+        return role_of(name if own else Naming.TEXT.value + name)
+    except SourceError:
+        raise KeyError(name) from None
