@@ -56,9 +56,10 @@ class RopeParameters:
         """Read a ``rope_parameters`` block.
 
         Raises:
-            ConfigError: unknown rope type, theta or sections missing, or sections that are not interleaved.
+            ConfigError: unknown rope type, theta or sections missing, sections that are not or cannot be interleaved,
+                or YaRN without its factor and original length.
         """
-        rope_type = block.get("rope_type", "default")
+        rope_type = block.get("rope_type", block.get("type", "default"))
         if rope_type not in ("default", "yarn"):
             raise ConfigError(f"rope_parameters.rope_type is {rope_type!r}; only 'default' and 'yarn' are known")
         for name in ("rope_theta", "mrope_section"):
@@ -69,26 +70,35 @@ class RopeParameters:
                 )
         if block.get("mrope_interleaved", True) is not True:
             raise ConfigError("rope_parameters.mrope_interleaved is false; this architecture interleaves its sections")
-        section = tuple(int(n) for n in block["mrope_section"])
-        if len(section) != 3 or min(section) < 0:
-            raise ConfigError(f"rope_parameters.mrope_section is {list(section)}; expected three counts")
-        if rope_type == "yarn" and block.get("factor") is None:
-            raise ConfigError("rope_parameters.rope_type is 'yarn' but no 'factor' is given")
+        section = block["mrope_section"]
+        if not isinstance(section, (list, tuple)) or len(section) != 3 or not all(_is_count(n) for n in section):
+            raise ConfigError(f"rope_parameters.mrope_section is {section!r}; expected three counts")
+        if 3 * section[1] - 1 > sum(section) or 3 * section[2] > sum(section):
+            # height takes planes 1, 4, 7, ... and width 2, 5, 8, ...: beyond the last plane, engines drop them silently
+            raise ConfigError(
+                f"rope_parameters.mrope_section is {list(section)}: height and width do not fit between the "
+                f"{sum(section)} frequencies, of which each may take every third"
+            )
+        for name in ("factor", "original_max_position_embeddings"):
+            if rope_type == "yarn" and block.get(name) is None:
+                raise ConfigError(
+                    f"rope_parameters.rope_type is 'yarn' but no {name!r} is given: engines would derive it from "
+                    f"another field. A whole block looks like this:\n{RIGHT_ROPE_BLOCK}"
+                )
 
         def number(name: str) -> float | None:
-            value = block.get(name)
-            return None if value is None else float(value)
+            return None if block.get(name) is None else _number(block, name, 0.0, "rope_parameters.")
 
-        original = block.get("original_max_position_embeddings")
+        original = number("original_max_position_embeddings")
         return cls(
             rope_type=rope_type,
-            rope_theta=float(block["rope_theta"]),
-            partial_rotary_factor=float(block.get("partial_rotary_factor", 0.25)),
+            rope_theta=_number(block, "rope_theta", 0.0, "rope_parameters."),
+            partial_rotary_factor=_number(block, "partial_rotary_factor", 0.25, "rope_parameters."),
             mrope_section=(section[0], section[1], section[2]),
             factor=number("factor"),
             original_max_position_embeddings=None if original is None else int(original),
-            beta_fast=float(block.get("beta_fast") or 32.0),
-            beta_slow=float(block.get("beta_slow") or 1.0),
+            beta_fast=number("beta_fast") or 32.0,
+            beta_slow=number("beta_slow") or 1.0,
             attention_factor=number("attention_factor"),
             mscale=number("mscale"),
             mscale_all_dim=number("mscale_all_dim"),
@@ -189,13 +199,13 @@ class TextConfig:
             **sizes,
             layer_types=layer_types_of(block, sizes["num_hidden_layers"]),
             rope=RopeParameters.from_dict(block["rope_parameters"]),
-            rms_norm_eps=float(block.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=int(block.get("max_position_embeddings", 262_144)),
+            rms_norm_eps=_number(block, "rms_norm_eps", 1e-6),
+            max_position_embeddings=int(_number(block, "max_position_embeddings", 262_144)),
             tie_word_embeddings=bool(block.get("tie_word_embeddings", False)),
             attention_bias=bool(block.get("attention_bias", False)),
-            router_aux_loss_coef=float(block.get("router_aux_loss_coef", 0.001)),
-            initializer_range=float(block.get("initializer_range", 0.02)),
-            mtp_num_hidden_layers=int(block.get("mtp_num_hidden_layers", 0)),
+            router_aux_loss_coef=_number(block, "router_aux_loss_coef", 0.001),
+            initializer_range=_number(block, "initializer_range", 0.02),
+            mtp_num_hidden_layers=int(_number(block, "mtp_num_hidden_layers", 0)),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
         )
         config._check()
@@ -348,6 +358,17 @@ _HINTS = {
     "qwen3_next": " (Qwen3-Next stores its DeltaNet projections in another layout)",
     "qwen3_moe": " (Qwen3-MoE has no DeltaNet layers)",
 }
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(block: Mapping[str, Any], name: str, default: float, where: str = "") -> float:
+    value = block.get(name, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ConfigError(f"{where}{name} is {value!r}; expected a number")
+    return float(value)
 
 
 def _size(block: Mapping[str, Any], name: str, where: str = "") -> int:

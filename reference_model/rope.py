@@ -30,7 +30,7 @@ def inverse_frequencies(config: TextConfig) -> tuple[Tensor, float]:
     Plain: ``theta ** (-2i / R)`` and 1 (Su et al. 2021, arXiv 2104.09864). YaRN: see ``_yarn``.
 
     Raises:
-        ConfigError: YaRN without ``original_max_position_embeddings``.
+        ConfigError: YaRN without ``factor`` or ``original_max_position_embeddings``.
     """
     rope = config.rope
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu") / config.rotary_dim
