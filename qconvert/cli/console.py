@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -44,6 +45,15 @@ def note(text: str) -> None:
     _err.print(text, soft_wrap=True)
 
 
+def plain_table(*columns: str) -> Table:
+    """A table without frames; a column that begins with ``>`` is of numbers."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        number = name.startswith(">")
+        table.add_column(name.lstrip(">"), justify="right" if number else "left", no_wrap=number)
+    return table
+
+
 def show(table: Table) -> None:
     """Print a table."""
     _out.print(table)
@@ -60,6 +70,13 @@ def gigabytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count / size < 1000 else f"{count / size:,.0f} {unit}"
     return f"{count} B"
+
+
+def family(path: str) -> str:
+    """A role path in words, its first two steps: ``text linear attention``."""
+    section, _, rest = path.partition(".")
+    first = rest.partition(".")[0]
+    return f"{section} {'norms' if first.endswith('norm') else first}".replace("_", " ")
 
 
 def fail(error: BaseException) -> int:

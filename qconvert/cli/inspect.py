@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from qconvert.arch.census import Census, check
 from qconvert.arch.families import describe, read_config
@@ -38,7 +37,6 @@ def inspect(
     Reads headers only, whatever the checkpoint's size.
 
     Example:
-
       qconvert inspect ./Qwen3.5-35B-A3B
     """
 
@@ -98,23 +96,26 @@ def _show(folder: Path, census: Census, sizes: dict[str, int | str]) -> None:
     )
     for line in census.notes:
         console.say(f"[yellow]note:[/] {line}")
-    table = Table("role", "type", "tensors", "parameters", "bytes", "share", title="Bytes by role")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in census.lines():
+    table = console.plain_table("what", "type", ">tensors", ">parameters", ">bytes", ">share")
+    for (family, dtype), (tensors, parameters, nbytes) in _families(census).items():
         table.add_row(
-            row.path,
-            row.dtype,
-            f"{row.tensors:,}",
-            f"{row.parameters:,}",
-            console.gigabytes(row.nbytes),
-            f"{row.nbytes / census.nbytes:.1%}",
+            family, dtype, f"{tensors:,}", f"{parameters:,}", console.gigabytes(nbytes), f"{nbytes / census.nbytes:.1%}"
         )
     console.show(table)
-    table = Table("quantize --scheme", "bytes", "of the original", title="What each scheme would give")
+    table = console.plain_table("quantize --scheme", ">bytes", "of the original")
     for label, size in sizes.items():
         if isinstance(size, int):
             table.add_row(label, console.gigabytes(size), f"{size / census.nbytes:.1%}")
         else:
             table.add_row(label, "impossible", size)
     console.show(table)
+
+
+def _families(census: Census) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """Tensors, parameters and bytes by the first two steps of role paths; ``--json`` has every role."""
+    families: dict[tuple[str, str], tuple[int, int, int]] = {}
+    for line in census.lines():
+        key = (console.family(line.path), line.dtype)
+        tensors, parameters, nbytes = families.get(key, (0, 0, 0))
+        families[key] = (tensors + line.tensors, parameters + line.parameters, nbytes + line.nbytes)
+    return families

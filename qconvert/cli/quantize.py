@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from qconvert.cli import console
 from qconvert.cli.options import Json, parse_size
@@ -22,9 +21,7 @@ from qconvert.plan.policy import SCHEME_NAMES, Policy, default_policy, read_rule
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a hub id ORG/NAME.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; it appears whole or not at all.")],
-    scheme: Annotated[
-        str, typer.Option(help=f"How routed experts are rounded: {', '.join(SCHEME_NAMES)}.")
-    ] = "int4",
+    scheme: Annotated[str, typer.Option(help=f"How routed experts are rounded: {', '.join(SCHEME_NAMES)}.")] = "int4",
     group: Annotated[int | None, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128 (default).")] = None,
     asymmetric: Annotated[bool, typer.Option(help="int4 with zero points; fewer engines read it.")] = False,
     search: Annotated[
@@ -34,9 +31,9 @@ def quantize(
         Path | None, typer.Option(help="TOML of ordered rules that are tried before the default ones.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")
-    ] = min(os.cpu_count() or 1, 8),
+    jobs: Annotated[int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")] = min(
+        os.cpu_count() or 1, 8
+    ),
     max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
     max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
     json: Json = False,
@@ -47,7 +44,6 @@ def quantize(
     has a decision with a reason: see it with --dry-run.
 
     Examples:
-
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --scheme int4 --group 128
 
       qconvert quantize ./Qwen3.5-35B-A3B ./mixed --policy attention-int8.toml --dry-run
@@ -107,9 +103,15 @@ def _convert(
 
 
 def _show_plan(plan: Plan) -> None:
-    table = Table("role", "action", "tensors", "bytes", "reason", title="Plan")
-    for column in (2, 3):
-        table.columns[column].justify = "right"
+    """One line per action and reason; ``--dry-run --json`` has every tensor."""
+    groups: dict[tuple[str, str], tuple[list[str], int, int]] = {}
     for role, action, reason, tensors, nbytes in plan.decisions():
-        table.add_row(role, action, f"{tensors:,}", console.gigabytes(nbytes), reason)
+        roles, count, size = groups.get((action, reason), ([], 0, 0))
+        groups[action, reason] = ([*roles, role], count + tensors, size + nbytes)
+    table = console.plain_table("action", ">tensors", ">bytes", "what", "why")
+    for (action, reason), (roles, count, size) in groups.items():
+        what = ", ".join(dict.fromkeys(console.family(role) for role in roles))
+        if len(what) > 60:
+            what = f"all of {roles[0].partition('.')[0]}"
+        table.add_row(action, f"{count:,}", console.gigabytes(size), what, reason)
     console.show(table)
