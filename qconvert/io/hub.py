@@ -39,7 +39,7 @@ def resolve(source: str) -> Path:
             the hub's client may carry headers and addresses.
     """
     path = Path(source).expanduser()
-    if os.path.lexists(path):
+    if source and os.path.lexists(path):
         return path
     match = _HUB_ID.fullmatch(source)
     if match is None:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qconvert.core.errors import OutputError
@@ -35,19 +35,13 @@ class PartialFolder:
         self._lock = -1
         if os.path.lexists(self.out):
             raise OutputError(f"{self.out} exists already; choose another output folder or remove it")
+        self._new_parents = [parent for parent in self.out.parents if not parent.exists()]
         with disk_errors(self.path):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.path.mkdir()
-            except FileExistsError:
-                self._take_over()
-                self.path.mkdir()
-            try:
-                self._lock = os.open(self.path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self._create()
             except OSError:
-                self.path.rmdir()
+                self._remove_new_parents()
                 raise
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def publish(self) -> None:
         """Make the folder visible as ``out``, in one step, and durable.
@@ -73,7 +67,27 @@ class PartialFolder:
         if self._lock < 0:
             return
         shutil.rmtree(self.path, ignore_errors=True)
+        self._remove_new_parents()
         self._release()
+
+    def _create(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir()
+        except FileExistsError:
+            self._take_over()
+            self.path.mkdir()
+        try:
+            self._lock = os.open(self.path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _remove_new_parents(self) -> None:
+        with suppress(OSError):  # somebody else uses them by now
+            for parent in self._new_parents:
+                parent.rmdir()
 
     def _release(self) -> None:
         os.close(self._lock)

@@ -139,7 +139,7 @@ def file_kind(mode: int) -> str:
 
 def _list(path: Path) -> list[str]:
     try:
-        return sorted(os.listdir(path))  # noqa: PTH208 - names are wanted, not paths
+        return sorted(os.listdir(path))
     except FileNotFoundError:
         raise SourceError(f"{path}: no such folder") from None
     except NotADirectoryError:

@@ -1,0 +1,404 @@
+"""What is written appears whole, as planned and as others read it, or nothing appears at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import OutputError, PlanError, QconvertError, SourceError
+from qconvert.core.plan import Layout
+from qconvert.core.tensor_info import TensorInfo
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.partial_folder import MARKER
+from qconvert.io.safetensors_header import serialize_header
+from qconvert.io.shard_writer import PYTORCH_METADATA, ShardWriter
+from qconvert.io.sink import Sink
+
+TENSORS = {
+    "a.weight": torch.arange(35.0).view(5, 7),
+    "b.weight": torch.arange(66.0).view(3, 2, 11).to(torch.bfloat16),
+    "c": torch.tensor(3, dtype=torch.int64),
+    "d.weight_packed": torch.arange(12, dtype=torch.int32).view(4, 3),
+    "e.codes": torch.arange(9, dtype=torch.uint8),
+    "f.weight": torch.arange(24.0).view(4, 6).to(torch.float8_e4m3fn),
+    "g.empty": torch.empty(0, 5),
+}
+
+
+def lay_out(tensors: dict[str, Tensor], shards: int = 2) -> Layout:
+    """Tensors dealt to files in turn."""
+    infos: list[TensorInfo] = []
+    for number in range(shards):
+        shard = "model.safetensors" if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        mine = [name for i, name in enumerate(tensors) if i % shards == number]
+        mine.sort(key=lambda name: -tensors[name].itemsize)
+        placed, position = [], 0
+        for name in mine:
+            tensor = tensors[name]
+            end = position + tensor.nbytes
+            dtype, shape = DType.from_torch(tensor.dtype), tuple(tensor.shape)
+            placed.append(TensorInfo(name=name, dtype=dtype, shape=shape, shard=shard, begin=position, end=end))
+            position = end
+        header = len(serialize_header(placed, PYTORCH_METADATA))
+        infos.extend(replace(info, begin=info.begin + header, end=info.end + header) for info in placed)
+    return Layout(tensors=tuple(infos))
+
+
+def raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write_all(sink: Sink, tensors: dict[str, Tensor] = TENSORS) -> None:
+    for name, tensor in tensors.items():
+        sink.write(name, tensor)
+
+
+def loaded(out: Path) -> dict[str, Tensor]:
+    return {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+
+
+def assert_holds(out: Path, tensors: dict[str, Tensor]) -> None:
+    found = loaded(out)
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert raw(found[name]) == raw(tensor)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "out"
+
+
+def assert_nothing_left(out: Path) -> None:
+    assert list(out.parent.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_others_read_what_was_written(out: Path, shards: int) -> None:
+    with ShardWriter(out, lay_out(TENSORS, shards)) as writer:
+        write_all(writer)
+        assert not out.exists()
+        hashes = writer.finish({"config.json": b"{}"})
+    assert_holds(out, TENSORS)
+    assert hashes == {name: xxhash.xxh3_128_hexdigest(raw(tensor)) for name, tensor in TENSORS.items()}
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
+    with Checkpoint.open(out) as checkpoint:
+        assert set(checkpoint.tensors) == set(TENSORS)
+        assert checkpoint.metadata == {"format": "pt"}
+        assert set(checkpoint.left_out) == set()
+
+
+def test_the_index_names_every_tensor_sorted_with_the_total_size(out: Path) -> None:
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        writer.finish()
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in TENSORS.values())}
+    assert list(index["weight_map"]) == sorted(TENSORS)
+    assert all(name in load_file(out / shard) for name, shard in index["weight_map"].items())
+
+
+def test_a_single_file_needs_no_index(out: Path) -> None:
+    with ShardWriter(out, lay_out(TENSORS, 1)) as writer:
+        write_all(writer)
+        writer.finish({"config.json": b"{}"})
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(seed=st.integers(0, 2**32), piece=st.integers(1, 60))
+def test_any_order_any_pieces_any_thread_give_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, piece: int
+) -> None:
+    out = tmp_path_factory.mktemp("any") / "out"
+    jobs = [
+        (name, data[offset : offset + piece], offset)
+        for name, data in ((name, raw(tensor)) for name, tensor in TENSORS.items())
+        for offset in range(0, len(data), piece)
+    ]
+    random.Random(seed).shuffle(jobs)
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda job: writer.write(*job), jobs))
+        hashes = writer.finish()
+    assert_holds(out, TENSORS)
+    assert hashes == {name: xxhash.xxh3_128_hexdigest(raw(tensor)) for name, tensor in TENSORS.items()}
+
+
+def test_tensors_are_written_in_row_major_order_whatever_their_strides(out: Path) -> None:
+    turned = {"w": torch.arange(12.0).view(3, 4).t()}
+    with ShardWriter(out, lay_out(turned, 1)) as writer:
+        writer.write("w", turned["w"])
+        writer.finish()
+    assert load_file(out / "model.safetensors")["w"].equal(turned["w"])
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_buffers_are_taken_as_they_are(out: Path, kind: Callable[[bytes], memoryview]) -> None:
+    with ShardWriter(out, lay_out({"a": TENSORS["a.weight"]}, 1)) as writer:
+        writer.write("a", kind(raw(TENSORS["a.weight"])))
+        writer.finish()
+    assert_holds(out, {"a": TENSORS["a.weight"]})
+
+
+def test_the_same_piece_may_be_written_again(out: Path) -> None:
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        writer.write("a.weight", torch.full((5, 7), 9.0))
+        write_all(writer)
+        writer.finish()
+    assert_holds(out, TENSORS)
+
+
+def too_far(writer: ShardWriter) -> None:
+    writer.write("a.weight", torch.zeros(5, 7), 4)
+
+
+WRONG: dict[str, tuple[Callable[[ShardWriter], object], str]] = {
+    "past the end": (too_far, r"safetensors: bytes 4 .. 144 do not fit into 'a.weight', which has 140"),
+    "before the start": (lambda w: w.write("a.weight", torch.zeros(1), -4), "do not fit into 'a.weight'"),
+    "unknown": (lambda w: w.write("z", torch.zeros(1)), "'z' is not in the plan's layout"),
+    "another type": (lambda w: w.write("a.weight", torch.zeros(5, 7).half()), "planned as F32, but torch.float16"),
+    "overlapping": (
+        lambda w: (w.write("a.weight", bytes(8), 0), w.write("a.weight", bytes(8), 4)),
+        r"bytes 4 .. 12 of 'a.weight' overlap 0 .. 8",
+    ),
+    "nothing at all": (lambda w: w.finish(), "'c' is incomplete, 0 of 8"),
+    "all but a row": (
+        lambda w: (write_all(w, {**TENSORS, "a.weight": torch.zeros(4, 7)}), w.finish()),
+        "'a.weight' is incomplete, 112 of 140",
+    ),
+    "a gap": (
+        lambda w: (
+            w.write("a.weight", bytes(40), 0),
+            w.write("a.weight", bytes(96), 44),
+            write_all(w, {k: v for k, v in TENSORS.items() if k != "a.weight"}),
+            w.finish(),
+        ),
+        "'a.weight' is incomplete, 40 of 140",
+    ),
+    "a file outside": (lambda w: (write_all(w), w.finish({"../x": b""})), "'../x'"),
+    "a file twice": (lambda w: (write_all(w), w.finish({"model-00001-of-00002.safetensors": b""})), "name is taken"),
+    "an index of one's own": (lambda w: (write_all(w), w.finish({"model.safetensors.index.json": b""})), "is taken"),
+    "the marker": (lambda w: (write_all(w), w.finish({MARKER: b""})), "is taken"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_write_is_one_error_and_leaves_nothing(out: Path, fault: str) -> None:
+    act, expected = WRONG[fault]
+    with pytest.raises(OutputError, match=expected), ShardWriter(out, lay_out(TENSORS)) as writer:
+        act(writer)
+    assert_nothing_left(out)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError, SystemExit])
+def test_an_exception_of_the_caller_leaves_nothing(out: Path, interruption: type[BaseException]) -> None:
+    with pytest.raises(interruption), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        raise interruption
+    assert_nothing_left(out)
+
+
+def test_leaving_without_finishing_leaves_nothing(out: Path) -> None:
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+    assert_nothing_left(out)
+
+
+def test_bytes_that_change_on_disk_are_noticed(out: Path) -> None:
+    with pytest.raises(OutputError, match=r"of 'b.weight' read back differently"):
+        with ShardWriter(out, lay_out(TENSORS)) as writer:
+            write_all(writer)
+            info = next(info for info in lay_out(TENSORS).tensors if info.name == "b.weight")
+            with (writer.path / info.shard).open("r+b") as file:
+                file.seek(info.end - 1)
+                file.write(b"\xff")
+            writer.finish()
+    assert_nothing_left(out)
+
+
+def test_a_shard_that_is_cut_short_is_noticed(out: Path) -> None:
+    with pytest.raises(OutputError, match="read back differently"), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        os.truncate(next(writer.path.glob("*.safetensors")), 300)
+        writer.finish()
+    assert_nothing_left(out)
+
+
+CALLS = ["ftruncate", "pwrite", "fsync", "preadv", "mkdir"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_disk_that_refuses_is_one_error_and_leaves_nothing(
+    out: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refuse)
+    expected = "cannot write" if number == errno.EIO else "disk full while writing"
+    with pytest.raises(OutputError, match=expected), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        writer.finish({"config.json": b"{}"})
+    monkeypatch.undo()
+    assert_nothing_left(out)
+
+
+def test_a_disk_that_fills_up_half_way(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite, room = os.pwrite, [400]
+
+    def limited(fd: int, data: bytes, offset: int) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = pwrite(fd, data[: room[0]], offset)
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "pwrite", limited)
+    with pytest.raises(OutputError, match="disk full"), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+    assert_nothing_left(out)
+
+
+def test_short_writes_are_continued(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:5], offset))
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        writer.finish()
+    assert_holds(out, TENSORS)
+
+
+def test_too_little_room_is_said_before_anything_is_written(out: Path) -> None:
+    size = 1 << 60
+    info = TensorInfo(name="w", dtype=DType.U8, shape=(size,), shard="model.safetensors", begin=0, end=size)
+    header = len(serialize_header([info], PYTORCH_METADATA))
+    layout = Layout(tensors=(replace(info, begin=header, end=size + header),))
+    with pytest.raises(OutputError, match=r"disk full: .* needs 1152921504.61 GB"):
+        ShardWriter(out, layout)
+    assert_nothing_left(out)
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "dangling link"])
+def test_an_existing_output_is_left_alone(out: Path, kind: str) -> None:
+    out.parent.mkdir()
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "dangling link":
+        out.symlink_to("nowhere")
+    else:
+        out.mkdir()
+        if kind == "folder":
+            (out / "mine").touch()
+    with pytest.raises(OutputError, match="exists already"):
+        ShardWriter(out, lay_out(TENSORS))
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(out: Path) -> None:
+    with pytest.raises(OutputError, match="appeared while"), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        out.mkdir()
+        (out / "mine").touch()
+        writer.finish()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_what_a_killed_run_left_is_replaced(out: Path) -> None:
+    writer = ShardWriter(out, lay_out(TENSORS, 1))
+    write_all(writer)
+    fcntl.flock(writer._folder._lock, fcntl.LOCK_UN)  # as the kernel does for a killed process
+    with ShardWriter(out, lay_out(TENSORS)) as second:
+        write_all(second)
+        second.finish()
+    writer.abort()
+    assert_holds(out, TENSORS)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_alive_is_not_disturbed(out: Path) -> None:
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        with pytest.raises(OutputError, match="another conversion is writing"):
+            ShardWriter(out, lay_out(TENSORS))
+        writer.finish()
+    assert_holds(out, TENSORS)
+
+
+def test_a_stranger_in_the_way_is_left_alone(out: Path) -> None:
+    stranger = out.with_name(".out.partial")
+    stranger.mkdir(parents=True)
+    (stranger / "mine").touch()
+    with pytest.raises(OutputError, match="not made by qconvert"):
+        ShardWriter(out, lay_out(TENSORS))
+    assert (stranger / "mine").exists()
+    (stranger / "mine").unlink()  # empty, it may be what a run killed at once has left
+    ShardWriter(out, lay_out(TENSORS)).abort()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_side_files_are_copied_through_their_links(out: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_bytes(os.urandom(100_000))
+    link = tmp_path / "tokenizer.json"
+    link.symlink_to(blob)
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        writer.finish({"tokenizer.json": link, "config.json": b"{}"})
+    assert not (out / "tokenizer.json").is_symlink()
+    assert (out / "tokenizer.json").read_bytes() == blob.read_bytes()
+    assert (out / "config.json").read_bytes() == b"{}"
+
+
+def test_a_side_file_that_vanished_is_the_sources_fault(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"vanished\.json"), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        writer.finish({"tokenizer.json": tmp_path / "vanished.json"})
+    assert_nothing_left(out)
+
+
+def shift(layout: Layout) -> Layout:
+    return Layout(tensors=tuple(replace(info, begin=info.begin + 8, end=info.end + 8) for info in layout.tensors))
+
+
+PLANS: dict[str, Callable[[Layout], Layout]] = {
+    "shifted": shift,
+    "a name in two files": lambda plan: Layout(tensors=tuple(replace(i, name="same") for i in plan.tensors)),
+    "a file outside": lambda plan: Layout(tensors=tuple(replace(i, shard="../x.safetensors") for i in plan.tensors)),
+    "a file of another kind": lambda plan: Layout(tensors=tuple(replace(i, shard="x.bin") for i in plan.tensors)),
+    "a hole": lambda plan: Layout(tensors=plan.tensors[:1] + plan.tensors[2:]),
+}
+
+
+@pytest.mark.parametrize("fault", PLANS)
+def test_an_impossible_plan_is_refused_before_anything_is_written(out: Path, fault: str) -> None:
+    with pytest.raises(PlanError):
+        ShardWriter(out, PLANS[fault](lay_out(TENSORS, 1)))
+    assert not out.parent.exists()
+
+
+def test_errors_of_ours_have_exit_codes(out: Path) -> None:
+    out.mkdir(parents=True)
+    with pytest.raises(QconvertError) as caught:
+        ShardWriter(out, lay_out(TENSORS))
+    assert caught.value.exit_code == OutputError.exit_code
