@@ -75,6 +75,8 @@ class TensorDictSource:
     def expert(self, experts: str, index: int) -> ExpertWeights:
         """Rows of the fused tensors: the first half of ``gate_up_proj`` is the gate."""
         gate_up, down = self.tensors[f"{experts}.gate_up_proj"], self.tensors[f"{experts}.down_proj"]
+        if index >= min(len(gate_up), len(down)):
+            raise KeyError(f"{experts} has no expert {index}")
         gate, up = gate_up[index].chunk(2)
         return ExpertWeights(gate=gate, up=up, down=down[index])
 
@@ -145,7 +147,17 @@ def _load_experts(
         for part, tensor, place, shape in places:
             if _fits(tensor, torch.Size(shape), f"{where} {part}", problems):
                 place.copy_(tensor)
+    if _holds(source, prefix + experts, gate_up.shape[0]):
+        problems.append(f"not a weight of the model: {prefix}{experts} expert {gate_up.shape[0]}")
     return dict(zip(names, (gate_up, down), strict=True))
+
+
+def _holds(source: WeightSource, experts: str, index: int) -> bool:
+    try:
+        source.expert(experts, index)
+    except KeyError:
+        return False
+    return True
 
 
 def _fits(tensor: Tensor, shape: torch.Size, name: str, problems: list[str]) -> bool:

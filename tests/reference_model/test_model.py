@@ -177,9 +177,7 @@ def test_the_prediction_head_equals_the_textbook(ours_fp64: CausalLM, tensors: d
     ids = tiny.tokens(1, 12)
     triples = [(t, t, t) for t in range(12)]
     states = textbook.hidden(tiny.config_json(), tensors, ids[0].tolist(), triples)
-    expected = textbook.draft_logits(
-        tiny.config_json(), tensors, states[:-1], ids[0, 1:].tolist(), triples[:-1]
-    )
+    expected = textbook.draft_logits(tiny.config_json(), tensors, states[:-1], ids[0, 1:].tolist(), triples[:-1])
     output = ours_fp64(ids)
     drafted = ours_fp64.draft(output.hidden[:, :-1], ids[:, 1:])
     assert worst(ours_fp64.head(drafted.hidden)[0], expected) <= LIMITS["fp64_to_textbook"]

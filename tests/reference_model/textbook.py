@@ -16,14 +16,16 @@ Weights = Mapping[str, Tensor]
 Tokens = list[Tensor]
 
 
-def logits(config: Mapping[str, Any], weights: Weights, ids: list[int], positions: list[tuple[int, int, int]]) -> Tensor:
+def logits(
+    config: Mapping[str, Any], weights: Weights, ids: list[int], positions: list[tuple[int, int, int]]
+) -> Tensor:
     """[T, V] for one sequence of token ids and their (time, height, width) positions."""
-    return torch.stack(
-        [weights["lm_head.weight"].double() @ x for x in hidden(config, weights, ids, positions)]
-    )
+    return torch.stack([weights["lm_head.weight"].double() @ x for x in hidden(config, weights, ids, positions)])
 
 
-def hidden(config: Mapping[str, Any], weights: Weights, ids: list[int], positions: list[tuple[int, int, int]]) -> Tokens:
+def hidden(
+    config: Mapping[str, Any], weights: Weights, ids: list[int], positions: list[tuple[int, int, int]]
+) -> Tokens:
     """Decoder output after the final norm."""
     w = {name.removeprefix("model."): tensor.double() for name, tensor in weights.items()}
     x = [w["embed_tokens.weight"][i] for i in ids]
@@ -65,7 +67,9 @@ def decoder_layer(
     out = []
     for token, change in zip(x, mixed, strict=True):
         between = token + change
-        out.append(between + moe(config, part(w, "mlp."), offset_norm(between, w["post_attention_layernorm.weight"], config)))
+        out.append(
+            between + moe(config, part(w, "mlp."), offset_norm(between, w["post_attention_layernorm.weight"], config))
+        )
     return out
 
 
@@ -127,9 +131,7 @@ def attention(config: Mapping[str, Any], w: Weights, x: Tokens, positions: list[
             scores = [float(query @ keys[j][shared]) / math.sqrt(size) for j in range(t + 1)]
             top = max(scores)
             powers = [math.exp(s - top) for s in scores]
-            mixed = sum(
-                (p / sum(powers) * values[j][shared] for j, p in enumerate(powers)), torch.zeros(size).double()
-            )
+            mixed = sum((p / sum(powers) * values[j][shared] for j, p in enumerate(powers)), torch.zeros(size).double())
             heads.append(mixed * sigmoid(gate))
         out.append(w["o_proj.weight"] @ torch.cat(heads))
     return out
