@@ -59,11 +59,14 @@ class _Rule:
     @cached_property
     def code_range(self) -> tuple[float, float]:
         match self.scheme.grid:
-            case Int(bits=bits) if self.scheme.symmetric:
-                return -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
             case Int(bits=bits):
-                return 0.0, 2.0**bits - 1
+                return -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
         return -448.0, 448.0
+
+    @cached_property
+    def shift(self) -> float:
+        """What stored codes and zero points are above the ones computed with, which lie around 0."""
+        return 0.0 if self.scheme.symmetric else -self.code_range[0]
 
     @cached_property
     def code_dtype(self) -> torch.dtype:
@@ -76,7 +79,9 @@ class _Rule:
         """No smaller than the type and float32 can hold, no larger than keeps ``code * scale`` finite."""
         info = torch.finfo(self.scheme.scale.dtype.torch_dtype)
         low, high = self.code_range
-        power = 1 << (int(max(-low, high)) - 1).bit_length()
+        # A code is at most twice as far from its zero point as from 0.
+        widest = max(-low, high) * (1 if self.scheme.symmetric else 2)
+        power = 1 << (int(widest) - 1).bit_length()
         return max(info.smallest_normal * info.eps, _SMALLEST_NORMAL), min(info.max, _LARGEST_BF16 / power)
 
     def range_of(self, blocks: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
@@ -105,11 +110,12 @@ class _Rule:
         return scale.masked_fill_(extent == 0, 1.0)
 
     def zero_from(self, minimum: Tensor, scale: Tensor, factor: float) -> Tensor:
-        """Zero points in float32."""
-        return (minimum * -factor).div_(scale.to(torch.float32)).round_().clamp_(*self.code_range)
+        """Zero points in float32, around 0."""
+        zero = (minimum * -factor).div_(scale.to(torch.float32)).round_().sub_(self.shift)
+        return zero.clamp_(*self.code_range)
 
     def values(self, blocks: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Codes as float32 numbers, before they are narrowed."""
+        """Codes as float32 numbers around 0, before they are narrowed."""
         scaled = blocks / scale.to(torch.float32)
         if zero is not None:
             scaled.add_(zero)
@@ -128,11 +134,12 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
 
     Symmetric integers of b bits: ``scale = max|w| / (2**(b-1) - 1/2)``, ``code = clamp(round(w / scale))``.
     With zero points: ``scale = (max(w, 0) - min(w, 0)) / (2**b - 1)``, ``zero = round(-min(w, 0) / scale)``,
-    ``code = clamp(round(w / scale + zero))``. FP8 e4m3 (OCP 8-bit floating point specification 1.0):
-    ``scale = max|w| / 448``, ``code = e4m3(clamp(w / scale, -448, 448))``. Halves go to even. All is computed in
-    float32 after the scale has been rounded to its stored type, so codes fit the scale that a reader sees.
-    Scales are never zero, infinite or NaN; an all-zero block has scale 1. Rows do not influence each other except
-    inside a ``Block`` and in ``PerTensor``.
+    ``code = clamp(round(w / scale + zero))``; the sum is taken with both counted from the middle of the codes, as
+    compressed-tensors does. FP8 e4m3 (OCP 8-bit floating point specification 1.0): ``scale = max|w| / 448``,
+    ``code = e4m3(clamp(w / scale, -448, 448))``. Halves go to even. All is computed in float32, after the scale has
+    been rounded to its stored type, so codes fit the scale that a reader sees. Scales are never zero, infinite or
+    NaN; an all-zero block has scale 1. Rows do not influence each other except inside a ``Block`` and in
+    ``PerTensor``.
 
     Args:
         w: [N, K], any float type.
@@ -155,14 +162,14 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
         extent, minimum = rule.range_of(blocks, dims)
         block_scale, zero = _choose(rule, blocks, dims, extent, minimum, SEARCH_FACTORS if search else (1.0,))
         values = rule.values(blocks, block_scale, zero)
-        codes[begin:end] = _unblocked(values, scheme, end - begin, cols)
+        codes[begin:end] = _unblocked(values + rule.shift if rule.shift else values, scheme, end - begin, cols)
         if isinstance(scheme.grid, Float):
             values = _blocked(widen_e4m3(codes[begin:end]), scheme)[0]
         squared_error += sum_of_squares(rule.residual(blocks, values, block_scale, zero))
         signal += sum_of_squares(blocks)
         scale[first:last] = block_scale.reshape(last - first, -1)
         if zero_point is not None and zero is not None:
-            zero_point[first:last] = zero.reshape(last - first, -1)
+            zero_point[first:last] = (zero + rule.shift).reshape(last - first, -1)
     quantized = QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, scheme=scheme, shape=(rows, cols))
     return Rounded(quantized=quantized, squared_error=squared_error, signal=signal)
 
