@@ -1,0 +1,315 @@
+"""Every weight of the original against the converted one, streamed: one matrix of each in memory at a time."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import FormatError
+from qconvert.core.role import Kind, Section, TensorRole
+from qconvert.core.scheme import Scheme
+from qconvert.numerics.error import ErrorSums, error_sums
+from qconvert.parity.blocks import block_sums
+from qconvert.parity.causes import Cause, CauseKind, Severity, cause, place_of_expert, ranked
+from qconvert.parity.faults import (
+    bad_scales,
+    floor_db,
+    innocent,
+    is_offset_by_one,
+    not_finite,
+    scale_faults,
+)
+from qconvert.parity.identity import find_matches, name_matches
+from qconvert.weights.source import CheckpointWeights
+
+Progress = Callable[[str, int, int], None]
+
+PIECE_BYTES = 32 << 20
+"""Plain tensors are compared in runs of rows of this size: an embedding is never in memory as a whole."""
+
+NAMED = 8
+"""Tensor names that one line of evidence lists."""
+
+
+class Outcome(enum.Enum):
+    """What became of a tensor."""
+
+    IDENTICAL = "identical"
+    CAST = "cast"
+    QUANTIZED = "quantized"
+    CHANGED = "changed"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorComparison:
+    """One tensor of both checkpoints.
+
+    Attributes:
+        name: in the converted checkpoint; the module's where it is quantized.
+        scheme: how it is rounded there.
+        sums: the error; NaN where the converted values are NaN or cannot be read.
+    """
+
+    role: TensorRole
+    name: str
+    outcome: Outcome
+    scheme: Scheme | None
+    sums: ErrorSums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleSummary:
+    """All tensors of one role path and scheme together.
+
+    Attributes:
+        sqnr_db: of the pooled sums.
+        worst: the lowest SQNR of a single tensor, and ``worst_name`` which.
+    """
+
+    path: str
+    scheme: str
+    tensors: int
+    elements: int
+    identical: int
+    sqnr_db: float
+    worst_db: float
+    worst_name: str
+    cosine: float
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsComparison:
+    """What the weights alone say.
+
+    Attributes:
+        tensors: every tensor that both have, worst first.
+        causes: named faults, worst first.
+        complete: whether the converted checkpoint can be run: nothing is missing and everything can be read.
+    """
+
+    tensors: tuple[TensorComparison, ...]
+    causes: tuple[Cause, ...]
+    complete: bool
+
+    def roles(self) -> tuple[RoleSummary, ...]:
+        """Summaries by role path and scheme, worst first."""
+        groups: dict[tuple[str, str], list[TensorComparison]] = {}
+        for one in self.tensors:
+            groups.setdefault((one.role.path, str(one.scheme or "")), []).append(one)
+        return tuple(_summary(path, scheme, members) for (path, scheme), members in groups.items())
+
+
+def compare_weights(
+    original: CheckpointWeights,
+    converted: CheckpointWeights,
+    progress: Progress = lambda phase, done, total: None,
+) -> WeightsComparison:
+    """Compare all tensors by role and name the faults that the weights prove."""
+    causes = list(_absent(original, converted))
+    common = [role for role in original.stored if role in converted.stored]
+    tensors: list[TensorComparison] = []
+    suspects: list[TensorRole] = []
+    for done, role in enumerate(common):
+        progress("weights", done, len(common))
+        found, faults = _compare(original, converted, role)
+        tensors.append(found)
+        causes.extend(faults)
+        if found.sums.sqnr_db < floor_db(found.scheme) and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
+            suspects.append(role)
+    progress("weights", len(common), len(common))
+    causes = list(_explain(original, converted, suspects, causes))
+    complete = len(common) == len(original.stored) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
+    tensors.sort(key=lambda one: (_badness(one.sums.sqnr_db), one.name))
+    return WeightsComparison(tensors=tuple(tensors), causes=ranked(causes), complete=complete)
+
+
+def _compare(
+    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole
+) -> tuple[TensorComparison, list[Cause]]:
+    stored, scheme = converted.stored[role], converted.scheme(role)
+
+    def result(outcome: Outcome, sums: ErrorSums) -> TensorComparison:
+        return TensorComparison(role=role, name=stored.name, outcome=outcome, scheme=scheme, sums=sums)
+
+    if original.stored[role].plain is not None and stored.plain is not None:
+        return _compare_plain(original, converted, role)
+    w = original.matrix(role)
+    try:
+        v = converted.matrix(role)
+    except FormatError as error:
+        rows, cols = stored.shape
+        faults = (
+            [] if scheme is None else list(bad_scales(role, stored.name, converted.parts(role), scheme, (rows, cols)))
+        )
+        faults = faults or [cause(CauseKind.CONTRADICTION, role, str(error), (stored.name,))]
+        return result(Outcome.UNREADABLE, _nan_sums(w.numel())), faults
+    blocking = None if scheme is None else scheme.blocking
+    sums = block_sums(w, v, blocking)
+    if math.isnan(sums.max_error) or math.isinf(sums.max_error):
+        return result(Outcome.UNREADABLE, _nan_sums(w.numel())), [not_finite(role, stored.name, v)]
+    outcome = Outcome.QUANTIZED if scheme is not None else Outcome.CHANGED
+    return result(outcome, sums.total), list(scale_faults(role, stored.name, sums, blocking, stored.shape))
+
+
+def _compare_plain(
+    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole
+) -> tuple[TensorComparison, list[Cause]]:
+    stored = converted.stored[role]
+    sums, identical, cast, offset = ErrorSums(), True, True, role.kind.value.endswith("norm")
+    faults: list[Cause] = []
+    dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+    for w, v in _row_runs(original, converted, role):
+        same = w.dtype == v.dtype and torch.equal(w.view(torch.uint8), v.view(torch.uint8))
+        identical &= same
+        dtypes.add((w.dtype, v.dtype))
+        cast &= w.dtype != v.dtype and torch.equal(w.to(v.dtype), v)
+        wide, narrow = w.to(torch.float32), v.to(torch.float32)
+        sums += _same_sums(wide) if same else error_sums(wide, narrow)
+        offset &= not same and is_offset_by_one(wide, narrow)
+        if not same and not faults and not bool(narrow.isfinite().all()):
+            faults.append(not_finite(role, stored.name, narrow))
+    outcome = Outcome.IDENTICAL if identical else Outcome.CAST if cast else Outcome.CHANGED
+    if outcome is Outcome.CAST:
+        ((before, after),) = dtypes
+        severity = Severity.WARNING if role.kind in (Kind.LINEAR_A_LOG, Kind.LINEAR_DT_BIAS) else None
+        said = f"stored as {DType.from_torch(after)}, the original is {DType.from_torch(before)}"
+        faults.append(cause(CauseKind.CAST, role, said, (stored.name,), severity=severity))
+    elif outcome is Outcome.CHANGED and not faults:
+        if offset:
+            text = "is stored as 1 + w, engines add the 1 themselves"
+            faults.append(cause(CauseKind.OFFSET_NORM, role, text, (stored.name,)))
+        else:
+            text = f"is not quantized, but its values changed: SQNR {sums.sqnr_db:.1f} dB, cosine {sums.cosine:.4f}"
+            faults.append(cause(CauseKind.CHANGED, role, text, (stored.name,)))
+    comparison = TensorComparison(role=role, name=stored.name, outcome=outcome, scheme=None, sums=sums)
+    return comparison, faults
+
+
+def _row_runs(
+    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors as stored, some rows at a time."""
+    rows = original.stored[role].plain
+    if rows is None:
+        return
+    count = rows.end - rows.begin
+    width = math.prod(original.stored[role].shape) // max(count, 1)
+    step = max(1, PIECE_BYTES // (4 * max(width, 1)))
+    for begin in range(0, count, step):
+        end = min(count, begin + step)
+        yield original.raw(role, begin, end), converted.raw(role, begin, end)
+
+
+def _explain(
+    original: CheckpointWeights,
+    converted: CheckpointWeights,
+    suspects: Sequence[TensorRole],
+    causes: Iterable[Cause],
+) -> Iterator[Cause]:
+    """Give suspects a cause each: another matrix's numbers, the fault that is known already, or none that is known."""
+    causes = list(causes)
+    guilty = [role for role in suspects if not _innocent(original, converted, role)]
+    matches = find_matches(original, converted, guilty)
+    explained = {one.role for one in causes if one.kind is not CauseKind.CHANGED} | matches.keys()
+    unexplained = [role for role in guilty if role not in explained]
+    yield from name_matches(matches, converted)
+    # a matrix that holds another's numbers has no fault of its own beside that
+    known = {CauseKind.SCALE_FACTOR, CauseKind.LOST, CauseKind.CHANGED}
+    better = matches.keys() | set(unexplained)
+    yield from (one for one in causes if one.role not in better or one.kind not in known)
+    for role in unexplained:
+        sums = error_sums(original.matrix(role), converted.matrix(role))
+        text = f"SQNR {sums.sqnr_db:.1f} dB and cosine {sums.cosine:.4f}, far below what rounding costs"
+        severity = Severity.WARNING if sums.cosine > 0.9 else Severity.ERROR
+        yield cause(CauseKind.UNEXPLAINED, role, text, (converted.stored[role].name,), severity=severity)
+
+
+def _innocent(original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole) -> bool:
+    """Whether rounding the original's matrix plainly costs as much."""
+    w = original.matrix(role)
+    return innocent(w, error_sums(w, converted.matrix(role)), converted.scheme(role))
+
+
+def _absent(original: CheckpointWeights, converted: CheckpointWeights) -> Iterator[Cause]:
+    """Tensors that only one of the two has, and those that contradict themselves."""
+    told = set()
+    for problem in converted.problems:
+        if problem.role is not None:
+            told.add(problem.role)
+            yield cause(CauseKind.CONTRADICTION, problem.role, problem.message, (problem.name,))
+        else:
+            stranger = TensorRole(section=Section.TEXT, kind=Kind.EMBEDDING)
+            yield cause(CauseKind.EXTRA, stranger, problem.message, (problem.name,), where=problem.name)
+    tied = original.config.text.tie_word_embeddings
+    for kind, ours, theirs in (
+        (CauseKind.MISSING, original, converted),
+        (CauseKind.EXTRA, converted, original),
+    ):
+        only = [role for role in ours.stored if role not in theirs.stored and role not in told]
+        only = [role for role in only if not (tied and role.kind is Kind.HEAD)]
+        for section in Section:
+            mine = [role for role in only if role.section is section]
+            if mine and all(role in set(mine) for role in ours.stored if role.section is section):
+                yield _whole_section(kind, ours, section, mine)
+                continue
+            for where, members in _by_place(mine).items():
+                names = tuple(ours.stored[role].name for role in members)
+                listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+                verb = "missing in the converted checkpoint" if kind is CauseKind.MISSING else "not in the original"
+                yield cause(kind, members[0], f"{verb}: {listed}", names, where=where or None)
+
+
+def _whole_section(
+    kind: CauseKind, source: CheckpointWeights, section: Section, members: Sequence[TensorRole]
+) -> Cause:
+    what = {Section.TEXT: "decoder", Section.MTP: "MTP head", Section.VISION: "vision tower"}[section]
+    verb = "was dropped" if kind is CauseKind.MISSING else "is not in the original"
+    names = tuple(source.stored[role].name for role in members)
+    return cause(kind, members[0], f"the {what} {verb}: all {len(members)} tensors", names, where=section.value)
+
+
+def _by_place(roles: Iterable[TensorRole]) -> dict[str, list[TensorRole]]:
+    places: dict[str, list[TensorRole]] = {}
+    for role in roles:
+        places.setdefault(place_of_expert(role), []).append(role)
+    return places
+
+
+def _summary(path: str, scheme: str, members: Sequence[TensorComparison]) -> RoleSummary:
+    total = sum((one.sums for one in members), ErrorSums())
+    worst = min(members, key=lambda one: _badness(one.sums.sqnr_db))
+    return RoleSummary(
+        path=path,
+        scheme=scheme,
+        tensors=len(members),
+        elements=total.elements,
+        identical=sum(one.outcome is Outcome.IDENTICAL for one in members),
+        sqnr_db=total.sqnr_db,
+        worst_db=worst.sums.sqnr_db,
+        worst_name=worst.name,
+        cosine=total.cosine,
+        max_error=total.max_error,
+    )
+
+
+def _badness(sqnr_db: float) -> float:
+    return -math.inf if math.isnan(sqnr_db) else sqnr_db
+
+
+def _nan_sums(elements: int) -> ErrorSums:
+    nan = math.nan
+    return ErrorSums(elements=elements, signal=nan, approximated=nan, product=nan, squared_error=nan, max_error=nan)
+
+
+def _same_sums(w: Tensor) -> ErrorSums:
+    flat = w.reshape(-1)
+    energy = float(flat.dot(flat)) if flat.numel() else 0.0
+    return ErrorSums(elements=flat.numel(), signal=energy, approximated=energy, product=energy)
