@@ -17,7 +17,7 @@ from torch.nn import functional
 from reference_model.attention import AttentionKind
 from reference_model.config import TextConfig
 from reference_model.layer import DecoderLayer
-from reference_model.load import WeightSource, load_weights
+from reference_model.load import WeightSource, load_expert, load_tensor, load_weights
 from reference_model.model import HEAD_ROWS, text_positions
 from reference_model.moe import Routing, combine, dispatch, expert_mlp
 from reference_model.norm import RMSNorm
@@ -82,7 +82,7 @@ def run_layers(
     if position_ids is None:
         position_ids = [text_positions(ids, 0) for ids in batches]
     turns = [rotation(config, positions, dtype) for positions in position_ids]
-    embedding = source.tensor("embed_tokens.weight")
+    embedding = load_tensor(source, "embed_tokens.weight", (config.vocab_size, config.hidden_size))
     hidden = [functional.embedding(ids, embedding).to(dtype) for ids in batches]
     del embedding
     for n, kind in enumerate(config.layer_types):
@@ -119,8 +119,7 @@ def _run_experts(
         visitors = [part[e] for part in parts if part[e].shape[0]]
         if not visitors:
             continue
-        expert = source.expert(name, e)
-        gate_up, down = torch.cat((expert.gate.to(dtype), expert.up.to(dtype))), expert.down.to(dtype)
+        gate_up, down = load_expert(source, name, e, config.hidden_size, config.moe_intermediate_size, dtype)
         for visitor in visitors:
             visitor.copy_(expert_mlp(visitor, gate_up, down))
     return [combine(x, where, r.weights) for x, where, r in zip(rows, wheres, routings, strict=True)]
@@ -132,7 +131,7 @@ def logit_rows(
 ) -> Iterator[LogitRows]:
     """Logits of hidden states [B, T, D] after the final norm, at most ``HEAD_ROWS`` rows at a time."""
     name = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    weight = source.tensor(name).to(dtype)
+    weight = load_tensor(source, name, (config.vocab_size, config.hidden_size)).to(dtype)
     for batch, x in enumerate(hidden):
         begin = 0
         for part in torch.split(x.reshape(-1, x.shape[-1]), HEAD_ROWS):

@@ -104,20 +104,44 @@ def load_weights(
     problems = [f"not a weight of the model: {prefix}{name}" for name in extra]
     loaded: dict[str, Tensor] = {}
     for name, shape in wanted.items():
-        try:
-            if name.endswith(GATE_UP):
-                loaded |= _load_experts(source, name.removesuffix(".gate_up_proj"), prefix, wanted, dtype, problems)
-            elif not name.endswith(DOWN):
-                tensor = source.tensor(prefix + name)
-                if _fits(tensor, shape, prefix + name, problems):
-                    loaded[name] = tensor.to(_kept_dtype(name, tensor, dtype), copy=True)
-        except KeyError:
+        if name.endswith((GATE_UP, DOWN)) and name not in held:
             problems.append(f"missing: {prefix}{name}")
-    if problems:
-        raise WeightError(
-            f"{len(problems)} weights do not fit the model that config.json describes:\n" + "\n".join(sorted(problems))
-        )
+        elif name.endswith(GATE_UP):
+            loaded |= _load_experts(source, name.removesuffix(".gate_up_proj"), prefix, wanted, dtype, problems)
+        elif not name.endswith(DOWN):
+            tensor = _checked(source, prefix + name, shape, problems)
+            if tensor is not None:
+                loaded[name] = tensor.to(_kept_dtype(name, tensor, dtype), copy=True)
+    _raise(problems)
     module.load_state_dict(loaded, strict=False, assign=True)
+
+
+def load_tensor(source: WeightSource, name: str, shape: tuple[int, ...]) -> Tensor:
+    """One tensor as the source gives it.
+
+    Raises:
+        WeightError: it is missing, of another shape, or not floating point.
+    """
+    problems: list[str] = []
+    tensor = _checked(source, name, shape, problems)
+    if tensor is None:
+        raise WeightError(problems[0])
+    return tensor
+
+
+def load_expert(
+    source: WeightSource, experts: str, index: int, hidden: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One routed expert in ``dtype``: gate over up [2 width, hidden], and down [hidden, width].
+
+    Raises:
+        WeightError: it is missing, of another shape, or not floating point.
+    """
+    gate_up, down = torch.empty(2 * width, hidden, dtype=dtype), torch.empty(hidden, width, dtype=dtype)
+    problems: list[str] = []
+    _copy_expert(source, experts, index, gate_up, down, problems)
+    _raise(problems)
+    return gate_up, down
 
 
 def _load_experts(
@@ -131,25 +155,42 @@ def _load_experts(
     """Stack the experts of one block, each copied to its place as it comes."""
     names = f"{experts}.gate_up_proj", f"{experts}.down_proj"
     gate_up, down = (torch.empty(wanted[name], dtype=dtype) for name in names)
-    width, hidden = gate_up.shape[1] // 2, gate_up.shape[2]
     for index in range(gate_up.shape[0]):
-        where = f"{prefix}{experts} expert {index}"
-        try:
-            weights = source.expert(prefix + experts, index)
-        except KeyError:
-            problems.append(f"missing: {where}")
-            continue
-        places = (
-            ("gate", weights.gate, gate_up[index, :width], (width, hidden)),
-            ("up", weights.up, gate_up[index, width:], (width, hidden)),
-            ("down", weights.down, down[index], (hidden, width)),
-        )
-        for part, tensor, place, shape in places:
-            if _fits(tensor, torch.Size(shape), f"{where} {part}", problems):
-                place.copy_(tensor)
+        _copy_expert(source, prefix + experts, index, gate_up[index], down[index], problems)
     if _holds(source, prefix + experts, gate_up.shape[0]):
         problems.append(f"not a weight of the model: {prefix}{experts} expert {gate_up.shape[0]}")
     return dict(zip(names, (gate_up, down), strict=True))
+
+
+def _copy_expert(
+    source: WeightSource, experts: str, index: int, gate_up: Tensor, down: Tensor, problems: list[str]
+) -> None:
+    where = f"{experts} expert {index}"
+    try:
+        weights = source.expert(experts, index)
+    except KeyError:
+        problems.append(f"missing: {where}")
+        return
+    gate, up = gate_up.chunk(2)
+    for part, tensor, place in (("gate", weights.gate, gate), ("up", weights.up, up), ("down", weights.down, down)):
+        if _fits(tensor, place.shape, f"{where} {part}", problems):
+            place.copy_(tensor)
+
+
+def _checked(source: WeightSource, name: str, shape: tuple[int, ...], problems: list[str]) -> Tensor | None:
+    try:
+        tensor = source.tensor(name)
+    except KeyError:
+        problems.append(f"missing: {name}")
+        return None
+    return tensor if _fits(tensor, shape, name, problems) else None
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise WeightError(
+            f"{len(problems)} weights do not fit the model that config.json describes:\n" + "\n".join(sorted(problems))
+        )
 
 
 def _holds(source: WeightSource, experts: str, index: int) -> bool:
@@ -160,7 +201,7 @@ def _holds(source: WeightSource, experts: str, index: int) -> bool:
     return True
 
 
-def _fits(tensor: Tensor, shape: torch.Size, name: str, problems: list[str]) -> bool:
+def _fits(tensor: Tensor, shape: tuple[int, ...], name: str, problems: list[str]) -> bool:
     if tensor.shape != shape:
         problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(shape)}")
     elif not tensor.is_floating_point():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reference_model.layerwise import LayerRecord, run_layers, run_layerwise
-from reference_model.load import ExpertWeights, TensorDictSource
+from reference_model.load import ExpertWeights, TensorDictSource, WeightError
 from tests.reference_model import tiny
 
 BATCHES = (tiny.tokens(2, 70), tiny.tokens(1, 300, seed=1), tiny.tokens(3, 1, seed=2))
@@ -62,6 +62,23 @@ def test_each_weight_is_read_once_and_experts_only_when_reached() -> None:
     read = {name for name in source.asked if ".experts." in name}
     assert read == {f"layers.{r.layer}.mlp.experts.{e}" for r in records for e in r.routing.experts.flatten().tolist()}
     assert len(read) == 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("embed_tokens.weight", "missing: embed_tokens.weight"),
+        ("layers.2.input_layernorm.weight", "missing: layers.2.input_layernorm.weight"),
+        ("layers.2.mlp.experts.gate_up_proj", "missing: layers.2.mlp.experts expert"),
+        ("norm.weight", "missing: norm.weight"),
+        ("lm_head.weight", "missing: lm_head.weight"),
+    ],
+)
+def test_a_missing_weight_is_named(fault: str, words: str) -> None:
+    tensors = dict(tiny.source(tiny.checkpoint()).tensors)
+    del tensors[fault]
+    with pytest.raises(WeightError, match=words):
+        list(run_layerwise(tiny.text_config(), TensorDictSource(tensors), BATCHES, torch.float32))
 
 
 def test_positions_reach_every_layer() -> None:

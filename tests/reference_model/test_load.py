@@ -45,6 +45,7 @@ def test_every_fault_is_named_in_one_error(tensors: dict[str, Tensor]) -> None:
     tensors["layers.0.mlp.gate.weight"] = tensors["layers.0.mlp.gate.weight"].T
     tensors["norm.weight"] = tensors["norm.weight"].to(torch.int8)
     tensors["layers.2.mlp.experts.down_proj"] = tensors["layers.2.mlp.experts.down_proj"][:-1, :, :-2]
+    del tensors["mtp.layers.0.mlp.experts.down_proj"]
     for part in ("gate_up_proj", "down_proj"):
         tensors[f"layers.3.mlp.experts.{part}"] = tensors[f"layers.3.mlp.experts.{part}"][[0, 1, 2, 3, 4, 5, 6, 0]]
     with pytest.raises(WeightError) as caught:
@@ -58,6 +59,7 @@ def test_every_fault_is_named_in_one_error(tensors: dict[str, Tensor]) -> None:
         "wrong dtype: norm.weight is torch.int8",
         "wrong shape: layers.2.mlp.experts expert 3 down is [96, 62], expected [96, 64]",
         "missing: layers.2.mlp.experts expert 6",
+        "missing: mtp.layers.0.mlp.experts.down_proj",
         "not a weight of the model: layers.3.mlp.experts expert 7",
     ):
         assert line in message, line

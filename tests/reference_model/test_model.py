@@ -22,6 +22,11 @@ def worst(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
 
 
+def kl(p: Tensor, q: Tensor) -> float:
+    """Mean KL(p || q) of log probabilities."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Tensor]:
     return tiny.checkpoint()
@@ -163,6 +168,19 @@ def test_positions_of_three_axes_equal_the_textbook_and_transformers(
     with upstream.LiftedCasts():
         expected = theirs_fp64(ids, position_ids=positions).logits
     assert worst(got, expected) <= LIMITS["fp64_to_upstream"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bf16_is_no_further_from_transformers_than_its_rounding(seed: int) -> None:
+    """Mean KL of the two BF16 models, against that of transformers in BF16 to itself in fp32."""
+    stored = {name: tensor.bfloat16().float() for name, tensor in tiny.checkpoint(seed).items()}
+    ids = tiny.tokens(4, 100, seed)
+    wide, half = (
+        upstream.build(tiny.config_json(), stored, dtype)(ids).logits.float().log_softmax(-1)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    ours = tiny.model(stored, torch.bfloat16)(ids).logits.float().log_softmax(-1)
+    assert kl(half, ours) <= kl(wide, half)
 
 
 def test_a_tied_head_is_the_embedding(tensors: dict[str, Tensor]) -> None:
