@@ -199,4 +199,4 @@ def _misshapen(
 def _message(problems: list[str]) -> str:
     shown = "\n  ".join(problems[:_LISTED])
     more = f"\n  ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-    return f"the tensors are not those that config.json asks for ({len(problems)} differences):\n  {shown}{more}"
+    return f"the tensors are not those that config.json asks for, differences: {len(problems)}\n  {shown}{more}"

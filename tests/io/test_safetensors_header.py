@@ -184,7 +184,7 @@ def test_a_wrong_plan_is_refused(first: tuple[int, int], second: tuple[int, int]
         TensorInfo(name=name, dtype=DType.BF16, shape=(2,), shard="a", begin=begin, end=end)
         for name, (begin, end) in (("a", first), ("b", second))
     ]
-    with pytest.raises(PlanError, match="a: '[ab]' should be planned once"):
+    with pytest.raises(PlanError, match=r"a: '[ab]' should be planned once"):
         serialize_header(infos, {})
 
 

@@ -224,14 +224,14 @@ def test_leaving_without_finishing_leaves_nothing(out: Path) -> None:
 
 
 def test_bytes_that_change_on_disk_are_noticed(out: Path) -> None:
-    with pytest.raises(OutputError, match=r"of 'b.weight' read back differently"):
-        with ShardWriter(out, lay_out(TENSORS)) as writer:
-            write_all(writer)
-            info = next(info for info in lay_out(TENSORS).tensors if info.name == "b.weight")
-            with (writer.path / info.shard).open("r+b") as file:
-                file.seek(info.end - 1)
-                file.write(b"\xff")
-            writer.finish()
+    info = next(info for info in lay_out(TENSORS).tensors if info.name == "b.weight")
+    expected = r"of 'b.weight' read back differently"
+    with pytest.raises(OutputError, match=expected), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        with (writer.path / info.shard).open("r+b") as file:
+            file.seek(info.end - 1)
+            file.write(b"\xff")
+        writer.finish()
     assert_nothing_left(out)
 
 
