@@ -1,0 +1,71 @@
+"""On trained weights and real text: BF16 is no further from transformers' BF16 than that is from its own fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import reference_model
+from qconvert.weights.source import CheckpointWeights
+from reference_model.load import load_weights
+from reference_model.model import CausalLM
+from tests.tolerances import tolerances
+
+DEMO = Path(reference_model.__file__).parent / "demo"
+WINDOW, COUNT = 256, 3
+LIMITS = tolerances("reference_model")
+
+pytestmark = pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo checkpoint")
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    """Two windows [WINDOW] from each of the first texts."""
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    rows = []
+    for path in sorted((DEMO / "heldout").glob("*.txt"))[:COUNT]:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8")[: 20 * WINDOW]).ids
+        rows += [ids[:WINDOW], ids[WINDOW : 2 * WINDOW]]
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def ours(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    with CheckpointWeights.open(DEMO) as source:
+        with torch.device("meta"):
+            model = CausalLM(source.config.text)
+        load_weights(model, source, dtype)
+    logits: Tensor = model(ids).logits
+    return logits
+
+
+@torch.no_grad()
+def theirs(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=dtype, experts_implementation="eager")
+    logits: Tensor = model(ids).logits
+    return logits
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    """Mean KL(p || q) of logits, in fp64."""
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def test_the_demo_in_bf16_and_fp32_equals_transformers(windows: Tensor) -> None:
+    wide, half = theirs(windows, torch.float32), theirs(windows, torch.bfloat16)
+    assert kl(half, ours(windows, torch.bfloat16)) <= kl(wide, half)
+    difference = (ours(windows, torch.float32) - wide).abs().max() / wide.abs().max().clamp(min=1.0)
+    assert float(difference) <= LIMITS["demo_fp32_to_upstream"]
+
+
+def test_the_demo_has_learned(windows: Tensor) -> None:
+    """Far below the entropy of single tokens, about 6 nats."""
+    logits = ours(windows, torch.float32)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    assert float(loss) < 4.5
