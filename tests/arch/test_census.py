@@ -21,7 +21,7 @@ from qconvert.arch.shapes import (
 )
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import SourceError
-from qconvert.core.role import Kind, Part, Section, TensorRole
+from qconvert.core.role import EXPERT_KINDS, Kind, Part, Section, TensorRole
 from qconvert.core.tensor_info import TensorInfo
 from reference_model.config import ModelConfig
 from reference_model.presets import PRESETS
