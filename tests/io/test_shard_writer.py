@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Qwen3_5MoeForCausalLM
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import OutputError, PlanError, QconvertError, SourceError
@@ -29,6 +30,7 @@ from qconvert.io.partial_folder import MARKER
 from qconvert.io.safetensors_header import serialize_header
 from qconvert.io.shard_writer import PYTORCH_METADATA, ShardWriter
 from qconvert.io.sink import Sink
+from tests.checkpoints import make_tiny
 
 TENSORS = {
     "a.weight": torch.arange(35.0).view(5, 7),
@@ -402,3 +404,23 @@ def test_errors_of_ours_have_exit_codes(out: Path) -> None:
     with pytest.raises(QconvertError) as caught:
         ShardWriter(out, lay_out(TENSORS))
     assert caught.value.exit_code == OutputError.exit_code
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_transformers_loads_a_rewritten_checkpoint(tmp_path: Path, shards: int) -> None:
+    make_tiny(tmp_path / "source", naming="text", mtp=False, layers=2)
+    with Checkpoint.open(tmp_path / "source") as source:
+        tensors = {name: source.read(name) for name in source.tensors}
+        with ShardWriter(tmp_path / "out", lay_out(tensors, shards)) as writer:
+            for name in tensors:
+                offset = 0
+                for piece in source.pieces(name, 5000):
+                    writer.write(name, piece, offset)
+                    offset += len(piece)
+            writer.finish({"config.json": tmp_path / "source" / "config.json"})
+    model, report = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert {name: raw(tensor) for name, tensor in model.state_dict().items()} == {
+        name: raw(tensor) for name, tensor in tensors.items()
+    }
