@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from reference_model.attention import AttentionKind
@@ -22,6 +23,16 @@ from reference_model.model import HEAD_ROWS, text_positions
 from reference_model.moe import Routing, combine, dispatch, expert_mlp
 from reference_model.norm import RMSNorm
 from reference_model.rope import rotation
+
+InputRounding = Callable[[str], Callable[[Tensor], Tensor] | None]
+"""What an engine does to the inputs of a matrix before it multiplies, by the matrix's name without ``.weight``.
+
+Of routed experts ``layers.0.mlp.experts.gate_up_proj`` and ``.down_proj`` are asked for; ``None`` leaves inputs alone.
+"""
+
+
+def leave_inputs(name: str) -> None:
+    """The ``InputRounding`` of engines that round no activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +88,12 @@ def run_layers(
     position_ids: Sequence[Tensor] | None = None,
     attention: AttentionKind = "sdpa",
     on_layer: Callable[[LayerRecord], None] | None = None,
+    input_rounding: InputRounding = leave_inputs,
 ) -> list[Tensor]:
-    """Hidden states [B, T, D] after the final norm, one a batch; arguments as ``run_layerwise``."""
+    """Hidden states [B, T, D] after the final norm, one a batch; arguments as ``run_layerwise``.
+
+    ``input_rounding`` simulates engines that round activations.
+    """
     if position_ids is None:
         position_ids = [text_positions(ids, 0) for ids in batches]
     turns = [rotation(config, positions, dtype) for positions in position_ids]
@@ -89,10 +104,11 @@ def run_layers(
         with torch.device("meta"):
             layer = DecoderLayer(config, kind, attention)
         load_weights(layer, source, dtype, prefix=f"layers.{n}.", skip=("mlp.experts.",))
+        _round_inputs(layer, f"layers.{n}.", input_rounding)
         hidden = [layer.mix(x, by)[0] for x, by in zip(hidden, turns, strict=True)]
         inputs = [layer.post_attention_layernorm(x).view(-1, x.shape[-1]) for x in hidden]
         routings: list[Routing] = [layer.mlp.gate(x) for x in inputs]
-        routed = _run_experts(config, source, f"layers.{n}.mlp.experts", inputs, routings, dtype)
+        routed = _run_experts(config, source, f"layers.{n}.mlp.experts", inputs, routings, dtype, input_rounding)
         for b, (x, out) in enumerate(zip(inputs, routed, strict=True)):
             hidden[b] = hidden[b] + (out + layer.mlp.shared(x)).view_as(hidden[b])
             if on_layer is not None:
@@ -103,6 +119,18 @@ def run_layers(
     return [norm(x) for x in hidden]
 
 
+def _round_inputs(layer: DecoderLayer, prefix: str, input_rounding: InputRounding) -> None:
+    """Round what enters the linear modules of a layer; routed experts are none."""
+    for name, module in layer.named_modules():
+        rounding = input_rounding(prefix + name) if isinstance(module, nn.Linear) else None
+        if rounding is not None:
+            module.register_forward_pre_hook(partial(_replace_input, rounding))
+
+
+def _replace_input(rounding: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return rounding(args[0])
+
+
 def _run_experts(
     config: TextConfig,
     source: WeightSource,
@@ -110,18 +138,20 @@ def _run_experts(
     inputs: Sequence[Tensor],
     routings: Sequence[Routing],
     dtype: torch.dtype,
+    input_rounding: InputRounding,
 ) -> list[Tensor]:
     """What ``moe.Experts`` computes, for all batches: experts outside, so that each is read once, if reached at all."""
     wheres = [dispatch(routing.experts, config.num_experts) for routing in routings]
     rows = [x.index_select(0, where.token) for x, where in zip(inputs, wheres, strict=True)]
     parts = [torch.split(x, where.counts) for x, where in zip(rows, wheres, strict=True)]
+    round_x, round_inner = input_rounding(f"{name}.gate_up_proj"), input_rounding(f"{name}.down_proj")
     for e in range(config.num_experts):
         visitors = [part[e] for part in parts if part[e].shape[0]]
         if not visitors:
             continue
         gate_up, down = load_expert(source, name, e, config.hidden_size, config.moe_intermediate_size, dtype)
         for visitor in visitors:
-            visitor.copy_(expert_mlp(visitor, gate_up, down))
+            visitor.copy_(expert_mlp(visitor, gate_up, down, round_x, round_inner))
     return [combine(x, where, r.weights) for x, where, r in zip(rows, wheres, routings, strict=True)]
 
 

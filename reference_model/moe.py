@@ -6,7 +6,7 @@ that it visits).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,10 +71,20 @@ def dispatch(experts: Tensor, num_experts: int) -> Dispatch:
     )
 
 
-def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """``(silu(x gate^T) * (x up^T)) down^T``; x [rows, D], gate_up [2F, D] gate rows first, down [D, F]."""
-    gate, up = functional.linear(x, gate_up).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gate) * up, down)
+def expert_mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    round_x: Callable[[Tensor], Tensor] | None = None,
+    round_inner: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``(silu(x gate^T) * (x up^T)) down^T``; x [rows, D], gate_up [2F, D] gate rows first, down [D, F].
+
+    ``round_x`` and ``round_inner`` stand for engines that round the inputs of gate_up and of down.
+    """
+    gate, up = functional.linear(x if round_x is None else round_x(x), gate_up).chunk(2, dim=-1)
+    inner = functional.silu(gate) * up
+    return functional.linear(inner if round_inner is None else round_inner(inner), down)
 
 
 def combine(rows: Tensor, where: Dispatch, weights: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Severity(enum.Enum):
 class CauseKind(enum.Enum):
     """What went wrong; in the order in which a report lists them."""
 
+    CONFIG = "config"
     MISSING = "missing"
     CONTRADICTION = "contradiction"
     SHAPE = "shape"
@@ -57,7 +58,7 @@ class Cause:
     Attributes:
         kind: what it is.
         severity: an error fails the report.
-        role: where it is; of several, the first.
+        role: where it is; of several, the first; ``None`` for what is no tensor.
         where: the same in words.
         evidence: the numbers that prove it.
         tensors: names in the converted checkpoint, or in the original where nothing is there.
@@ -65,7 +66,7 @@ class Cause:
 
     kind: CauseKind
     severity: Severity
-    role: TensorRole
+    role: TensorRole | None
     where: str
     evidence: str
     tensors: tuple[str, ...]
@@ -76,9 +77,9 @@ class Cause:
 
 def cause(
     kind: CauseKind,
-    role: TensorRole,
+    role: TensorRole | None,
     evidence: str,
-    tensors: Iterable[str],
+    tensors: Iterable[str] = (),
     *,
     where: str | None = None,
     severity: Severity | None = None,
@@ -88,7 +89,7 @@ def cause(
         kind=kind,
         severity=severity or _SEVERITIES[kind],
         role=role,
-        where=where or place(role),
+        where=where or ("" if role is None else place(role)),
         evidence=evidence,
         tensors=tuple(tensors),
     )
@@ -117,15 +118,17 @@ def ranked(causes: Iterable[Cause]) -> tuple[Cause, ...]:
     """Errors first, then by kind, layer and expert; many of one kind in one layer as one."""
     ordered = sorted(causes, key=_rank)
     out: list[Cause] = []
-    for _, group in groupby(ordered, key=lambda c: (c.severity, c.kind, c.role.section, c.role.layer)):
+    for _, group in groupby(ordered, key=lambda c: (c.severity, c.kind, _rank(c)[2:4])):
         members = list(group)
-        out.extend(members if len(members) <= ONE_BY_ONE else [_together(members)])
+        role = members[0].role
+        several = role is not None and len(members) > ONE_BY_ONE
+        out.extend([_together(members, role)] if several and role is not None else members)
     return tuple(out)
 
 
-def _together(members: Sequence[Cause]) -> Cause:
+def _together(members: Sequence[Cause], role: TensorRole) -> Cause:
     first = members[0]
-    where = place_of_expert(replace(first.role, expert=None)) or "outside the layers"
+    where = place_of_expert(replace(role, expert=None)) or "outside the layers"
     return replace(
         first,
         where=where,
@@ -141,6 +144,8 @@ _KIND_ORDER = {kind: i for i, kind in enumerate(Kind)}
 
 def _rank(one: Cause) -> tuple[int, ...]:
     role = one.role
+    if role is None:
+        return _SEVERITY_ORDER[one.severity], _ORDER[one.kind]
     return (
         _SEVERITY_ORDER[one.severity],
         _ORDER[one.kind],

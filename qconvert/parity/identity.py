@@ -95,7 +95,7 @@ def _fingerprint(original: CheckpointWeights, role: TensorRole) -> Tensor:
 
 def _normalised(rows: Tensor) -> Tensor:
     flat = rows.reshape(-1).to(torch.float32)
-    return flat / torch.linalg.vector_norm(flat).clamp(min=1e-30)
+    return flat / flat.square().sum().sqrt().clamp(min=1e-30)
 
 
 def name_matches(matches: Mapping[TensorRole, Match], converted: CheckpointWeights) -> Iterator[Cause]:

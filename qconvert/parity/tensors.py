@@ -114,7 +114,12 @@ def compare_weights(
 ) -> WeightsComparison:
     """Compare all tensors by role and name the faults that the weights prove."""
     causes = list(_absent(original, converted))
-    common = [role for role in original.stored if role in converted.stored]
+    both = [role for role in original.stored if role in converted.stored]
+    common = [role for role in both if original.stored[role].shape == converted.stored[role].shape]
+    for role in set(both) - set(common):
+        here, there = (list(source.stored[role].shape) for source in (converted, original))
+        text = f"is {here}, the original is {there}"
+        causes.append(cause(CauseKind.SHAPE, role, text, (converted.stored[role].name,)))
     tensors: list[TensorComparison] = []
     suspects: list[TensorRole] = []
     for done, role in enumerate(common):
@@ -246,8 +251,7 @@ def _absent(original: CheckpointWeights, converted: CheckpointWeights) -> Iterat
             told.add(problem.role)
             yield cause(CauseKind.CONTRADICTION, problem.role, problem.message, (problem.name,))
         else:
-            stranger = TensorRole(section=Section.TEXT, kind=Kind.EMBEDDING)
-            yield cause(CauseKind.EXTRA, stranger, problem.message, (problem.name,), where=problem.name)
+            yield cause(CauseKind.EXTRA, None, problem.message, (problem.name,), where=problem.name)
     tied = original.config.text.tie_word_embeddings
     for kind, ours, theirs in (
         (CauseKind.MISSING, original, converted),

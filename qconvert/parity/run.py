@@ -1,0 +1,151 @@
+"""Compare two checkpoints: weights, causes, both models over the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from qconvert.core.metric import Metric, exact
+from qconvert.parity.causes import Cause, CauseKind, cause, ranked
+from qconvert.parity.limits import Limits
+from qconvert.parity.logits import summarize
+from qconvert.parity.model import ModelComparison, compare_models
+from qconvert.parity.report import ParityReport
+from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
+from qconvert.parity.windows import choose_windows
+from qconvert.weights.source import CheckpointWeights
+from reference_model.config import TextConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityOptions:
+    """What to compare, on which tokens, within which limits.
+
+    Attributes:
+        text: a text file; ``None`` takes the held-out texts that come along, or random tokens where the original has
+            no tokenizer.
+        tokens: tokens at most.
+        window: tokens that see each other.
+        limits: bounds of the verdict; those of the model are applied to it as served.
+        round_to: type through which dequantized matrices pass, as engines store them that way; ``None`` for float32.
+        run_model: whether the models are run at all.
+    """
+
+    text: Path | None = None
+    tokens: int = 10_240
+    window: int = 512
+    seed: int = 0
+    limits: Limits = field(default_factory=Limits)
+    round_to: torch.dtype | None = None
+    run_model: bool = True
+
+
+def compare(
+    original: Path,
+    converted: Path,
+    options: ParityOptions | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> ParityReport:
+    """Compare the checkpoint in ``converted`` with the one that it was made from.
+
+    Memory: one matrix of each for the weights; one layer without its experts, one expert, and the hidden states of
+    all tokens for the models; for the logits one slab of both heads.
+
+    Raises:
+        SourceError: one of the folders is no checkpoint that can be read, or the original contradicts itself.
+        UsageError: the text cannot be read.
+    """
+    options = options or ParityOptions()
+    with (
+        CheckpointWeights.open(original) as ours,
+        CheckpointWeights.open(converted, round_to=options.round_to, strict=False) as theirs,
+    ):
+        weights = compare_weights(ours, theirs, progress)
+        causes = ranked((*_config_causes(ours.config.text, theirs.config.text), *weights.causes))
+        metrics = [*_weight_metrics(weights, options.limits)]
+        notes, text, scored = [], "", 0
+        if not options.run_model:
+            notes.append("The models were not run.")
+        elif not weights.complete:
+            notes.append("The models were not run: the converted one is incomplete, see the causes.")
+        else:
+            vocabulary = ours.config.text.vocab_size
+            windows = choose_windows(
+                original,
+                vocabulary,
+                text=options.text,
+                tokens=options.tokens,
+                length=options.window,
+                seed=options.seed,
+            )
+            plain, served = compare_models(ours, theirs, windows.batches, progress)
+            text, scored = windows.description, len(plain.scores.kl)
+            metrics += [*_model_metrics(plain, Limits(), options.seed)]
+            metrics += [*_model_metrics(served, options.limits, options.seed)]
+            if served.scores is plain.scores:
+                notes.append("Engines round no activations for this checkpoint: as served is weights only.")
+        return ParityReport(
+            original=str(original),
+            converted=str(converted),
+            bytes_original=sum(info.nbytes for info in ours.checkpoint.tensors.values()),
+            bytes_converted=sum(info.nbytes for info in theirs.checkpoint.tensors.values()),
+            causes=causes,
+            metrics=tuple(metrics),
+            tensors=tuple(one for one in weights.tensors if one.outcome is not Outcome.IDENTICAL),
+            identical=sum(one.outcome is Outcome.IDENTICAL for one in weights.tensors),
+            roles=weights.roles(),
+            text=text,
+            tokens=scored,
+            notes=tuple(notes),
+        )
+
+
+_NOT_COMPUTED_WITH = frozenset(
+    {
+        "initializer_range",
+        "router_aux_loss_coef",
+        "eos_token_ids",
+        "max_position_embeddings",
+        "mtp_num_hidden_layers",
+    }
+)
+"""Fields of the configuration that change no logit."""
+
+
+def _config_causes(ours: TextConfig, theirs: TextConfig) -> Iterator[Cause]:
+    for one in fields(TextConfig):
+        before, after = getattr(ours, one.name), getattr(theirs, one.name)
+        if one.name not in _NOT_COMPUTED_WITH and before != after:
+            yield cause(
+                CauseKind.CONFIG, None, f"{one.name} is {after}, the original has {before}", where="config.json"
+            )
+
+
+def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metric]:
+    rounded = [one for one in weights.tensors if one.outcome is Outcome.QUANTIZED]
+    if not rounded:
+        return
+    worst = min(rounded, key=lambda one: -math.inf if math.isnan(one.sums.sqnr_db) else one.sums.sqnr_db)
+    signal = sum(one.sums.signal for one in rounded)
+    error = sum(one.sums.squared_error for one in rounded)
+    pooled = math.inf if error == 0 else 10 * math.log10(signal / error) if signal else -math.inf
+    yield exact("sqnr_min", worst.name, worst.sums.sqnr_db, "dB", limit=limits.sqnr_min, better="high")
+    yield exact("sqnr", "all quantized tensors", pooled, "dB", better="high")
+    yield exact("cosine_min", "quantized tensors", min(one.sums.cosine for one in rounded), better="high")
+
+
+def _model_metrics(model: ModelComparison, limits: Limits, seed: int) -> Iterator[Metric]:
+    yield from summarize(model.scores, model.mode, limits, seed)
+    for layer, overlap in enumerate(model.router_overlap):
+        yield exact(
+            "router_overlap",
+            f"{model.mode} layer {layer}",
+            overlap,
+            "fraction",
+            limit=limits.router_overlap,
+            better="high",
+        )
