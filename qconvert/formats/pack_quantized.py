@@ -85,7 +85,7 @@ class PackQuantized:
             SHAPE: torch.tensor(shape or quantized.shape, dtype=torch.int64),
         }
         if quantized.zero_point is not None:
-            parts[ZERO_POINT] = pack_int32(quantized.zero_point.T, scheme.weight_bits).T.contiguous()
+            parts[ZERO_POINT] = _transposed(pack_int32(_transposed(quantized.zero_point), scheme.weight_bits))
         return parts
 
     def unpack(self, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
@@ -97,8 +97,8 @@ class PackQuantized:
         rows, cols = shape
         zero_point = None
         if not scheme.symmetric:
-            packed = parts[ZERO_POINT].T
-            zero_point = unpack_int32(packed, scheme.weight_bits, rows, signed=False).T.contiguous()
+            packed = _transposed(parts[ZERO_POINT])
+            zero_point = _transposed(unpack_int32(packed, scheme.weight_bits, rows, signed=False))
         return QuantizedTensor(
             codes=unpack_int32(parts[PACKED], scheme.weight_bits, cols, signed=scheme.symmetric),
             scale=parts[SCALE],
@@ -106,3 +106,8 @@ class PackQuantized:
             scheme=scheme,
             shape=shape,
         )
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """A copy whose bytes can be viewed: ``contiguous`` would keep odd strides where a side is 1."""
+    return matrix.T.clone(memory_format=torch.contiguous_format)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, int4
 from tests.checkpoints import Naming
 from tests.formats.whole_model import routed_experts, write_quantized
 
@@ -34,7 +34,7 @@ def test_experts_are_our_dequantized_numbers(tmp_path: Path, case: str, naming: 
     model, info = getattr(transformers, kind).from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert not {name for name in info["unexpected_keys"] if not name.startswith("mtp.")}
-    state = {name: tensor for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     prefix = "model.language_model." if naming == "vl" else "model."
     for layer in range(text["num_hidden_layers"]):
         at = f"{prefix}layers.{layer}.mlp.experts"
