@@ -105,9 +105,11 @@ def check(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Census:
     notes: list[str] = []
     roles = dict(_roles(tensors, problems))
     present = {role: name for name, role in roles.items()}
-    if len(present) != len(roles):
-        problems.extend(f"doubled: {name} ({role})" for name, role in roles.items() if present[role] != name)
-
+    if config.vision is not None and naming is not Naming.VISION_LANGUAGE:
+        problems.append(
+            f"prefix: config.json has a vision_config, so the decoder's names should begin with "
+            f"{Naming.VISION_LANGUAGE.value!r}, not {naming.value!r}"
+        )
     mtp_layers = _mtp_layers(present, config, notes)
     expected = set(_expected(present, config, mtp_layers, problems, naming))
     head = TensorRole(section=Section.TEXT, kind=Kind.HEAD)

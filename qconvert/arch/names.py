@@ -65,6 +65,7 @@ _BLOCK: tuple[tuple[Kind, Part, str], ...] = tuple(
 )
 
 _TEXT = "{text}"
+_VISION = "model.visual."
 _TABLE: tuple[tuple[Section, Kind, Part, str], ...] = (
     (Section.TEXT, Kind.EMBEDDING, Part.WEIGHT, f"{_TEXT}embed_tokens.weight"),
     *((Section.TEXT, kind, part, f"{_TEXT}layers.{{layer}}.{name}") for kind, part, name in _LAYER),
@@ -75,12 +76,12 @@ _TABLE: tuple[tuple[Section, Kind, Part, str], ...] = (
     (Section.MTP, Kind.MTP_HIDDEN_NORM, Part.WEIGHT, "mtp.pre_fc_norm_hidden.weight"),
     *((Section.MTP, kind, part, f"mtp.layers.{{layer}}.{name}") for kind, part, name in _LAYER),
     (Section.MTP, Kind.NORM, Part.WEIGHT, "mtp.norm.weight"),
-    (Section.VISION, Kind.PATCH_EMBEDDING, Part.WEIGHT, "model.visual.patch_embed.proj.weight"),
-    (Section.VISION, Kind.PATCH_EMBEDDING, Part.BIAS, "model.visual.patch_embed.proj.bias"),
-    (Section.VISION, Kind.POSITION_EMBEDDING, Part.WEIGHT, "model.visual.pos_embed.weight"),
-    *((Section.VISION, kind, part, f"model.visual.blocks.{{layer}}.{name}") for kind, part, name in _BLOCK),
+    (Section.VISION, Kind.PATCH_EMBEDDING, Part.WEIGHT, f"{_VISION}patch_embed.proj.weight"),
+    (Section.VISION, Kind.PATCH_EMBEDDING, Part.BIAS, f"{_VISION}patch_embed.proj.bias"),
+    (Section.VISION, Kind.POSITION_EMBEDDING, Part.WEIGHT, f"{_VISION}pos_embed.weight"),
+    *((Section.VISION, kind, part, f"{_VISION}blocks.{{layer}}.{name}") for kind, part, name in _BLOCK),
     *(
-        (Section.VISION, kind, part, f"model.visual.merger.{module}.{part.value}")
+        (Section.VISION, kind, part, f"{_VISION}merger.{module}.{part.value}")
         for kind, module in (
             (Kind.MERGER_NORM, "norm"),
             (Kind.MERGER_FC1, "linear_fc1"),
@@ -132,7 +133,7 @@ def name_of(role: TensorRole, naming: Naming) -> str:
 
 
 def naming_of(names: Iterable[str]) -> Naming:
-    """The naming of a checkpoint, from its tensor names.
+    """The naming of a checkpoint, from its tensor names; that of the hub when they do not tell.
 
     Raises:
         SourceError: the names use both prefixes.
@@ -142,14 +143,14 @@ def naming_of(names: Iterable[str]) -> Naming:
     for name in names:
         if name.startswith(Naming.VISION_LANGUAGE.value):
             found = Naming.VISION_LANGUAGE
-        elif name.startswith((f"{Naming.TEXT.value}layers.", f"{Naming.TEXT.value}embed_tokens.")):
+        elif name.startswith(Naming.TEXT.value) and not name.startswith(_VISION):
             found = Naming.TEXT
         else:
             continue
         if naming is not None and found is not naming:
             raise SourceError(f"tensor names use two prefixes: {first!r} and {name!r}; expected one")
         naming, first = found, name
-    return naming or Naming.TEXT
+    return naming or Naming.VISION_LANGUAGE
 
 
 def module_of(name: str) -> str:

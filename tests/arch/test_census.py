@@ -176,6 +176,13 @@ FAULTS: dict[str, tuple[Layout, Callable[[Tensors], object], tuple[str, ...]]] =
 }
 
 
+def test_a_vision_configuration_with_text_only_names_is_refused() -> None:
+    tensors, _ = tiny(naming="text")
+    vision = {name: info for name, info in tiny()[0].items() if name.startswith("model.visual.")}
+    with pytest.raises(SourceError, match=r"prefix: .*'model\.language_model\.', not 'model\.'"):
+        check({**tensors, **vision}, ModelConfig.from_dict(tiny_config()))
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_one_message_that_names_it(fault: str) -> None:
     layout, act, expected = FAULTS[fault]

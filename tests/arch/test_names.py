@@ -138,6 +138,8 @@ def test_two_prefixes_in_one_checkpoint_are_refused() -> None:
     names = ["lm_head.weight", "model.layers.0.mlp.gate.weight", "model.language_model.layers.1.mlp.gate.weight"]
     with pytest.raises(SourceError, match=r"two prefixes: 'model\.layers\.0.*' and 'model\.language_model"):
         naming_of(names)
+    with pytest.raises(SourceError, match=r"two prefixes: 'model\.language_model.*' and 'model\.norm"):
+        naming_of([*names[2:], "model.visual.pos_embed.weight", "model.norm.weight"])
 
 
 def test_the_module_is_the_name_without_its_part() -> None:

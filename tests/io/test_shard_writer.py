@@ -7,6 +7,9 @@ import fcntl
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -338,6 +341,29 @@ def test_what_a_killed_run_left_is_replaced(out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.io.test_shard_writer import TENSORS, ShardWriter, lay_out
+writer = ShardWriter(Path(sys.argv[1]), lay_out(TENSORS))
+writer.write("a.weight", TENSORS["a.weight"])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_is_killed_does_not_block_the_next(out: Path) -> None:
+    root = Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], cwd=root, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert out.with_name(".out.partial").exists()
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        writer.finish()
+    assert_holds(out, TENSORS)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
 def test_a_run_that_is_alive_is_not_disturbed(out: Path) -> None:
     with ShardWriter(out, lay_out(TENSORS)) as writer:
         write_all(writer)
@@ -370,6 +396,13 @@ def test_side_files_are_copied_through_their_links(out: Path, tmp_path: Path) ->
     assert not (out / "tokenizer.json").is_symlink()
     assert (out / "tokenizer.json").read_bytes() == blob.read_bytes()
     assert (out / "config.json").read_bytes() == b"{}"
+
+
+def test_a_file_made_from_the_hashes_gets_those_of_the_bytes_on_disk(out: Path) -> None:
+    with ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        hashes = writer.finish({"hashes.json": lambda found: json.dumps(dict(found)).encode()})
+    assert json.loads((out / "hashes.json").read_text()) == hashes
 
 
 def test_a_side_file_that_vanished_is_the_sources_fault(out: Path, tmp_path: Path) -> None:
