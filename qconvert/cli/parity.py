@@ -1,0 +1,140 @@
+"""`qconvert parity`: what a conversion cost, and whether that is within limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qconvert.cli import console
+from qconvert.cli.options import Json
+from qconvert.core.errors import UsageError
+from qconvert.core.metric import Metric, Verdict
+from qconvert.io.hub import resolve
+from qconvert.parity.limits import Limits
+from qconvert.parity.report import ParityReport
+from qconvert.parity.run import ParityOptions, compare
+
+LIMIT_EXCEEDED = 1
+
+_SHOWN_CAUSES = 5
+_HEADLINES = (
+    ("kl_mean", "KL(original || converted), mean"),
+    ("kl_median", "median"),
+    ("kl_p99", "99th percentile"),
+    ("top1_agreement", "same most likely token"),
+    ("perplexity_original", "perplexity, original"),
+    ("perplexity_converted", "perplexity, converted"),
+)
+
+
+def parity(
+    original: Annotated[
+        str, typer.Argument(metavar="ORIGINAL", help="Folder of the checkpoint as it was, or a hub id.")
+    ],
+    converted: Annotated[str, typer.Argument(metavar="CONVERTED", help="Folder of what it became.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to run both models on; default: the held-out texts that come along.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to run at most [default: 10240].")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that see each other.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of random tokens and of bootstrap intervals.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.md.")] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Compare weights and do not run the models.")
+    ] = False,
+    max_kl_mean: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
+    max_kl_median: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
+    max_kl_p99: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
+    min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Smallest share of equal tokens.")] = None,
+    max_perplexity_ratio: Annotated[float | None, typer.Option(help="Converted over original.")] = None,
+    min_sqnr: Annotated[float | None, typer.Option(help="Smallest SQNR of any quantized tensor, dB.")] = None,
+    min_router_overlap: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Smallest top-k overlap of any layer's router.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare a converted checkpoint with its original: weights, then both models on the same text.
+
+    "Weights only" keeps activations as they are; "as served" rounds them as engines do for the scheme, and is what
+    limits apply to. Exit code 1 when a fault is found in the weights or a limit is exceeded.
+
+    Examples:
+      qconvert parity ./Qwen3.5-35B-A3B ./int4 --report ./report
+
+      qconvert parity ./Qwen3.5-35B-A3B ./int4 --max-kl-mean 0.02 --min-top1 0.95 --json
+    """
+
+    def call() -> int:
+        if weights_only and (text is not None or tokens is not None):
+            raise UsageError("--weights-only runs no model: drop --text and --tokens")
+        limits = Limits(
+            kl_mean=max_kl_mean,
+            kl_median=max_kl_median,
+            kl_p99=max_kl_p99,
+            top1=min_top1,
+            perplexity_ratio=max_perplexity_ratio,
+            sqnr_min=min_sqnr,
+            router_overlap=min_router_overlap,
+        )
+        options = ParityOptions(
+            text=text, tokens=tokens or ParityOptions().tokens, window=window, seed=seed, limits=limits,
+            run_model=not weights_only,
+        )  # fmt: skip
+        with console.progress(in_bytes=False, quiet=json) as advance:
+            result = compare(resolve(original), resolve(converted), options, advance)
+        written = result.write(report) if report is not None else ()
+        if json:
+            console.show_json(result.to_json())
+        else:
+            show(result)
+            for path in written:
+                console.say(f"report: {path}")
+        return LIMIT_EXCEEDED if result.verdict is Verdict.FAIL else 0
+
+    raise typer.Exit(console.guarded(call))
+
+
+def show(result: ParityReport) -> None:
+    """Causes first, then the numbers that people ask for, then the verdict."""
+    for one in result.causes[:_SHOWN_CAUSES]:
+        console.say(f"[bold red]{one.severity.value}[/] {one.kind.value}: {one}")
+    if len(result.causes) > _SHOWN_CAUSES:
+        console.say(f"... and {len(result.causes) - _SHOWN_CAUSES} more; --report or --json has them all")
+    _show_model(result)
+    changed = [role for role in result.roles if role.identical < role.tensors]
+    if changed:
+        table = console.plain_table("role", "scheme", ">tensors", ">SQNR dB", ">worst dB", ">cosine")
+        for role in changed:
+            table.add_row(
+                role.path, role.scheme, f"{role.tensors:,}",
+                f"{role.sqnr_db:.2f}", f"{role.worst_db:.2f}", f"{role.cosine:.6f}",
+            )  # fmt: skip
+        console.show(table)
+    console.say(f"{result.identical:,} tensors are identical")
+    for note in result.notes:
+        console.say(note)
+    for metric in result.metrics:
+        if metric.verdict is not Verdict.PASS:
+            console.say(f"[bold red]{metric.verdict.value}[/] {metric.name} of {metric.where}: {_value(metric)}")
+    colour = "green" if result.verdict is Verdict.PASS else "red"
+    console.say(f"verdict: [bold {colour}]{result.verdict.value}[/]")
+
+
+def _show_model(result: ParityReport) -> None:
+    modes = [where for where in ("weights only", "as served") if any(m.where == where for m in result.metrics)]
+    if not modes:
+        return
+    found = {(metric.name, metric.where): metric for metric in result.metrics}
+    table = console.plain_table("", *(f">{mode}" for mode in modes))
+    for name, label in _HEADLINES:
+        if (name, modes[0]) in found:
+            table.add_row(label, *(_value(found[name, mode]) for mode in modes))
+    console.say(f"{result.tokens:,} tokens, {result.text}")
+    console.show(table)
+
+
+def _value(metric: Metric) -> str:
+    number = f"{metric.value:.2%}" if metric.unit == "fraction" else f"{metric.value:.5g} {metric.unit}".rstrip()
+    return number if metric.limit is None else f"{number} (limit {metric.limit:g})"
