@@ -138,9 +138,12 @@ def _patterns(name: str) -> Iterator[str]:
 
 
 def module_patterns(decisions: Sequence[ModuleDecision], chosen: Sequence[ModuleDecision]) -> list[str]:
-    """``targets`` that match the modules of ``chosen`` and nothing else: patterns where they suffice, else names."""
+    """``targets`` of the modules of ``chosen``: patterns where those match nothing else that is quantized, else names.
+
+    What stays may match: engines look at ``ignore`` first.
+    """
     mine = {decision.name for decision in chosen}
-    others = [name for decision in decisions if decision.name not in mine for name in expand(decision)]
+    others = [decision.name for decision in decisions if decision.scheme is not None and decision.name not in mine]
     others += [vllm_name(name) for name in others]
     targets: dict[str, None] = {}
     for decision in chosen:

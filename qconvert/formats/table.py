@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from qconvert.core.errors import FormatError
-from qconvert.core.scheme import Block, Channel, Float, Int, Scheme
 from qconvert.core.scheme import Scheme
 from qconvert.formats.base import Format
 from qconvert.formats.float_quantized import FloatQuantized
@@ -23,22 +22,6 @@ def format_named(name: str) -> Format:
         if known.name == name:
             return known
     raise FormatError(f"no format is called {name!r}; there are {', '.join(known.name for known in FORMATS)}")
-
-
-def format_for(scheme: Scheme) -> Format:
-    """The format that a scheme is written in unless another one is asked for.
-
-    Raises:
-        FormatError: no format holds the scheme.
-    """
-    match scheme.grid, scheme.blocking:
-        case Int(), _:
-            return format_named("pack-quantized")
-        case Float(kind="e4m3fn"), Channel():
-            return format_named("float-quantized")
-        case Float(kind="e4m3fn"), Block():
-            return format_named("fp8-block")
-    raise FormatError(f"no format holds {scheme}")
 
 
 def format_for(scheme: Scheme) -> Format:
