@@ -15,6 +15,7 @@ from tests.checkpoints import Layout, Naming, tiny_config, tiny_tensors
 from tests.formats.whole_model import Choice, decisions_for, is_linear, routed_experts
 
 INT4 = routed_experts(int4(32), "pack-quantized")
+Fields = dict[str, object]
 
 
 def decide(
