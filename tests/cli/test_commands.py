@@ -1,0 +1,193 @@
+"""Whole commands as a user types them: output for people, JSON for machines, exit codes, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from qconvert.cli.app import app
+from tests.checkpoints import make_tiny
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "src"
+    make_tiny(path, shards=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "int8"
+    assert run("quantize", source, out, "--scheme", "int8", "--json").exit_code == 0
+    return out
+
+
+def test_inspect_counts_and_sizes(source: Path) -> None:
+    shown = run("inspect", source)
+    assert shown.exit_code == 0
+    assert "text expert" in shown.stdout
+    document = json.loads(run("inspect", source, "--json").stdout)
+    stored = sum(t.nbytes for file in source.glob("*.safetensors") for t in load_file(file).values())
+    assert document["bytes"] == stored == sum(line["nbytes"] for line in document["roles"])
+    sizes = document["schemes"]
+    assert sizes["int4 --group 32"]["bytes"] < sizes["int8"]["bytes"] < stored
+    assert "128" in sizes["int4 --group 128"]["impossible"]
+
+
+def test_the_size_that_inspect_announces_is_the_size_that_quantize_writes(source: Path, converted: Path) -> None:
+    announced = json.loads(run("inspect", source, "--json").stdout)["schemes"]["int8"]["bytes"]
+    assert announced == sum(t.nbytes for file in converted.glob("*.safetensors") for t in load_file(file).values())
+
+
+def test_a_dry_run_writes_nothing_and_names_every_tensor(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = run("quantize", source, out, "--group", "32", "--dry-run")
+    assert shown.exit_code == 0
+    assert "int4-g32-sym" in shown.stdout
+    plan = json.loads(run("quantize", source, out, "--group", "32", "--dry-run", "--json").stdout)
+    read = {part["tensor"] for step in plan["steps"] for part in step["inputs"]}
+    assert read == {name for file in source.glob("*.safetensors") for name in load_file(file)}
+    assert all(step["reason"] for step in plan["steps"])
+    assert os.listdir(tmp_path) == []
+
+
+def test_quantize_reports_and_parity_passes(source: Path, converted: Path, tmp_path: Path) -> None:
+    result = run("parity", source, converted, "--tokens", "64", "--report", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert "verdict: pass" in result.stdout
+    report = json.loads((tmp_path / "report" / "parity.json").read_text())
+    assert report["verdict"] == "pass"
+    assert report["causes"] == []
+    assert (tmp_path / "report" / "parity.md").read_text().startswith("# Parity: pass")
+
+
+def test_a_limit_that_is_exceeded_is_exit_code_1(source: Path, converted: Path) -> None:
+    result = run("parity", source, converted, "--tokens", "64", "--max-kl-mean", "1e-12")
+    assert result.exit_code == 1
+    assert "fail kl_mean" in result.stdout
+
+
+def test_a_policy_decides(source: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[rule]]\nmatch = "text.shared_expert.*"\nscheme = "int8"\nreason = "eight bits here"\n')
+    result = run("quantize", source, tmp_path / "out", "--group", "32", "--policy", policy)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    record = json.loads((tmp_path / "out" / "qconvert.json").read_text())
+    assert "eight bits here" in {line["reason"] for line in record["decisions"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--scheme", "int3"], 2, "int4, int8, fp8, fp8-block"),
+        (["--scheme", "int8", "--group", "32"], 2, "no groups"),
+        (["--group", "48"], 2, "32, 64 or 128"),
+        (["--scheme", "fp8", "--asymmetric"], 2, "symmetric"),
+        (["--max-memory", "much"], 2, "4GiB"),
+        (["--jobs", "0"], 2, "--jobs"),
+        (["--shceme", "int4"], 2, "No such option"),
+        (["--policy", "missing.toml"], 2, "missing.toml"),
+        (["--group", "128"], 4, "128"),
+        (["--scheme", "fp8-block"], 4, "128"),
+        (["--group", "32", "--max-memory", "1MB"], 4, "--max-memory"),
+    ],
+)
+def test_a_wrong_option_is_one_error(source: Path, tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+    result = run("quantize", source, tmp_path / "out", *arguments)
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert os.listdir(tmp_path) == []
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def truncate(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def drop_tensor(folder: Path) -> None:
+    file = folder / "model-00001-of-00002.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(("q_proj.weight", "out_proj.weight")))
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    del document["weight_map"][name]
+    index.write_text(json.dumps(document))
+
+
+def name_outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"]["lm_head.weight"] = "../x.safetensors"
+    index.write_text(json.dumps(document))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dense": (lambda f: edit_config(f, lambda c: c.update(model_type="qwen3_5")), "qwen3_5"),
+    "next": (lambda f: edit_config(f, lambda c: c.update(model_type="qwen3_next")), "qwen3_next"),
+    "other": (lambda f: edit_config(f, lambda c: c.update(model_type="llama")), "llama"),
+    "lying": (lambda f: edit_config(f, lambda c: c["text_config"].update(num_experts=7)), "misshapen"),
+    "yarn trap": (
+        lambda f: edit_config(f, lambda c: c["text_config"].update(rope_scaling={"type": "yarn"})),
+        "rope_scaling",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "truncated": (truncate, ".safetensors"),
+    "missing shard": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002"),
+    "outside": (name_outside, "../x"),
+    "missing tensor": (drop_tensor, "missing: "),
+    "empty": (lambda f: [p.unlink() for p in f.iterdir()], "no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+def test_a_damaged_source_is_one_error_that_names_it(source: Path, tmp_path: Path, damage: str, command: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    change, said = DAMAGE[damage]
+    change(broken)
+    arguments = [tmp_path / "out", "--group", "32"] if command == "quantize" else []
+    result = run(command, broken, *arguments)
+    assert result.exit_code == 3, result.output
+    assert said in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.output
+    assert os.listdir(tmp_path) == ["broken"]
+
+
+def test_an_existing_output_is_refused(source: Path, converted: Path) -> None:
+    result = run("quantize", source, converted, "--scheme", "int8")
+    assert result.exit_code == 5
+    assert "exists" in result.stderr
+
+
+def test_help_has_examples_and_exit_codes() -> None:
+    assert "Exit codes" in run("--help").stdout
+    for command in ("inspect", "quantize", "parity", "demo"):
+        assert f"qconvert {command}" in run(command, "--help").stdout
