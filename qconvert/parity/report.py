@@ -153,10 +153,11 @@ class ParityReport:
             (one.path, one.scheme, str(one.tensors), str(one.identical), _number(one.sqnr_db), _number(one.worst_db),
              _number(one.cosine), _number(one.max_error))
             for one in self.roles
+            if one.identical < one.tensors
         ]  # fmt: skip
-        return "## Roles\n\n" + _table(
-            ("role", "scheme", "tensors", "identical", "SQNR dB", "worst dB", "cosine", "max error"), rows
-        )
+        same = ", ".join(one.path for one in self.roles if one.identical == one.tensors)
+        table = _table(("role", "scheme", "tensors", "identical", "SQNR dB", "worst dB", "cosine", "max error"), rows)
+        return "## Roles\n\n" + (table + "\n\n" if rows else "") + (f"Bit for bit the same: {same}." if same else "")
 
     def _routers(self) -> str:
         found = [one for one in self.metrics if one.name == "router_overlap"]

@@ -59,7 +59,7 @@ def text_windows(model: Path, texts: Sequence[Path], length: int, limit: int) ->
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the text {text}: {error}") from error
         ids = torch.tensor(tokenizer.encode(content).ids, dtype=torch.int64)
-        files.append([part for part in ids.split(length) if len(part) > 1])
+        files.append([part for part in torch.split(ids, length) if len(part) > 1])
     turns = [window for window in chain.from_iterable(zip_longest(*files)) if window is not None]
     if not turns:
         raise UsageError(f"{', '.join(map(str, texts))}: fewer than two tokens")
@@ -71,7 +71,7 @@ def random_windows(vocabulary: int, length: int, tokens: int, seed: int) -> Wind
     """Windows of uniformly random tokens, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (max(tokens, 2),), generator=generator)
-    parts = [part for part in ids.split(length) if len(part) > 1]
+    parts = [part for part in torch.split(ids, length) if len(part) > 1]
     return Windows(batches=_batches(parts, tokens), description=f"random tokens, seed {seed}: perplexity says nothing")
 
 
