@@ -15,5 +15,7 @@ def widen_e4m3(codes: Tensor) -> Tensor:
     bits = codes.contiguous().view(torch.int8)
     half = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)
     values = half.view(torch.float16).to(torch.float32).mul_(256.0)
-    nan = (bits & 0x7F) == 0x7F
-    return values.masked_fill_(nan, torch.nan) if bool(nan.any()) else values
+    magnitudes = bits & 0x7F
+    if magnitudes.numel() and int(magnitudes.max()) == 0x7F:
+        values.masked_fill_(magnitudes == 0x7F, torch.nan)
+    return values

@@ -177,7 +177,7 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
 def sum_of_squares(values: Tensor) -> float:
     """Sum of squares; float32 inside rows and float64 across, or float64 where float32 would leave its range."""
     flat = values.reshape(values.shape[0], -1)
-    total = float(torch.linalg.vecdot(flat, flat).sum(dtype=torch.float64))
+    total = float(torch.linalg.vector_norm(flat, dim=1).to(torch.float64).square_().sum())
     if 1e-20 < total < 1e30 or (total == 0.0 and not bool(flat.any())):
         return total
     return float(flat.to(torch.float64).square().sum())
