@@ -1,0 +1,71 @@
+"""Write the table of every tensor into docs/architecture.md: python docs/make_architecture.py [--check]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from qconvert.arch.names import Naming, name_of
+from qconvert.arch.shapes import expected_roles, expected_shape, is_linear_weight, kept_by_nature
+from qconvert.core.role import Section, TensorRole
+from reference_model.presets import PRESETS
+
+PAGE = Path(__file__).with_name("architecture.md")
+BEGIN = "<!-- tensors: written by docs/make_architecture.py -->"
+END = "<!-- end of tensors -->"
+SIZE = "35b-a3b"
+
+
+def rows() -> Iterator[tuple[str, str, str, str]]:
+    """(name, role, shape, what it is), one row per kind of tensor, at the shapes of 35B-A3B."""
+    config = PRESETS[SIZE]
+    seen: set[tuple[object, ...]] = set()
+    for stacked in (True, False):
+        for role in expected_roles(config, stacked=stacked):
+            key = (role.section, role.kind, role.part, role.expert is None)
+            if key in seen:
+                continue
+            seen.add(key)
+            name = name_of(role, Naming.VISION_LANGUAGE)
+            for number, letter in ((role.layer, "L"), (role.expert, "N")):
+                if number is not None:
+                    name = name.replace(f".{number}.", f".{letter}.", 1)
+            yield name, role.path, " x ".join(map(str, expected_shape(role, config))), _nature(role)
+
+
+def _nature(role: TensorRole) -> str:
+    if is_linear_weight(role):
+        return "matrix" if role.section is Section.TEXT else "matrix, kept by default"
+    return kept_by_nature(role) or ""
+
+
+def table() -> str:
+    """The Markdown table."""
+    lines = ["| tensor | role | shape | |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | `{path}` | {shape} | {nature} |" for name, path, shape, nature in rows()]
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """``text`` with a fresh table between the markers."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+
+
+def main() -> int:
+    """Write the page, or with ``--check`` say whether it is current."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
+    arguments = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    if arguments.check:
+        return int(page(text) != text)
+    PAGE.write_text(page(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
