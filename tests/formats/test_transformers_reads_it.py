@@ -3,47 +3,114 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, int4
 from tests.checkpoints import Naming
-from tests.formats.whole_model import routed_experts, write_quantized
+from tests.formats.whole_model import Choice, dense, either, routed_experts, write_quantized
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 
-CASES = {
-    "int4-g32": (int4(32), "pack-quantized", 32),
-    "int4-g128": (int4(128), "pack-quantized", 128),
-    "int8": (INT8, "pack-quantized", 32),
-    "fp8": (FP8, "float-quantized", 32),
-    "fp8-block": (FP8_BLOCK, "fp8-block", 128),
+INT4 = (int4(32), "pack-quantized")
+EXPERTS: dict[str, tuple[Choice, int]] = {
+    "int4-g32": (routed_experts(*INT4), 32),
+    "int4-g128": (routed_experts(int4(128), "pack-quantized"), 128),
+    "int8": (routed_experts(INT8, "pack-quantized"), 32),
+    "fp8": (routed_experts(FP8, "float-quantized"), 32),
+    "fp8-block": (routed_experts(FP8_BLOCK, "fp8-block"), 128),
+}
+MORE: dict[str, tuple[Choice, int]] = {
+    "int4-experts-and-dense": (either(routed_experts(*INT4), dense(*INT4)), 32),
+    "int4-experts-int8-dense": (either(routed_experts(*INT4), dense(INT8, "pack-quantized")), 32),
+    "int4-experts-fp8-dense": (either(routed_experts(*INT4), dense(FP8, "float-quantized")), 32),
+    "fp8-experts-and-dense": (either(routed_experts(FP8, "float-quantized"), dense(FP8, "float-quantized")), 32),
+    "fp8-block-experts-and-dense": (
+        either(routed_experts(FP8_BLOCK, "fp8-block"), dense(FP8_BLOCK, "fp8-block", attention=False)),
+        128,
+    ),
+    "int8-dense-only": (dense(INT8, "pack-quantized"), 32),
+    "int4-two-layers-of-three": (routed_experts(*INT4, layers=(0, 2)), 32),
+    "fp8-block-two-layers-of-three": (routed_experts(FP8_BLOCK, "fp8-block", layers=(0, 2)), 128),
 }
 
 
-@pytest.mark.parametrize("fused_mtp", [False, True], ids=["mtp-per-expert", "mtp-fused"])
-@pytest.mark.parametrize("naming", ["vl", "text"])
-@pytest.mark.parametrize("case", CASES)
-def test_experts_are_our_dequantized_numbers(tmp_path: Path, case: str, naming: Naming, fused_mtp: bool) -> None:
-    scheme, format_name, group = CASES[case]
-    choose = routed_experts(scheme, format_name)
-    quantized, kept, config = write_quantized(tmp_path, choose, naming=naming, group=group, fused_mtp=fused_mtp)
-    text = config.get("text_config", config)
-    kind = "Qwen3_5MoeForConditionalGeneration" if naming == "vl" else "Qwen3_5MoeForCausalLM"
-    model, info = getattr(transformers, kind).from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+def load(path: Path, kind: str) -> Any:
+    model, info = getattr(transformers, kind).from_pretrained(path, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert not {name for name in info["unexpected_keys"] if not name.startswith("mtp.")}
+    with torch.no_grad():
+        model(torch.arange(3, 12)[None])  # Packed linears become dense in the first forward pass.
+    return model
+
+
+def loaded(state: dict[str, Tensor], module: str, inner: int) -> Tensor:
+    """The matrix that transformers holds for a module of the checkpoint."""
+    if ".experts." not in module:
+        return state[module + ".weight"]
+    at, expert, part = module.rsplit(".", 2)
+    if part == "down_proj":
+        return state[f"{at}.down_proj"][int(expert)]
+    gate_up = state[f"{at}.gate_up_proj"][int(expert)]
+    return gate_up[:inner] if part == "gate_proj" else gate_up[inner:]
+
+
+def compare(model: Any, quantized: dict[str, QuantizedTensor], kept: dict[str, Tensor], config: dict[str, Any]) -> None:
     state = model.state_dict()
-    prefix = "model.language_model." if naming == "vl" else "model."
-    for layer in range(text["num_hidden_layers"]):
-        at = f"{prefix}layers.{layer}.mlp.experts"
-        for expert in range(text["num_experts"]):
-            gate, up, down = (
-                quantized[f"{at}.{expert}.{part}_proj"].dequantize().bfloat16() for part in ("gate", "up", "down")
-            )
-            assert torch.equal(state[f"{at}.gate_up_proj"][expert], torch.cat((gate, up)))
-            assert torch.equal(state[f"{at}.down_proj"][expert], down)
-    for name, tensor in kept.items():
-        if not name.startswith("mtp."):
-            assert torch.equal(state[name], tensor), name
+    inner = config.get("text_config", config)["moe_intermediate_size"]
+    text_only_class = not hasattr(model.model, "language_model")
+    for name in [*quantized, *kept]:
+        here = name.replace("model.language_model.", "model.") if text_only_class else name
+        if name.startswith("mtp.") or (text_only_class and ".visual." in name):
+            continue
+        if name in quantized:
+            got = loaded(state, here, inner)
+            assert got.dtype == torch.bfloat16 and torch.equal(got, quantized[name].dequantize().bfloat16()), name
+        elif ".experts." in name and name.endswith(".weight"):
+            assert torch.equal(loaded(state, here.removesuffix(".weight"), inner), kept[name]), name
+        else:
+            assert torch.equal(state[here], kept[name]), name
+
+
+@pytest.mark.parametrize("stack_kept", [False, True], ids=["mtp-per-expert", "mtp-stacked"])
+@pytest.mark.parametrize("naming", ["vl", "text"])
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_are_our_dequantized_numbers(tmp_path: Path, case: str, naming: Naming, stack_kept: bool) -> None:
+    choose, group = EXPERTS[case]
+    written = write_quantized(tmp_path, choose, naming=naming, group=group, stack_kept=stack_kept)
+    kind = "Qwen3_5MoeForConditionalGeneration" if naming == "vl" else "Qwen3_5MoeForCausalLM"
+    compare(load(tmp_path, kind), *written)
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_other_choices_are_our_dequantized_numbers(tmp_path: Path, case: str) -> None:
+    choose, group = MORE[case]
+    written = write_quantized(tmp_path, choose, naming="vl", group=group)
+    compare(load(tmp_path, "Qwen3_5MoeForConditionalGeneration"), *written)
+
+
+@pytest.mark.parametrize("case", ["int4-g32", "fp8", "fp8-block"])
+def test_a_text_only_class_reads_a_vision_checkpoint(tmp_path: Path, case: str) -> None:
+    choose, group = EXPERTS[case]
+    written = write_quantized(tmp_path, choose, naming="vl", group=group)
+    compare(load(tmp_path, "AutoModelForCausalLM"), *written)
+
+
+REFUSED: dict[str, tuple[Choice, bool]] = {
+    "asymmetric experts": (routed_experts(int4(32, symmetric=False), "pack-quantized"), True),
+    "asymmetric linears": (dense(int4(32, symmetric=False), "pack-quantized"), True),
+    "int4 beside experts kept one by one": (routed_experts(*INT4, layers=(0, 2)), False),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_transformers_cannot_read_fails_loudly(tmp_path: Path, case: str) -> None:
+    choose, stack_kept = REFUSED[case]
+    write_quantized(tmp_path, choose, naming="vl", group=32, stack_kept=stack_kept)
+    with pytest.raises(RuntimeError):
+        load(tmp_path, "Qwen3_5MoeForConditionalGeneration")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,30 @@ from tests.checkpoints import Naming, save_checkpoint, tiny_config, tiny_tensors
 Choice = Callable[[str], tuple[Scheme, str] | None]
 
 
-def routed_experts(scheme: Scheme, format_name: str) -> Choice:
+def routed_experts(scheme: Scheme, format_name: str, *, layers: tuple[int, ...] = (0, 1, 2)) -> Choice:
     """The default policy: the main model's routed experts, nothing else."""
+    prefixes = tuple(f"layers.{layer}.mlp.experts." for layer in layers)
 
     def choose(module: str) -> tuple[Scheme, str] | None:
-        return (scheme, format_name) if ".mlp.experts." in module and not module.startswith("mtp.") else None
+        inside = any(prefix in module for prefix in prefixes) and not module.startswith("mtp.")
+        return (scheme, format_name) if inside else None
 
     return choose
+
+
+def dense(scheme: Scheme, format_name: str, *, attention: bool = True) -> Choice:
+    """Attention, linear attention and the shared expert of the main model."""
+    parts = (".linear_attn.in_proj_qkv", ".linear_attn.in_proj_z", ".linear_attn.out_proj")
+
+    def choose(module: str) -> tuple[Scheme, str] | None:
+        inside = ".shared_expert." in module or module.endswith(parts) or (attention and ".self_attn." in module)
+        return (scheme, format_name) if inside and not module.startswith("mtp.") else None
+
+    return choose
+
+
+def either(first: Choice, second: Choice) -> Choice:
+    return lambda module: first(module) or second(module)
 
 
 def is_linear(name: str, tensor: Tensor) -> bool:
@@ -48,16 +66,20 @@ def decisions_for(tensors: Mapping[str, Tensor], choose: Choice) -> list[ModuleD
 
 
 def write_quantized(
-    path: Path, choose: Choice, *, naming: Naming, group: int, fused_mtp: bool = False
+    path: Path, choose: Choice, *, naming: Naming, group: int, stack_kept: bool = True
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, Any]]:
-    """Write the folder; quantized matrices by module, everything else by tensor name, and the configuration."""
+    """Write the folder; quantized matrices by module, everything else by tensor name, and the configuration.
+
+    Experts of a layer in which none is quantized are stored stacked or one by one.
+    """
     config = tiny_config(naming=naming, group=group, vision=naming == "vl")
     config["dtype"] = "bfloat16"
     tensors = tiny_tensors(config, layout="per-expert")
-    if fused_mtp:
-        fused = tiny_tensors(config, layout="fused")
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
-        tensors |= {name: tensor for name, tensor in fused.items() if name.startswith("mtp.")}
+    for name, tensor in tiny_tensors(config, layout="fused").items() if stack_kept else ():
+        experts = name.rpartition(".")[0]
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")) and choose(f"{experts}.0.gate_proj") is None:
+            tensors = {key: value for key, value in tensors.items() if not re.match(rf"{re.escape(experts)}\.\d", key)}
+            tensors[name] = tensor
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     decisions = decisions_for(tensors, choose)
     written, kept = dict(tensors), dict(tensors)
