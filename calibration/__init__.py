@@ -1,0 +1,1 @@
+"""Corpus, tokenizer and token windows; the training entry of the demo checkpoint."""
