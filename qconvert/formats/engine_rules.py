@@ -146,13 +146,13 @@ def module_patterns(decisions: Sequence[ModuleDecision], chosen: Sequence[Module
     others = [decision.name for decision in decisions if decision.scheme is not None and decision.name not in mine]
     others += [vllm_name(name) for name in others]
     targets: dict[str, None] = {}
+    suffices: dict[str, bool] = {}
     for decision in chosen:
-        if _EXPERT.match(decision.name):
-            candidates = [EXPERT_TARGET]
-        else:
-            candidates = [pattern for pattern in _patterns(decision.name) if pattern.endswith("$")][:1]
-        safe = [pattern for pattern in candidates if not any(re.match(pattern[3:], name) for name in others)]
-        targets[safe[0] if safe else decision.name] = None
+        patterns = [EXPERT_TARGET] if _EXPERT.match(decision.name) else list(_patterns(decision.name))
+        pattern = next((pattern for pattern in patterns if pattern.endswith("$")), "")
+        if pattern not in suffices:
+            suffices[pattern] = bool(pattern) and not any(re.match(pattern[3:], name) for name in others)
+        targets[pattern if suffices[pattern] else decision.name] = None
     return list(targets)
 
 
