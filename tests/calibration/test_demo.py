@@ -83,6 +83,8 @@ def test_what_is_measured_is_what_is_stored(tmp_path: Path) -> None:
     for name, weight in model.named_parameters():
         stored = tensors[name if name.startswith(("mtp.", "lm_head.")) else f"model.language_model.{name}"]
         assert torch.equal(stored.float(), weight.detach()), name
+        assert torch.equal(stored.float(), stored.bfloat16().float()), name
+        assert stored.dtype == (torch.float32 if name.endswith("A_log") else torch.bfloat16), name
 
 
 def test_measurements_are_weighted_by_tokens() -> None:

@@ -151,6 +151,11 @@ def test_every_weight_has_one_optimizer() -> None:
     groups = [group for share in optimizers(model, RECIPE, 3) for each in share for group in each.param_groups]
     owned = [id(weight) for group in groups for weight in group["params"]]
     assert sorted(owned) == sorted(id(weight) for weight in model.parameters())
+    stacked = {id(weight) for name, weight in model.named_parameters() if name.endswith("gate_up_proj")}
+    for group in groups:
+        if group.get("parts", 1) == 2:
+            stacked -= {id(weight) for weight in group["params"]}
+    assert not stacked
 
 
 def test_start_is_a_model_that_says_nothing_yet() -> None:
