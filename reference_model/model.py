@@ -28,10 +28,15 @@ HEAD_ROWS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """State of a decoded prefix: one entry a layer, and the number of tokens. A forward makes a new one."""
+    """State of a decoded prefix: one entry a layer, and the number of tokens. A forward makes a new one.
+
+    ``next_position`` int64 [B] is one more than the largest position so far, whatever the positions were: less than
+    ``length`` after an image, whose tokens share positions.
+    """
 
     layers: tuple[LayerCache, ...]
     length: int
+    next_position: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,7 @@ class CausalLM(nn.Module):
         self,
         input_ids: Tensor,
         *,
+        embeddings: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         keep_hidden_states: bool = False,
@@ -92,12 +98,13 @@ class CausalLM(nn.Module):
     ) -> Output:
         """Run tokens [B, T] after those of ``cache``.
 
-        ``position_ids`` [3, B, T] are the time, height and width of each token; by default all three count on from
-        the cache's length.
+        ``embeddings`` [B, T, D] stand for those of the tokens, where some are not of the table. ``position_ids``
+        [3, B, T] are the time, height and width of each token; by default all three count on from the largest one of
+        the cache.
         """
         if position_ids is None:
-            position_ids = text_positions(input_ids, 0 if cache is None else cache.length)
-        x = self.embed_tokens(input_ids)
+            position_ids = text_positions(input_ids, 0 if cache is None else cache.next_position)
+        x = self.embed_tokens(input_ids) if embeddings is None else embeddings
         by = rotation(self.config, position_ids, x.dtype)
         states, routings, caches = [x], [], []
         for n, layer in enumerate(self.layers):
@@ -108,12 +115,15 @@ class CausalLM(nn.Module):
                 states.append(x)
         hidden = self.norm(x)
         seen = input_ids.shape[1] + (0 if cache is None else cache.length)
+        next_position = position_ids.amax((0, 2)) + 1
+        if cache is not None:
+            next_position = next_position.maximum(cache.next_position)
         return Output(
             logits=self.head(hidden[:, -1:] if last_logits_only else hidden),
             hidden=hidden,
             hidden_states=tuple(states) if keep_hidden_states else None,
             routings=tuple(routings),
-            cache=Cache(layers=tuple(caches), length=seen),
+            cache=Cache(layers=tuple(caches), length=seen, next_position=next_position),
         )
 
     def draft(
@@ -147,10 +157,11 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.cat(rows).view(*hidden.shape[:-1], weight.shape[0])
 
 
-def text_positions(input_ids: Tensor, start: int) -> Tensor:
-    """Positions start, start + 1, ... for plain text: int64 [3, B, T] for ids [B, T]."""
+def text_positions(input_ids: Tensor, start: int | Tensor) -> Tensor:
+    """Positions start, start + 1, ... for plain text: int64 [3, B, T] for ids [B, T]; start is one for all or [B]."""
     batch, tokens = input_ids.shape
-    return torch.arange(start, start + tokens, device=input_ids.device).expand(3, batch, tokens)
+    first = torch.as_tensor(start, device=input_ids.device).view(-1, 1)
+    return (first + torch.arange(tokens, device=input_ids.device)).expand(3, batch, tokens)
 
 
 def initialize(model: CausalLM, seed: int) -> None:
