@@ -172,6 +172,7 @@ def make(folder: Path, state_file: Path, recipe: Recipe, allow_other: bool) -> d
     }
     write_json(folder / "training.json", record)
     (folder / "README.md").write_text(readme(record), encoding="utf-8")
+    state_file.unlink()  # or the next run would have nothing left to train
     return record
 
 
