@@ -60,8 +60,18 @@ class Format(Protocol):
     def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Stored tensors by suffix; ``shape`` is that of the whole matrix where ``quantized`` is a run of its rows."""
 
-    def unpack(self, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
-        """The exact inverse of ``pack``; ``FormatError`` for missing parts, types or shapes that do not fit."""
+    def unpack(
+        self,
+        parts: Mapping[str, Tensor],
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        whole: tuple[int, int] | None = None,
+    ) -> QuantizedTensor:
+        """The exact inverse of ``pack``; ``FormatError`` for missing parts, types or shapes that do not fit.
+
+        ``whole`` is the shape of the whole matrix where ``parts`` hold a run of its rows.
+        """
 
 
 def check_parts(parts: Mapping[str, Tensor], specs: tuple[PartSpec, ...]) -> None:

@@ -67,7 +67,14 @@ class Fp8Block:
         self.check(quantized.scheme, quantized.shape)
         return {WEIGHT: quantized.codes, SCALE: quantized.scale}
 
-    def unpack(self, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+    def unpack(
+        self,
+        parts: Mapping[str, Tensor],
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        whole: tuple[int, int] | None = None,
+    ) -> QuantizedTensor:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SCALE], SCALE)

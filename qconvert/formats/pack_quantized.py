@@ -88,12 +88,19 @@ class PackQuantized:
             parts[ZERO_POINT] = _transposed(pack_int32(_transposed(quantized.zero_point), scheme.weight_bits))
         return parts
 
-    def unpack(self, parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+    def unpack(
+        self,
+        parts: Mapping[str, Tensor],
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        whole: tuple[int, int] | None = None,
+    ) -> QuantizedTensor:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SCALE], SCALE)
-        if tuple(parts[SHAPE].tolist()) != shape:
-            raise FormatError(f"{SHAPE} says {parts[SHAPE].tolist()}, the architecture says {list(shape)}")
+        if tuple(parts[SHAPE].tolist()) != (whole or shape):
+            raise FormatError(f"{SHAPE} says {parts[SHAPE].tolist()}, the architecture says {list(whole or shape)}")
         rows, cols = shape
         zero_point = None
         if not scheme.symmetric:

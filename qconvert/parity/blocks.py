@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +56,21 @@ class BlockSums:
         """``<w, v> / (|w| |v|)``; NaN for a block of zeros."""
         norms = (self.signal * self.approximated).sqrt()
         return self.product / norms.where(norms > 0, torch.nan)
+
+
+def joined(runs: Sequence[BlockSums]) -> BlockSums:
+    """The sums of a matrix from those of its runs of rows, which begin where blocks begin."""
+    if len(runs) == 1:
+        return runs[0]
+    worst = [run.max_error for run in runs]
+    return BlockSums(
+        signal=torch.cat([run.signal for run in runs]),
+        approximated=torch.cat([run.approximated for run in runs]),
+        product=torch.cat([run.product for run in runs]),
+        squared_error=torch.cat([run.squared_error for run in runs]),
+        max_error=math.nan if any(math.isnan(value) for value in worst) else max(worst),
+        elements=sum(run.elements for run in runs),
+    )
 
 
 def block_sums(w: Tensor, v: Tensor, blocking: Blocking | None) -> BlockSums:

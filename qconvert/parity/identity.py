@@ -11,6 +11,7 @@ from torch import Tensor
 from qconvert.core.role import EXPERT_KINDS, Kind, TensorRole
 from qconvert.numerics.error import error_sums
 from qconvert.parity.causes import Cause, CauseKind, cause, matrix_name, place, place_of_expert
+from qconvert.parity.pairs import pair_sums
 from qconvert.weights.source import CheckpointWeights
 
 FINGERPRINT_ROWS = 16
@@ -44,21 +45,22 @@ def find_matches(
     for block in _blocks(original, suspects):
         prints: Tensor | None = None
         for suspect in block.suspects:
-            w, v = original.matrix(suspect), converted.matrix(suspect)
-            own = error_sums(w, v).cosine
-            if w.dim() != 2 or own > PROVED / 2:
+            shape, own = original.stored[suspect].shape, pair_sums((original, suspect), (converted, suspect)).cosine
+            if len(shape) != 2 or own > PROVED / 2:
                 continue
-            if w.shape[0] == w.shape[1] and (turned := error_sums(w.T, v).cosine) >= PROVED:
-                found[suspect] = Match(other=suspect, cosine=turned, own=own)
-                continue
+            if shape[0] == shape[1]:
+                turned = error_sums(original.matrix(suspect).T, converted.matrix(suspect)).cosine
+                if turned >= PROVED:
+                    found[suspect] = Match(other=suspect, cosine=turned, own=own)
+                    continue
             if prints is None:
                 prints = torch.stack([_fingerprint(original, role) for role in block.candidates])
-            likeness = prints @ _normalised(v[:FINGERPRINT_ROWS])
+            likeness = prints @ _fingerprint(converted, suspect)
             best = int(likeness.argmax())
             other = block.candidates[best]
             if other == suspect or float(likeness[best]) < CANDIDATE:
                 continue
-            proof = error_sums(original.matrix(other), v).cosine
+            proof = pair_sums((original, other), (converted, suspect)).cosine
             if proof >= PROVED:
                 found[suspect] = Match(other=other, cosine=proof, own=own)
     return found
@@ -87,14 +89,11 @@ def _group(original: CheckpointWeights, role: TensorRole) -> tuple[object, ...]:
     return None, None, shape
 
 
-def _fingerprint(original: CheckpointWeights, role: TensorRole) -> Tensor:
-    if original.stored[role].plain is None:
-        return _normalised(original.matrix(role)[:FINGERPRINT_ROWS])
-    return _normalised(original.raw(role, 0, min(FINGERPRINT_ROWS, original.stored[role].shape[0])))
-
-
-def _normalised(rows: Tensor) -> Tensor:
-    flat = rows.reshape(-1).to(torch.float32)
+def _fingerprint(source: CheckpointWeights, role: TensorRole) -> Tensor:
+    """The leading rows as one vector of length 1."""
+    block = source.row_block(role)
+    end = min(-(-FINGERPRINT_ROWS // block) * block, source.stored[role].shape[0])
+    flat = source.matrix(role, 0, end)[:FINGERPRINT_ROWS].reshape(-1)
     return flat / flat.square().sum().sqrt().clamp(min=1e-30)
 
 

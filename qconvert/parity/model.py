@@ -166,8 +166,5 @@ def _head(source: CheckpointWeights) -> Iterator[tuple[int, Tensor]]:
     """Slabs of the output matrix in float32 with their first entry: [v, D] each."""
     kind = Kind.EMBEDDING if source.config.text.tie_word_embeddings else Kind.HEAD
     role = TensorRole(section=Section.TEXT, kind=kind)
-    plain = source.stored[role].plain is not None
-    whole = None if plain else source.matrix(role)
     for first in range(0, source.config.text.vocab_size, HEAD_SLAB):
-        last = min(first + HEAD_SLAB, source.config.text.vocab_size)
-        yield first, source.raw(role, first, last).to(torch.float32) if whole is None else whole[first:last]
+        yield first, source.matrix(role, first, min(first + HEAD_SLAB, source.config.text.vocab_size))

@@ -15,7 +15,7 @@ from qconvert.core.errors import FormatError
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.numerics.error import ErrorSums, error_sums
-from qconvert.parity.blocks import block_sums
+from qconvert.parity.blocks import BlockSums, block_sums, joined
 from qconvert.parity.causes import Cause, CauseKind, Severity, cause, place_of_expert, ranked
 from qconvert.parity.faults import (
     bad_scales,
@@ -26,6 +26,7 @@ from qconvert.parity.faults import (
     scale_faults,
 )
 from qconvert.parity.identity import find_matches, name_matches
+from qconvert.parity.pairs import pair_sums, pairs
 from qconvert.weights.source import CheckpointWeights
 
 Progress = Callable[[str, int, int], None]
@@ -146,20 +147,22 @@ def _compare(
 
     if original.stored[role].plain is not None and stored.plain is not None:
         return _compare_plain(original, converted, role)
-    w = original.matrix(role)
+    blocking = None if scheme is None else scheme.blocking
+    found: list[BlockSums] = []
     try:
-        v = converted.matrix(role)
+        for w, v in pairs((original, role), (converted, role)):
+            found.append(block_sums(w, v, blocking))
+            if not math.isfinite(found[-1].max_error):
+                return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
+                    not_finite(role, stored.name, v)
+                ]
     except FormatError as error:
         rows, cols = stored.shape
-        faults = (
-            [] if scheme is None else list(bad_scales(role, stored.name, converted.parts(role), scheme, (rows, cols)))
-        )
+        parts = converted.parts(role)
+        faults = [] if scheme is None else list(bad_scales(role, stored.name, parts, scheme, (rows, cols)))
         faults = faults or [cause(CauseKind.CONTRADICTION, role, str(error), (stored.name,))]
-        return result(Outcome.UNREADABLE, _nan_sums(w.numel())), faults
-    blocking = None if scheme is None else scheme.blocking
-    sums = block_sums(w, v, blocking)
-    if math.isnan(sums.max_error) or math.isinf(sums.max_error):
-        return result(Outcome.UNREADABLE, _nan_sums(w.numel())), [not_finite(role, stored.name, v)]
+        return result(Outcome.UNREADABLE, _nan_sums(rows * cols)), faults
+    sums = joined(found)
     outcome = Outcome.QUANTIZED if scheme is not None else Outcome.CHANGED
     return result(outcome, sums.total), list(scale_faults(role, stored.name, sums, blocking, stored.shape))
 
@@ -231,7 +234,7 @@ def _explain(
     better = matches.keys() | set(unexplained)
     yield from (one for one in causes if one.role not in better or one.kind not in known)
     for role in unexplained:
-        sums = error_sums(original.matrix(role), converted.matrix(role))
+        sums = pair_sums((original, role), (converted, role))
         text = f"SQNR {sums.sqnr_db:.1f} dB and cosine {sums.cosine:.4f}, far below what rounding costs"
         severity = Severity.WARNING if sums.cosine > 0.9 else Severity.ERROR
         yield cause(CauseKind.UNEXPLAINED, role, text, (converted.stored[role].name,), severity=severity)
@@ -239,8 +242,7 @@ def _explain(
 
 def _innocent(original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole) -> bool:
     """Whether rounding the original's matrix plainly costs as much."""
-    w = original.matrix(role)
-    return innocent(w, error_sums(w, converted.matrix(role)), converted.scheme(role))
+    return innocent(original.matrix(role), pair_sums((original, role), (converted, role)), converted.scheme(role))
 
 
 def _absent(original: CheckpointWeights, converted: CheckpointWeights) -> Iterator[Cause]:

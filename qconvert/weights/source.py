@@ -104,12 +104,28 @@ class CheckpointWeights:
         last = rows.end if end is None else rows.begin + end
         return self.checkpoint.read(rows.tensor, first, last)
 
-    def parts(self, role: TensorRole) -> dict[str, Tensor]:
-        """The stored parts of a quantized matrix by suffix; empty for a plain tensor."""
-        return {suffix: self.checkpoint.read(name) for suffix, name in self._stored(role).parts.items()}
+    def row_block(self, role: TensorRole) -> int:
+        """Runs of rows begin at multiples of this number; whole rows for a plain tensor."""
+        stored = self._stored(role)
+        return 1 if stored.format is None or stored.scheme is None else stored.format.row_block(stored.scheme)
 
-    def quantized(self, role: TensorRole) -> QuantizedTensor:
-        """Codes and scales of a quantized matrix.
+    def parts(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> dict[str, Tensor]:
+        """The stored parts of a quantized matrix, or of a run of its rows, by suffix; empty for a plain tensor."""
+        stored = self._stored(role)
+        if stored.format is None or stored.scheme is None:
+            return {}
+        rows, cols = stored.shape
+        found = {}
+        for spec in stored.format.parts(stored.scheme, (rows, cols)):
+            name = stored.parts[spec.suffix]
+            if spec.rows_per_row == 0 or (begin is None and end is None):
+                found[spec.suffix] = self.checkpoint.read(name)
+            else:
+                found[spec.suffix] = self.checkpoint.read(name, *spec.rows_of(begin or 0, rows if end is None else end))
+        return found
+
+    def quantized(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> QuantizedTensor:
+        """Codes and scales of a quantized matrix, or of a run of its rows; see ``row_block``.
 
         Raises:
             KeyError: no such role, or a plain one.
@@ -119,21 +135,23 @@ class CheckpointWeights:
         if stored.format is None or stored.scheme is None:
             raise KeyError(f"{role} is not quantized")
         rows, cols = stored.shape
+        run = (rows if end is None else end) - (begin or 0)
         try:
-            return stored.format.unpack(self.parts(role), stored.scheme, (rows, cols))
+            parts = self.parts(role, begin, end)
+            return stored.format.unpack(parts, stored.scheme, (run, cols), whole=(rows, cols))
         except FormatError as error:
             raise FormatError(f"{stored.name}: {error}") from None
 
-    def matrix(self, role: TensorRole) -> Tensor:
-        """The float32 values of one tensor in its own shape, whatever is stored.
+    def matrix(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> Tensor:
+        """The float32 values of one tensor in its own shape, or of a run of its rows, whatever is stored.
 
         Raises:
             KeyError: no such role.
             FormatError: a quantized matrix that cannot be read.
         """
         if self._stored(role).plain is not None:
-            return self.raw(role).to(torch.float32)
-        values = self.quantized(role).dequantize()
+            return self.raw(role, begin, end).to(torch.float32)
+        values = self.quantized(role, begin, end).dequantize()
         return values if self._round_to is None else values.to(self._round_to).to(torch.float32)
 
     def names(self) -> Collection[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
 from qconvert.numerics.rounding import quantize
+from qconvert.parity import pairs
 from qconvert.parity.blocks import block_sums
 from qconvert.parity.causes import CauseKind, Severity
 from qconvert.parity.faults import floor_db, innocent, scale_faults
@@ -121,6 +122,21 @@ def test_one_matrix_of_another_expert(converted: Converted) -> None:
     kind, where, evidence = first(compare(original, out))
     assert (kind, where) == (CauseKind.REPLACED, "layer 2 expert 3")
     assert "holds the down weights of expert 5" in evidence
+
+
+def test_a_gate_that_holds_the_up_is_no_swap_when_the_up_holds_another(converted: Converted) -> None:
+    original, out = converted(int4(32))
+
+    def change(tensors: Tensors) -> None:
+        copy(tensors, f"{EXPERT}up_proj.", f"{EXPERT}gate_proj.")
+        copy(tensors, f"{LAYER}experts.4.up_proj.", f"{EXPERT}up_proj.")
+
+    edit_tensors(out, change)
+    found = compare(original, out)
+    assert [(cause.kind, cause.where) for cause in found.causes] == [
+        (CauseKind.REPLACED, "layer 2 expert 3"),
+        (CauseKind.MISPLACED, "layer 2 expert 3 gate"),
+    ]
 
 
 def test_many_swaps_of_a_layer_are_one_line(converted: Converted) -> None:
@@ -361,3 +377,32 @@ def test_every_doubled_or_halved_scale_is_found_at_its_place(scheme: Scheme) -> 
             (cause,) = scale_faults(role, "x", sums, scheme.blocking, (256, 256))
             assert cause.kind is CauseKind.SCALE_FACTOR
             assert ("twice" if factor == 2.0 else "half") in cause.evidence
+
+
+HEAD_TOO = (Rule(match="text.head", scheme=int4(128, symmetric=False), reason="a test"),)
+
+
+@pytest.mark.parametrize("elements", [1, 384 * 100, 1 << 23])
+@pytest.mark.parametrize("scheme", [int4(128, symmetric=False), FP8_BLOCK], ids=str)
+def test_comparing_in_runs_of_rows_changes_nothing(
+    scheme: Scheme, elements: int, converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, out = converted(scheme, rules=HEAD_TOO if scheme is not FP8_BLOCK else ())
+    edit_tensors(out, lambda tensors: scale_of(tensors, f"{EXPERT}down_proj")[-1, 0].mul_(2))
+    whole = compare(original, out)
+    monkeypatch.setattr(pairs, "RUN_ELEMENTS", elements)
+    parts = compare(original, out)
+    assert [str(cause) for cause in parts.causes] == [str(cause) for cause in whole.causes]
+    assert len(parts.causes) == 1
+    for a, b in zip(whole.tensors, parts.tensors, strict=True):
+        assert (a.role, a.outcome, a.sums.max_error) == (b.role, b.outcome, b.sums.max_error)
+        assert b.sums.squared_error == pytest.approx(a.sums.squared_error, rel=1e-9)
+
+
+def test_a_head_that_holds_the_embedding(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "RUN_ELEMENTS", 5000)
+    original, out = converted(int4(32))
+    edit_tensors(out, lambda t: t.update({"lm_head.weight": t["model.language_model.embed_tokens.weight"].clone()}))
+    (cause,) = compare(original, out).causes
+    assert (cause.kind, cause.where) == (CauseKind.MISPLACED, "head")
+    assert "holds embedding" in cause.evidence

@@ -200,3 +200,15 @@ def test_plans_and_views_agree_on_schemes(converted: Converted) -> None:
                 assert after.scheme(step.role) == step.action.scheme
             elif step.role.expert is None and not step.role.kind.value.startswith("expert."):
                 assert name_of(step.role, Naming.VISION_LANGUAGE) == after.stored[step.role].name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rows_of_a_matrix_are_rows_of_the_whole(scheme: Scheme, conversions: Converted) -> None:
+    role = TensorRole(section=Section.TEXT, kind=Kind.EXPERT_DOWN, layer=1, expert=3)
+    plain = TensorRole(section=Section.TEXT, kind=Kind.EMBEDDING)
+    with CheckpointWeights.open(conversions(scheme)[1]) as source:
+        block = source.row_block(role)
+        whole = source.matrix(role)
+        for begin, end in ((0, 384), (block, 2 * block), (128, 384), (0, block)):
+            assert torch.equal(source.matrix(role, begin, end), whole[begin:end])
+        assert torch.equal(source.matrix(plain, 5, 9), source.matrix(plain)[5:9])
