@@ -1,0 +1,161 @@
+"""vLLM loads what we write and computes what our reference model computes with the same weights.
+
+Slow; excluded by default; `make test-engines` makes vLLM's environment and runs them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qconvert.cli.demo import CHECKPOINT
+from qconvert.convert import convert
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
+from qconvert.plan.policy import Policy, Rule, default_policy
+from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
+from tests.edits import edit_quantization, edit_tensors
+from tests.engines.engine import Loaded, load_in_vllm
+from tests.tolerances import tolerances
+
+pytestmark = pytest.mark.engines
+
+LIMITS = tolerances("engines")
+
+SHARED = ("text.shared_expert.*",)
+LINEAR_ATTENTION = tuple(f"text.linear_attention.{part}" for part in ("qkv", "z", "output"))
+ATTENTION = tuple(f"text.attention.{part}" for part in ("query", "key", "value", "output"))
+
+
+def always_active(scheme: Scheme, matches: tuple[str, ...]) -> tuple[Rule, ...]:
+    return tuple(Rule(match=match, scheme=scheme, reason="to see it loaded") for match in matches)
+
+
+# The demo has 4 layers, the last with full attention, so 4 blocks of experts. vLLM stacks q, k, v; gate, up; qkv, z.
+POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
+    "int4-g32": (default_policy(int4(32)), {"CompressedTensorsWNA16MoEMethod": 4}),
+    "int4-g128": (default_policy(int4(128)), {"CompressedTensorsWNA16MoEMethod": 4}),
+    "int4-g32-asym": (default_policy(int4(32, symmetric=False)), {"CompressedTensorsWNA16MoEMethod": 4}),
+    "int8": (default_policy(INT8), {"CompressedTensorsWNA16MoEMethod": 4}),
+    "fp8": (default_policy(FP8), {"CompressedTensorsW8A8Fp8MoEMethod": 4}),
+    "fp8-block": (default_policy(FP8_BLOCK), {"Fp8MoEMethod": 4}),
+    "int4-and-int8": (
+        default_policy(int4(32), rules=always_active(INT8, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        {"CompressedTensorsWNA16MoEMethod": 4, "CompressedTensorsWNA16": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
+    "fp8-everywhere": (
+        default_policy(FP8, rules=always_active(FP8, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        {"CompressedTensorsW8A8Fp8MoEMethod": 4, "CompressedTensorsW8A8Fp8": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
+    # tiles do not divide the demo's keys and values
+    "fp8-block-everywhere": (
+        default_policy(FP8_BLOCK, rules=always_active(FP8_BLOCK, SHARED + LINEAR_ATTENTION)),
+        {"Fp8MoEMethod": 4, "Fp8LinearMethod": 4 * 2 + 3 * 2},
+    ),
+}
+"""What is converted, and how many layers vLLM must have read as quantized, by the class that reads them."""
+
+
+def swap_gate_and_up(tensors: dict[str, Tensor]) -> None:
+    for gate in [name for name in tensors if ".mlp.experts." in name and ".gate_proj.weight_" in name]:
+        up = gate.replace(".gate_proj.", ".up_proj.")
+        tensors[gate], tensors[up] = tensors[up], tensors[gate]
+
+
+def drop_a_layer_s_up(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if ".layers.2.mlp.experts." in name and ".up_proj." in name]:
+        del tensors[name]
+
+
+def double_a_layer_s_scales(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if ".layers.1.mlp.experts." in name and name.endswith("down_proj.weight_scale"):
+            tensors[name] = tensor * 2
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
+    "gate and up of all experts swapped": ("int4-g128", lambda path: edit_tensors(path, swap_gate_and_up), None),
+    "a layer's up missing": ("int4-g128", lambda path: edit_tensors(path, drop_a_layer_s_up), None),
+    "a layer's scales doubled": ("int4-g128", lambda path: edit_tensors(path, double_a_layer_s_scales), None),
+    "nothing ignored": ("int4-g128", lambda path: edit_quantization(path, ignore=[]), "visual"),
+    "everything converted": (
+        "fp8-block",
+        lambda path: edit_quantization(path, modules_to_not_convert=[]),
+        "not initialized from checkpoint.*visual",
+    ),
+}
+"""What is damaged, how, and what vLLM says; ``None`` where it says nothing and answers with wrong numbers."""
+
+
+def text_only(path: Path) -> None:
+    """A random checkpoint as people have them too: no vision tower, other names, experts one by one."""
+    config = tiny_config(naming="text", group=128) | {"linear_value_head_dim": 128, "dtype": "bfloat16"}
+    tensors = tiny_tensors(config, layout="per-expert")
+    save_checkpoint(path, config, {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()})
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Loaded]:
+    """Every checkpoint of this file in vLLM, the faulty ones compared with what they should have been."""
+    root = tmp_path_factory.mktemp("vllm")
+    checkpoints = {"original": CHECKPOINT}
+    for name, (policy, _) in POLICIES.items():
+        checkpoints[name] = convert(CHECKPOINT, root / name, policy, max_memory=4 << 30).out
+    text_only(root / "text-original")
+    checkpoints["text-original"] = root / "text-original"
+    text = convert(root / "text-original", root / "text-int4-g32", default_policy(int4(32)), max_memory=4 << 30)
+    checkpoints["text-int4-g32"] = text.out
+    intended = {}
+    for number, (fault, (name, damage, _)) in enumerate(FAULTS.items()):
+        checkpoints[fault] = shutil.copytree(checkpoints[name], root / f"fault-{number}")
+        damage(checkpoints[fault])
+        intended[fault] = checkpoints[name]
+    return load_in_vllm(checkpoints, root / "results", intended=intended)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(loaded: Loaded, weights: str) -> None:
+    assert loaded.error is None
+    kl = loaded.divergence()
+    assert float(kl.median()) <= LIMITS[f"{weights}_kl_median"]
+    assert float(kl.mean()) <= LIMITS[f"{weights}_kl_mean"]
+
+
+def test_unquantized_weights_mean_the_same_to_both(loads: Mapping[str, Loaded]) -> None:
+    check(loads["original"], "demo")
+    check(loads["text-original"], "random")
+    assert not loads["original"].emulated and not loads["text-original"].emulated
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded], name: str) -> None:
+    check(loads[name], "demo")
+    assert loads[name].emulated == POLICIES[name][1]
+
+
+def test_a_text_only_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded]) -> None:
+    check(loads["text-int4-g32"], "random")
+    assert loads["text-int4-g32"].emulated == {"CompressedTensorsWNA16MoEMethod": 3}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_checkpoint_does_not_pass(loads: Mapping[str, Loaded], fault: str) -> None:
+    loaded, message = loads[fault], FAULTS[fault][2]
+    if message is None:
+        assert loaded.error is None
+        with pytest.raises(AssertionError):
+            check(loaded, "demo")
+    else:
+        assert re.search(message, loaded.error or "")

