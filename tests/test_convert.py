@@ -163,3 +163,37 @@ def test_a_source_that_shrinks_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(QconvertError, match=r"model\.safetensors"):
         convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
     assert os.listdir(tmp_path) == ["src"]
+
+
+def hub_cache(source: Path, cache: Path) -> Path:
+    """The layout of a hub cache: a snapshot of links into a folder of blobs with other names."""
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.rename(blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:040x}")
+    return snapshot
+
+
+@pytest.mark.parametrize("kind", ["single file", "hub cache", "tied", "no mtp", "text only", "five shards"])
+def test_sources_as_people_have_them(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "src"
+    make_tiny(
+        source,
+        shards={"single file": 1, "five shards": 5}.get(kind, 2),
+        tie=kind == "tied",
+        mtp=kind != "no mtp",
+        naming="text" if kind == "text only" else "vl",
+        vision=kind != "text only",
+    )
+    before = tensors(source)
+    if kind == "hub cache":
+        source = hub_cache(source, tmp_path / "cache")
+    convert(source, tmp_path / "out", default_policy(int4(32)))
+    after = tensors(tmp_path / "out")
+    assert any(name.endswith(".weight_packed") for name in after)
+    for name, tensor in before.items():
+        if ".mlp.experts." not in name or name.startswith("mtp."):
+            assert torch.equal(after[name], tensor), name
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())

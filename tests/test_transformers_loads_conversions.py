@@ -1,0 +1,70 @@
+"""What `convert` writes, transformers loads whole and computes as our model does with the dequantized weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qconvert.convert import convert
+from qconvert.core.scheme import Scheme, int4
+from qconvert.plan.policy import default_policy, scheme_named
+from qconvert.weights.source import CheckpointWeights
+from reference_model.load import load_weights
+from reference_model.model import CausalLM
+from tests.checkpoints import Layout, make_tiny
+from tests.tolerances import tolerances
+
+transformers = pytest.importorskip("transformers")
+
+DEMO = Path(__file__).parents[1] / "reference_model" / "demo"
+SCHEMES: dict[str, Scheme] = {
+    "int4-g32": int4(32),
+    "int4-g128": int4(128),
+    "int8": scheme_named("int8"),
+    "fp8": scheme_named("fp8"),
+    "fp8-block": scheme_named("fp8-block"),
+}
+
+
+def loaded(path: Path) -> Any:
+    """Dequantized by transformers to BF16, widened to float32: what it loads is proved, not its BF16 arithmetic."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, output_loading_info=True, experts_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert not {name for name in info["unexpected_keys"] if not name.startswith("mtp.")}
+    with torch.no_grad():
+        model(torch.arange(3, 12)[None])  # packed matrices become dense in the first forward
+    return torch.nn.Module.float(model)  # transformers' own refuses quantized models, though all is dense by now
+
+
+def kl_to_transformers(path: Path, ids: torch.Tensor) -> float:
+    with CheckpointWeights.open(path, round_to=torch.bfloat16) as source:
+        ours = CausalLM(source.config.text)
+        load_weights(ours, source, torch.float32)
+    with torch.no_grad():
+        p = ours(ids).logits.double().log_softmax(-1)
+        q = loaded(path)(ids).logits.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("layout", ["fused", "per-expert"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_conversion_of_a_tiny_checkpoint(tmp_path: Path, name: str, layout: Layout) -> None:
+    naming: Any = "vl" if layout == "fused" else "text"
+    config = make_tiny(tmp_path / "src", layout=layout, naming=naming, vision=naming == "vl", group=128)
+    convert(tmp_path / "src", tmp_path / "out", default_policy(SCHEMES[name]))
+    ids = torch.randint(config.text.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert kl_to_transformers(tmp_path / "out", ids) < tolerances("conversion")["kl_to_transformers"]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_conversion_of_the_demo_checkpoint(tmp_path: Path, name: str) -> None:
+    convert(DEMO, tmp_path / "out", default_policy(SCHEMES[name]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = (DEMO / "heldout" / "code.txt").read_text()
+    ids = torch.tensor([tokenizer(text)["input_ids"][:256]])
+    assert kl_to_transformers(tmp_path / "out", ids) < tolerances("conversion")["kl_to_transformers"]
