@@ -37,8 +37,10 @@ def blocks(scheme: Scheme, rows: int, cols: int) -> dict[tuple[int, int], list[t
 
 
 def stored(value: float, scheme: Scheme) -> float:
-    """A number rounded to float32 and then to the type of scales."""
-    return torch.tensor(value, dtype=torch.float32).to(scheme.scale.dtype.torch_dtype).item()
+    """A scale rounded to float32 and then to its type, but not to zero."""
+    kind = scheme.scale.dtype.torch_dtype
+    smallest = torch.finfo(kind).smallest_normal * torch.finfo(kind).eps
+    return max(torch.tensor(value, dtype=torch.float32).to(kind).item(), smallest)
 
 
 def single(value: Fraction) -> Fraction:
@@ -59,7 +61,7 @@ def nearest_e4m3(value: Fraction) -> float:
 
 
 def quantize(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as numbers, scales and zero points of a matrix whose scales are within the range of their type."""
+    """Codes as numbers, scales and zero points of a matrix without float32 extremes."""
     rows, cols = w.shape
     shape = scheme.scale_shape(rows, cols)
     codes, scale, zero = torch.zeros(rows, cols), torch.ones(shape), torch.zeros(shape)
