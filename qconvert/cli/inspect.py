@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from qconvert.core.role import Section
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hub import resolve
 from qconvert.plan.policy import default_policy, scheme_named
+from qconvert.weights.quantized_view import Stored, view
 
 _OFFERED: tuple[tuple[str, int | None], ...] = (
     ("int4", 32),
@@ -44,6 +46,8 @@ def inspect(
         folder = resolve(source)
         with Checkpoint.open(folder) as checkpoint:
             config = read_config(checkpoint.config, folder)
+            if "quantization_config" in checkpoint.config:
+                return _quantized(checkpoint, json=json)
             try:
                 census = check(checkpoint.tensors, config)
             except SourceError as error:
@@ -56,6 +60,46 @@ def inspect(
         return 0
 
     raise typer.Exit(console.guarded(call))
+
+
+def _quantized(checkpoint: Checkpoint, *, json: bool) -> int:
+    """A checkpoint that is quantized already: which roles in which scheme, and what contradicts itself."""
+    found = view(checkpoint)
+    rows: dict[tuple[str, str], tuple[int, int]] = {}
+    for role, stored in found.stored.items():
+        scheme = str(stored.scheme) if stored.scheme else _stored_type(checkpoint, stored)
+        count, parameters = rows.get((role.path, scheme), (0, 0))
+        rows[role.path, scheme] = (count + 1, parameters + prod(stored.shape))
+    problems = [str(problem) for problem in found.problems]
+    if json:
+        console.show_json(
+            {
+                "architecture": describe(found.config),
+                "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+                "quant_method": checkpoint.config["quantization_config"].get("quant_method"),
+                "roles": [
+                    {"path": path, "scheme": scheme, "tensors": count, "parameters": parameters}
+                    for (path, scheme), (count, parameters) in rows.items()
+                ],
+                "problems": problems,
+            }
+        )
+    else:
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        console.say(f"[bold]{describe(found.config)}[/]  {checkpoint.path}  {console.gigabytes(total)}, quantized")
+        table = console.plain_table("role", "scheme", ">tensors", ">parameters")
+        for (path, scheme), (count, parameters) in rows.items():
+            table.add_row(path, scheme, f"{count:,}", f"{parameters:,}")
+        console.show(table)
+        for problem in problems:
+            console.say(f"[bold red]problem:[/] {problem}")
+    if problems:
+        raise SourceError(f"{checkpoint.path}: {len(problems)} tensors contradict config.json")
+    return 0
+
+
+def _stored_type(checkpoint: Checkpoint, stored: Stored) -> str:
+    return checkpoint.tensors[stored.plain.tensor].dtype.value if stored.plain else ""
 
 
 def _sizes(folder: Path) -> dict[str, int | str]:

@@ -47,6 +47,13 @@ def test_inspect_counts_and_sizes(source: Path) -> None:
     assert "128" in sizes["int4 --group 128"]["impossible"]
 
 
+def test_inspect_reads_what_quantize_wrote(converted: Path) -> None:
+    assert "int8-channel-sym" in run("inspect", converted).stdout
+    document = json.loads(run("inspect", converted, "--json").stdout)
+    assert document["problems"] == []
+    assert {line["scheme"] for line in document["roles"] if line["path"] == "text.expert.up"} == {"int8-channel-sym"}
+
+
 def test_the_size_that_inspect_announces_is_the_size_that_quantize_writes(source: Path, converted: Path) -> None:
     announced = json.loads(run("inspect", source, "--json").stdout)["schemes"]["int8"]["bytes"]
     assert announced == sum(t.nbytes for file in converted.glob("*.safetensors") for t in load_file(file).values())
