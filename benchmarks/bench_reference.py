@@ -33,6 +33,7 @@ from reference_model.delta_net import GatedDeltaNet
 from reference_model.layerwise import run_layers
 from reference_model.moe import SparseMoe
 from reference_model.presets import PRESETS
+from reference_model.span import place_tokens
 
 ROUNDS = 7
 
@@ -89,8 +90,9 @@ def delta_net(config: TextConfig, x: Tensor) -> dict[str, dict[str, float]]:
 
     ours, other = fill(GatedDeltaNet(config)), fill(theirs.Qwen3_5MoeGatedDeltaNet(upstream(config), 0))
     other.load_state_dict(ours.state_dict())
-    difference = (ours(x)[0] - other(x)).abs().max().item()
-    return measure({"reference": lambda: ours(x), "transformers": lambda: other(x)}) | {
+    span = place_tokens(config, x)
+    difference = (ours(x, span)[0] - other(x)).abs().max().item()
+    return measure({"reference": lambda: ours(x, span), "transformers": lambda: other(x)}) | {
         "difference": {"max": difference}
     }
 

@@ -15,40 +15,47 @@ from torch.nn import functional
 
 from reference_model.config import TextConfig
 from reference_model.norm import RMSNorm, widen
-from reference_model.rope import Rotation, rotate
+from reference_model.rope import rotate
+from reference_model.span import Span
 
 AttentionKind = Literal["sdpa", "plain"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCache:
-    """Rotated keys and values of the tokens seen so far, both [B, S, M, K]; a step makes a new one."""
+    """Rotated keys and values of the tokens seen so far, both [B, S, M, K]; a step makes a new one.
+
+    S is the length of the longest row; a shorter one has its tokens first, then numbers without meaning.
+    """
 
     keys: Tensor
     values: Tensor
 
-    @property
-    def length(self) -> int:
-        """Tokens seen so far."""
-        return self.keys.shape[1]
+    def rewind(self, lengths: Tensor) -> AttentionCache:
+        """The cache of the first ``lengths`` [B] tokens of each row."""
+        longest = int(lengths.max())
+        return AttentionCache(keys=self.keys[:, :longest], values=self.values[:, :longest])
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, visible: Tensor | None = None
+) -> Tensor:
     """Attend from the last T of S positions to all that precede them.
 
     ``softmax(q k^T / sqrt(K)) v`` over positions j <= i; query head n reads key/value head n * M // N. Queries
-    [B, T, N, K], keys and values [B, S, M, K]; result [B, T, N, K] in the dtype of the queries. ``plain`` writes the
-    formula out, with the softmax in at least fp32; ``sdpa`` leaves it to torch.
+    [B, T, N, K], keys and values [B, S, M, K]; result [B, T, N, K] in the dtype of the queries. ``visible``
+    [B, 1, T, S] says instead which keys each query sees. ``plain`` writes the formula out, with the softmax in at
+    least fp32; ``sdpa`` leaves it to torch.
     """
     new, seen = queries.shape[1], keys.shape[1]
     groups = queries.shape[2] // keys.shape[2]
     q = queries.transpose(1, 2)
     k, v = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (keys, values))
-    mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
+    mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new) if visible is None else visible
     if kind == "sdpa":
-        whole = new == seen
+        whole, single = visible is None and new == seen, visible is None and new == 1
         out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if whole or new == 1 else mask, is_causal=whole
+            q, k, v, attn_mask=None if whole or single else mask, is_causal=whole
         )
     else:
         scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
@@ -74,15 +81,20 @@ class GatedAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, by: Rotation, cache: AttentionCache | None = None) -> tuple[Tensor, AttentionCache]:
-        """Mix x [B, T, D] over time; gives [B, T, D] and the cache that includes these tokens."""
+    def forward(self, x: Tensor, span: Span, cache: AttentionCache | None = None) -> tuple[Tensor, AttentionCache]:
+        """Mix (packed) x [B, T, D] over time; gives [B, T, D] and the cache that includes these tokens."""
         batch, new, _ = x.shape
         queries, gate = self.q_proj(x).view(batch, new, -1, 2 * self.head_dim).chunk(2, dim=-1)
-        queries = rotate(self.q_norm(queries), by)
-        keys = rotate(self.k_norm(self.k_proj(x).view(batch, new, -1, self.head_dim)), by)
+        queries = rotate(self.q_norm(queries), span.by)
+        keys = rotate(self.k_norm(self.k_proj(x).view(batch, new, -1, self.head_dim)), span.by)
         values = self.v_proj(x).view(batch, new, -1, self.head_dim)
-        if cache is not None:
+        visible = None
+        if span.packing is not None:
+            keys = span.packing.append(None if cache is None else cache.keys, keys)
+            values = span.packing.append(None if cache is None else cache.values, values)
+            visible = span.packing.visible(keys.shape[1])
+        elif cache is not None:
             keys, values = torch.cat((cache.keys, keys), dim=1), torch.cat((cache.values, values), dim=1)
-        mixed = causal_attention(queries, keys, values, self.kind) * torch.sigmoid(gate)
+        mixed = causal_attention(queries, keys, values, self.kind, visible) * torch.sigmoid(gate)
         out: Tensor = self.o_proj(mixed.reshape(batch, new, -1))
-        return out, AttentionCache(keys=keys, values=values)
+        return out, AttentionCache(keys=keys, values=values).rewind(span.lengths)

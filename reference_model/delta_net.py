@@ -20,6 +20,7 @@ from torch.nn import functional
 from reference_model.config import TextConfig
 from reference_model.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
 from reference_model.norm import GatedRMSNorm, widen
+from reference_model.span import Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +30,63 @@ class DeltaNetCache:
     Attributes:
         conv: the last W - 1 inputs of the convolution, before it [B, W - 1, C].
         recurrent: state of the delta rule [B, Hv, dk, dv], in at least fp32.
+        replay: the last forward's way from one state to the next, when that may have to be taken back.
     """
 
     conv: Tensor
     recurrent: Tensor
+    replay: Replay | None = None
+
+    def rewind(self, lengths: Tensor) -> DeltaNetCache:
+        """The cache of the first ``lengths`` [B] tokens of each row.
+
+        Raises:
+            ValueError: that is before the last forward, or that forward was not to be taken back.
+        """
+        if self.replay is None or bool((lengths < self.replay.starts).any()):
+            raise ValueError("a DeltaNet layer can only be rewound into its last forward, if that was rewindable")
+        return self.replay.upto(lengths - self.replay.starts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """All that changes a DeltaNet layer's memory in T tokens, so that fewer of them can be run again.
+
+    This is far less than a state for every token: a few vectors a head instead of a matrix.
+
+    Attributes:
+        starts: int64 [B], tokens of each row before.
+        inputs: of the convolution [B, W - 1 + T, C], the first W - 1 from before.
+        k, v, g, beta: arguments of the delta rule, as it has them.
+        state: memory before [B, Hv, dk, dv]; ``None`` is zero.
+    """
+
+    starts: Tensor
+    inputs: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor | None
+
+    def upto(self, counts: Tensor) -> DeltaNetCache:
+        """The cache after the first ``counts`` [B] tokens of each row."""
+        late = torch.arange(self.v.shape[1], device=counts.device) >= counts[:, None]
+        g, beta = still(self.g, late), still(self.beta, late)
+        _, state = recurrent_gated_delta_rule(self.k, self.k, self.v, g, beta, self.state)
+        return DeltaNetCache(conv=recent_inputs(self.inputs, counts, self.v.shape[1]), recurrent=state)
+
+
+def still(x: Tensor, late: Tensor) -> Tensor:
+    """Decay or strength x [B, T, Hv] with zeros at the ``late`` tokens [B, T]: they neither decay nor write."""
+    return x.masked_fill(late.unsqueeze(-1), 0.0)
+
+
+def recent_inputs(inputs: Tensor, counts: Tensor, tokens: int) -> Tensor:
+    """The W - 1 inputs before token ``counts[b]`` of each row: inputs [B, W - 1 + tokens, C] -> [B, W - 1, C]."""
+    window = torch.arange(inputs.shape[1] - tokens, device=inputs.device)
+    rows = torch.arange(inputs.shape[0], device=inputs.device)
+    return inputs[rows[:, None], counts[:, None] + window]
 
 
 class CausalConv(nn.Module):
@@ -79,8 +133,8 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(self.value_head, config.rms_norm_eps)
         self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
 
-    def forward(self, x: Tensor, cache: DeltaNetCache | None = None) -> tuple[Tensor, DeltaNetCache]:
-        """Mix x [B, T, D] over time; gives [B, T, D] and the cache that includes these tokens."""
+    def forward(self, x: Tensor, span: Span, cache: DeltaNetCache | None = None) -> tuple[Tensor, DeltaNetCache]:
+        """Mix (packed) x [B, T, D] over time; gives [B, T, D] and the cache that includes these tokens."""
         batch, tokens, _ = x.shape
         raw = self.in_proj_qkv(x)
         taps = self.conv1d.weight.shape[-1]
@@ -91,9 +145,16 @@ class GatedDeltaNet(nn.Module):
         v = v.reshape(batch, tokens, -1, self.value_head)
         g = -widen(self.A_log).exp() * functional.softplus(widen(self.in_proj_a(x)) + widen(self.dt_bias))
         beta = torch.sigmoid(self.in_proj_b(x))
+        if span.packing is not None:
+            g, beta = still(g, ~span.packing.real), still(beta, ~span.packing.real)
+        before = None if cache is None else cache.recurrent
         rule = recurrent_gated_delta_rule if tokens == 1 else chunked_gated_delta_rule
-        read, state = rule(q, k, v, g, beta, None if cache is None else cache.recurrent)
+        read, state = rule(q, k, v, g, beta, before)
         gate = self.in_proj_z(x).view_as(read)
         out: Tensor = self.out_proj(self.norm(read, gate).flatten(-2))
-        recent = torch.cat((past, raw), dim=1)[:, tokens:]
-        return out, DeltaNetCache(conv=recent, recurrent=state)
+        inputs = torch.cat((past, raw), dim=1)
+        recent = recent_inputs(inputs, span.lengths - span.starts, tokens)
+        replay = None
+        if span.rewindable:
+            replay = Replay(starts=span.starts, inputs=inputs, k=k, v=v, g=g, beta=beta, state=before)
+        return out, DeltaNetCache(conv=recent, recurrent=state, replay=replay)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from reference_model.attention import AttentionCache, AttentionKind, GatedAttention
+from reference_model.cache import LayerCache
 from reference_model.config import LayerType, TextConfig
 from reference_model.delta_net import DeltaNetCache, GatedDeltaNet
 from reference_model.moe import Routing, SparseMoe
 from reference_model.norm import RMSNorm
-from reference_model.rope import Rotation
-
-LayerCache = AttentionCache | DeltaNetCache
+from reference_model.span import Span
 
 
 class DecoderLayer(nn.Module):
@@ -31,26 +30,30 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoe(config)
 
-    def mix(self, x: Tensor, by: Rotation, cache: LayerCache | None = None) -> tuple[Tensor, LayerCache]:
+    def mix(self, x: Tensor, span: Span, cache: LayerCache | None = None) -> tuple[Tensor, LayerCache]:
         """The first half: x [B, T, D] plus what its tokens take from each other, and the cache with them in it.
+
+        Padding comes out as finite numbers without meaning.
 
         Raises:
             TypeError: the cache is of another type of layer.
         """
         normal = self.input_layernorm(x)
+        if span.packing is not None:
+            normal = span.packing.pack(normal)
         new: LayerCache
         if self.layer_type == "linear_attention":
             if isinstance(cache, AttentionCache):
                 raise TypeError("a linear attention layer was given the cache of a full attention layer")
-            mixed, new = self.linear_attn(normal, cache)
+            mixed, new = self.linear_attn(normal, span, cache)
         else:
             if isinstance(cache, DeltaNetCache):
                 raise TypeError("a full attention layer was given the cache of a linear attention layer")
-            mixed, new = self.self_attn(normal, by, cache)
-        return x + mixed, new
+            mixed, new = self.self_attn(normal, span, cache)
+        return x + (mixed if span.packing is None else span.packing.unpack(mixed)), new
 
-    def forward(self, x: Tensor, by: Rotation, cache: LayerCache | None = None) -> tuple[Tensor, Routing, LayerCache]:
+    def forward(self, x: Tensor, span: Span, cache: LayerCache | None = None) -> tuple[Tensor, Routing, LayerCache]:
         """Run x [B, T, D]; gives [B, T, D], where the tokens went, and the cache."""
-        mixed, new = self.mix(x, by, cache)
+        mixed, new = self.mix(x, span, cache)
         out, routing = self.mlp(self.post_attention_layernorm(mixed))
         return mixed + out, routing, new

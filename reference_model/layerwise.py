@@ -19,10 +19,10 @@ from reference_model.attention import AttentionKind
 from reference_model.config import TextConfig
 from reference_model.layer import DecoderLayer
 from reference_model.load import WeightSource, load_expert, load_tensor, load_weights
-from reference_model.model import HEAD_ROWS, text_positions
+from reference_model.model import HEAD_ROWS
 from reference_model.moe import Routing, combine, dispatch, expert_mlp
 from reference_model.norm import RMSNorm
-from reference_model.rope import rotation
+from reference_model.span import place_tokens
 
 InputRounding = Callable[[str], Callable[[Tensor], Tensor] | None]
 """What an engine does to the inputs of a matrix before it multiplies, by the matrix's name without ``.weight``.
@@ -60,20 +60,28 @@ def run_layerwise(
     batches: Sequence[Tensor],
     dtype: torch.dtype,
     *,
-    position_ids: Sequence[Tensor] | None = None,
+    attention_masks: Sequence[Tensor | None] | None = None,
+    position_ids: Sequence[Tensor | None] | None = None,
     attention: AttentionKind = "sdpa",
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Iterator[LogitRows]:
     """Logits of token batches [B, T], a few hundred rows at a time, in the order of the batches.
 
-    ``on_layer`` sees every layer's result for every batch. ``position_ids`` are [3, B, T] a batch. Nothing runs before
-    the first result is asked for.
+    ``on_layer`` sees every layer's result for every batch. ``attention_masks`` [B, T], zero at padding, and
+    ``position_ids`` [3, B, T] have one entry a batch. Nothing runs before the first result is asked for.
 
     Raises:
         WeightError: weights of a layer are missing or do not fit; raised when that layer is reached.
     """
     hidden = run_layers(
-        config, source, batches, dtype, position_ids=position_ids, attention=attention, on_layer=on_layer
+        config,
+        source,
+        batches,
+        dtype,
+        attention_masks=attention_masks,
+        position_ids=position_ids,
+        attention=attention,
+        on_layer=on_layer,
     )
     yield from logit_rows(config, source, hidden, dtype)
 
@@ -85,7 +93,8 @@ def run_layers(
     batches: Sequence[Tensor],
     dtype: torch.dtype,
     *,
-    position_ids: Sequence[Tensor] | None = None,
+    attention_masks: Sequence[Tensor | None] | None = None,
+    position_ids: Sequence[Tensor | None] | None = None,
     attention: AttentionKind = "sdpa",
     on_layer: Callable[[LayerRecord], None] | None = None,
     input_rounding: InputRounding = leave_inputs,
@@ -94,18 +103,20 @@ def run_layers(
 
     ``input_rounding`` simulates engines that round activations.
     """
-    if position_ids is None:
-        position_ids = [text_positions(ids, 0) for ids in batches]
-    turns = [rotation(config, positions, dtype) for positions in position_ids]
     embedding = load_tensor(source, "embed_tokens.weight", (config.vocab_size, config.hidden_size))
     hidden = [functional.embedding(ids, embedding).to(dtype) for ids in batches]
     del embedding
+    nothing = [None] * len(batches)
+    spans = [
+        place_tokens(config, x, attention_mask=mask, position_ids=positions)
+        for x, mask, positions in zip(hidden, attention_masks or nothing, position_ids or nothing, strict=True)
+    ]
     for n, kind in enumerate(config.layer_types):
         with torch.device("meta"):
             layer = DecoderLayer(config, kind, attention)
         load_weights(layer, source, dtype, prefix=f"layers.{n}.", skip=("mlp.experts.",))
         _round_inputs(layer, f"layers.{n}.", input_rounding)
-        hidden = [layer.mix(x, by)[0] for x, by in zip(hidden, turns, strict=True)]
+        hidden = [layer.mix(x, span)[0] for x, span in zip(hidden, spans, strict=True)]
         inputs = [layer.post_attention_layernorm(x).view(-1, x.shape[-1]) for x in hidden]
         routings: list[Routing] = [layer.mlp.gate(x) for x in inputs]
         routed = _run_experts(config, source, f"layers.{n}.mlp.experts", inputs, routings, dtype, input_rounding)

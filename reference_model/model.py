@@ -14,37 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reference_model.attention import AttentionCache, AttentionKind
+from reference_model.attention import AttentionKind
+from reference_model.cache import Cache
 from reference_model.config import TextConfig
-from reference_model.layer import DecoderLayer, LayerCache
+from reference_model.layer import DecoderLayer
 from reference_model.moe import Routing
 from reference_model.mtp import MtpOutput, MultiTokenPredictor
 from reference_model.norm import RMSNorm
-from reference_model.rope import rotation
+from reference_model.span import Span, last_real, place_tokens
 
 HEAD_ROWS = 256
 """Tokens whose logits are computed at once: 254 MB in fp32 at the public vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cache:
-    """State of a decoded prefix: one entry a layer, and the number of tokens. A forward makes a new one.
-
-    ``next_position`` int64 [B] is one more than the largest position so far, whatever the positions were: less than
-    ``length`` after an image, whose tokens share positions.
-    """
-
-    layers: tuple[LayerCache, ...]
-    length: int
-    next_position: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What a forward gives.
+    """What a forward gives. At padding there are numbers without meaning.
 
     Attributes:
-        logits: [B, T, V], or [B, 1, V] when only the last were asked for.
+        logits: [B, T, V], or [B, 1, V] when only those of each row's last token were asked for.
         hidden: decoder output after the final norm [B, T, D].
         hidden_states: input of the first layer, then each layer's output [B, T, D]; ``None`` unless asked for.
         routings: where each layer's tokens went, and its router logits.
@@ -90,40 +78,46 @@ class CausalLM(nn.Module):
         self,
         input_ids: Tensor,
         *,
+        attention_mask: Tensor | None = None,
         embeddings: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         keep_hidden_states: bool = False,
         last_logits_only: bool = False,
+        rewindable: bool = False,
     ) -> Output:
-        """Run tokens [B, T] after those of ``cache``.
+        """Run tokens after those of ``cache``; every row as if it were alone.
 
-        ``embeddings`` [B, T, D] stand for those of the tokens, where some are not of the table. ``position_ids``
-        [3, B, T] are the time, height and width of each token; by default all three count on from the largest one of
-        the cache.
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], zero where these tokens are padding, which may be anywhere.
+            embeddings: [B, T, D], instead of those of the tokens, where some are not of the table.
+            position_ids: [3, B, T], time, height and width of each token; by default all three count on, over real
+                tokens, from the largest one of the cache.
+            cache: of the tokens before.
+            keep_hidden_states: asks for them.
+            last_logits_only: asks for the logits of each row's last real token alone.
+            rewindable: makes a cache that can be rewound to before these tokens or to any of them.
+
+        Raises:
+            ValueError: the mask has another shape.
         """
-        if position_ids is None:
-            position_ids = text_positions(input_ids, 0 if cache is None else cache.next_position)
         x = self.embed_tokens(input_ids) if embeddings is None else embeddings
-        by = rotation(self.config, position_ids, x.dtype)
+        span = self._span(x, attention_mask, position_ids, cache, rewindable)
         states, routings, caches = [x], [], []
         for n, layer in enumerate(self.layers):
-            x, routing, layer_cache = layer(x, by, None if cache is None else cache.layers[n])
+            x, routing, layer_cache = layer(x, span, None if cache is None else cache.layers[n])
             routings.append(routing)
             caches.append(layer_cache)
             if keep_hidden_states:
                 states.append(x)
         hidden = self.norm(x)
-        seen = input_ids.shape[1] + (0 if cache is None else cache.length)
-        next_position = position_ids.amax((0, 2)) + 1
-        if cache is not None:
-            next_position = next_position.maximum(cache.next_position)
         return Output(
-            logits=self.head(hidden[:, -1:] if last_logits_only else hidden),
+            logits=self.head(last_real(hidden, attention_mask) if last_logits_only else hidden),
             hidden=hidden,
             hidden_states=tuple(states) if keep_hidden_states else None,
             routings=tuple(routings),
-            cache=Cache(layers=tuple(caches), length=seen, next_position=next_position),
+            cache=Cache(layers=tuple(caches), lengths=span.lengths, next_position=span.next_position),
         )
 
     def draft(
@@ -131,20 +125,38 @@ class CausalLM(nn.Module):
         hidden: Tensor,
         next_ids: Tensor,
         *,
+        attention_mask: Tensor | None = None,
+        embeddings: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: tuple[LayerCache, ...] | None = None,
+        cache: Cache | None = None,
     ) -> MtpOutput:
         """Run the prediction head: ``head(result.hidden)`` scores the token after ``next_ids``.
 
-        ``hidden`` [B, T, D] is ``Output.hidden`` at positions t, ``next_ids`` [B, T] the tokens at t + 1,
-        ``position_ids`` [3, B, T] the positions t (by default counted on from the cache).
+        ``hidden`` [B, T, D] is ``Output.hidden`` at positions t, or that of the last draft; ``next_ids`` [B, T] are the
+        tokens at t + 1, and ``embeddings`` [B, T, D] theirs, where some are not of the table. ``position_ids``
+        [3, B, T] (by default counted on from the cache) and ``attention_mask`` [B, T] are those of the positions t.
         """
-        if position_ids is None:
-            first = cache[0] if cache else None
-            position_ids = text_positions(next_ids, first.length if isinstance(first, AttentionCache) else 0)
-        by = rotation(self.config, position_ids, hidden.dtype)
-        out: MtpOutput = self.mtp(self.embed_tokens(next_ids), hidden, by, cache)
+        x = self.embed_tokens(next_ids) if embeddings is None else embeddings
+        out: MtpOutput = self.mtp(x, hidden, self._span(hidden, attention_mask, position_ids, cache), cache)
         return out
+
+    def _span(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        rewindable: bool = False,
+    ) -> Span:
+        return place_tokens(
+            self.config,
+            x,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            starts=None if cache is None else cache.lengths,
+            next_position=None if cache is None else cache.next_position,
+            rewindable=rewindable,
+        )
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -155,13 +167,6 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = [functional.linear(part, weight) for part in torch.split(flat, HEAD_ROWS)]
     return torch.cat(rows).view(*hidden.shape[:-1], weight.shape[0])
-
-
-def text_positions(input_ids: Tensor, start: int | Tensor) -> Tensor:
-    """Positions start, start + 1, ... for plain text: int64 [3, B, T] for ids [B, T]; start is one for all or [B]."""
-    batch, tokens = input_ids.shape
-    first = torch.as_tensor(start, device=input_ids.device).view(-1, 1)
-    return (first + torch.arange(tokens, device=input_ids.device)).expand(3, batch, tokens)
 
 
 def initialize(model: CausalLM, seed: int) -> None:

@@ -156,13 +156,17 @@ class SparseMoe(nn.Module):
         return (self.experts(flat, routing) + self.shared(flat)).view_as(x), routing
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
+def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:
     """How unevenly tokens are spread: E for all on one expert, about k when spread evenly.
 
     ``E * sum_e f_e P_e`` over all layers' tokens together: f_e is the number of visits to expert e per token, P_e the
     mean probability that the router gives it. Only P carries a gradient (Fedus, Zoph and Shazeer 2021, arXiv
     2101.03961, equations 4 to 6; here for k visits a token). ``router_logits`` [T, E] a layer; scalar, at least fp32.
+    Tokens where ``attention_mask`` (T numbers in any shape) is zero do not count.
     """
+    if attention_mask is not None:
+        real = attention_mask.flatten().bool()
+        router_logits = [logits[real] for logits in router_logits]
     probabilities = widen(torch.cat(tuple(router_logits))).softmax(-1)
     tokens, experts = probabilities.shape
     visits = torch.bincount(probabilities.topk(top_k, dim=-1).indices.flatten(), minlength=experts)

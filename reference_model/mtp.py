@@ -5,30 +5,30 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from reference_model.attention import AttentionKind
+from reference_model.cache import Cache
 from reference_model.config import TextConfig
-from reference_model.layer import DecoderLayer, LayerCache
+from reference_model.layer import DecoderLayer
 from reference_model.moe import Routing
 from reference_model.norm import RMSNorm
-from reference_model.rope import Rotation
+from reference_model.span import Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MtpOutput:
     """``hidden`` [B, T, D] after the final norm: input of the shared head, and of the next draft step.
 
-    Caches and routings have one entry a layer.
+    Routings have one entry a layer.
     """
 
     hidden: Tensor
     routings: tuple[Routing, ...]
-    cache: tuple[LayerCache, ...]
+    cache: Cache
 
 
 class MultiTokenPredictor(nn.Module):
@@ -52,21 +52,25 @@ class MultiTokenPredictor(nn.Module):
         self,
         embeddings: Tensor,
         hidden: Tensor,
-        by: Rotation,
-        cache: Sequence[LayerCache] | None = None,
+        span: Span,
+        cache: Cache | None = None,
     ) -> MtpOutput:
         """Draft one token further.
 
         Args:
             embeddings: of the tokens at positions t + 1 [B, T, D].
             hidden: normed decoder outputs (or the last draft's ``hidden``) at positions t [B, T, D].
-            by: rotation at positions t.
+            span: of positions t.
             cache: of an earlier call, for the tokens before these.
         """
         x = self.fc(torch.cat((self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)), dim=-1))
         caches, routings = [], []
         for n, layer in enumerate(self.layers):
-            x, routing, new = layer(x, by, None if cache is None else cache[n])
+            x, routing, new = layer(x, span, None if cache is None else cache.layers[n])
             routings.append(routing)
             caches.append(new)
-        return MtpOutput(hidden=self.norm(x), routings=tuple(routings), cache=tuple(caches))
+        return MtpOutput(
+            hidden=self.norm(x),
+            routings=tuple(routings),
+            cache=Cache(layers=tuple(caches), lengths=span.lengths, next_position=span.next_position),
+        )

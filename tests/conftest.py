@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from qconvert.convert import convert
 from qconvert.core.scheme import Scheme
 from qconvert.plan.policy import Rule, default_policy
 from tests.checkpoints import make_tiny
+
+# A deadline measures the machine: the tests share two cores with whatever else runs.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 Converted = Callable[..., tuple[Path, Path]]
 

@@ -132,7 +132,7 @@ def test_a_sequence_in_parts_gives_what_it_gives_whole(ours_fp64: CausalLM, cuts
         parts.append(output.logits)
     assert worst(torch.cat(parts, dim=1), whole.logits) <= LIMITS["fp64_split"]
     assert cache is not None
-    assert cache.length == 70
+    assert cache.lengths.tolist() == [70, 70]
 
 
 def test_a_forward_leaves_the_cache_that_it_was_given_alone(ours_fp64: CausalLM) -> None:
@@ -208,7 +208,8 @@ def test_a_model_in_fp64_has_no_narrower_step(ours_fp64: CausalLM, ours: CausalL
     """Were anything but the angles fp32, fp64 would be as far from the textbook as fp32 is; states tell it directly."""
     output = ours_fp64(tiny.tokens(1, 3))
     for layer in output.cache.layers:
-        assert all(getattr(layer, name).dtype == torch.float64 for name in layer.__slots__)
+        tensors = [getattr(layer, name) for name in layer.__slots__]
+        assert all(tensor.dtype == torch.float64 for tensor in tensors if tensor is not None)
     half = tiny.model(tiny.checkpoint(), torch.bfloat16)(tiny.tokens(1, 3))
     assert half.logits.dtype == torch.bfloat16
     assert half.cache.layers[0].recurrent.dtype == torch.float32
