@@ -8,6 +8,7 @@ text-only one (``qwen3_5_moe_text``).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -282,6 +283,11 @@ class VisionConfig:
                 f"vision_config.hidden_size {config.hidden_size} does not give {config.num_heads} heads "
                 "of a width that is a multiple of 4"
             )
+        if math.isqrt(config.num_position_embeddings) ** 2 != config.num_position_embeddings:
+            raise ConfigError(f"vision_config.num_position_embeddings {config.num_position_embeddings} is no square")
+        kinds = block.get("hidden_act", "gelu_pytorch_tanh"), rope.get("rope_type", "axial")
+        if kinds != ("gelu_pytorch_tanh", "axial"):
+            raise ConfigError(f"vision_config.hidden_act, rope_type are {kinds}; expected gelu_pytorch_tanh, axial")
         return config
 
 

@@ -1,22 +1,34 @@
 """The vision tower: pixels of image patches to embeddings that take the place of image tokens.
 
-Patches come in the order of the merger: blocks of m x m neighbours one after another, row by row, frame by frame.
+An image, or two consecutive pictures of a video, is a frame: rows x columns patches, each a block of pixels over both
+pictures (an image counts twice). Patches come in the order of the merger: blocks of m x m neighbours one after another,
+row by row, frame by frame. Frames do not see each other; what a video is, the decoder has to make of its frames.
 
 Shapes: P patches, C channels, D width of the tower, N heads, K head width, m merge size, O width of the decoder.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from reference_model.attention import AttentionKind
 from reference_model.config import VisionConfig
+from reference_model.norm import widen
+from reference_model.rope import Rotation, rotate
 
 NORM_EPS = 1e-6
 
 Grid = tuple[int, int, int]
-"""Frames (pairs of video frames; 1 for an image), rows and columns of patches."""
+"""Frames (1 for an image), rows and columns of patches."""
+
+
+class VisionInputError(ValueError):
+    """Pixels, grids and image tokens that contradict each other; the message says which."""
 
 
 class PatchEmbed(nn.Module):
@@ -34,25 +46,47 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention inside a frame: ``proj(softmax(q k^T / sqrt(K)) v)``, q and k rotated by row and column."""
+    """Full attention inside a frame: ``proj(softmax(q k^T / sqrt(K)) v)``, q and k rotated by row and column.
 
-    def __init__(self, config: VisionConfig) -> None:
+    ``qkv`` [3 D, D] gives queries, keys and values of all heads one after another.
+    """
+
+    def __init__(self, config: VisionConfig, kind: AttentionKind = "sdpa") -> None:
         super().__init__()
+        self.kind: AttentionKind = kind
         self.heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, angles: Tensor, frame_sizes: list[int]) -> Tensor:
-        """Mix x [P, D] inside every frame; angles [P, K], frame_sizes sum to P."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        q, k = _rotate(q, angles), _rotate(k, angles)
-        frames = zip(*(torch.split(part, frame_sizes) for part in (q, k, v)), strict=True)
-        mixed = [
-            functional.scaled_dot_product_attention(*(part.transpose(0, 1).unsqueeze(0) for part in frame))
-            for frame in frames
-        ]
-        out: Tensor = self.proj(torch.cat([frame[0].transpose(0, 1) for frame in mixed]).flatten(1))
+    def forward(self, x: Tensor, by: Rotation, grids: Sequence[Grid]) -> Tensor:
+        """Mix x [P, D] inside every frame of the grids."""
+        q, k, v = self.qkv(x).view(1, x.shape[0], 3, self.heads, -1).unbind(2)
+        # Angles are fp32, and so is the rotation, also in a model of 16 bits.
+        q, k = (rotate(widen(part), by).to(x.dtype) for part in (q, k))
+        pictures = zip(*(_pictures(part[0], grids) for part in (q, k, v)), strict=True)
+        mixed = [attend(queries, keys, values, self.kind).flatten(0, 1) for queries, keys, values in pictures]
+        out: Tensor = self.proj(torch.cat(mixed).flatten(1))
         return out
+
+
+def _pictures(x: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+    """Cut [P, N, K] into images and videos, and those into their frames: [F, P / F, N, K] each."""
+    parts = torch.split(x, [math.prod(grid) for grid in grids])
+    return [part.view(grid[0], -1, *part.shape[1:]) for part, grid in zip(parts, grids, strict=True)]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    """``softmax(q k^T / sqrt(K)) v`` for all [F, P, N, K], every one of the F frames alone.
+
+    ``plain`` writes the formula out, with the softmax in at least fp32; ``sdpa`` leaves it to torch.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
+    if kind == "sdpa":
+        out = functional.scaled_dot_product_attention(q, k, v)
+    else:
+        scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        out = widen(scores).softmax(-1).to(q.dtype) @ v
+    return out.transpose(1, 2)
 
 
 class VisionMlp(nn.Module):
@@ -72,16 +106,16 @@ class VisionMlp(nn.Module):
 class VisionBlock(nn.Module):
     """``h = x + attn(norm1(x))``, then ``h + mlp(norm2(h))``."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, attention: AttentionKind = "sdpa") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
-        self.attn = VisionAttention(config)
+        self.attn = VisionAttention(config, attention)
         self.mlp = VisionMlp(config)
 
-    def forward(self, x: Tensor, angles: Tensor, frame_sizes: list[int]) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, grids: Sequence[Grid]) -> Tensor:
         """[P, D] -> [P, D]."""
-        x = x + self.attn(self.norm1(x), angles, frame_sizes)
+        x = x + self.attn(self.norm1(x), by, grids)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -105,52 +139,53 @@ class PatchMerger(nn.Module):
 class VisionTower(nn.Module):
     """Patches to decoder embeddings; ``state_dict`` keys are checkpoint names without ``model.visual.``."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, attention: AttentionKind = "sdpa") -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VisionBlock(config, attention) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, pixels: Tensor, grids: list[Grid]) -> Tensor:
-        """Embed images, one after another in ``pixels`` [P, C * frames * size * size]: [P / m^2, O]."""
-        places = [_places(rows, columns, self.config.spatial_merge_size) for _, rows, columns in grids]
+    def forward(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Embed images and videos, one after another in ``pixels`` [P, C * pictures * size * size]: [P / m^2, O].
+
+        Raises:
+            VisionInputError: rows or columns that the merger does not divide, or pixels that do not fill the grids.
+        """
+        self._check(pixels, grids)
+        m = self.config.spatial_merge_size
+        places = [patch_places(rows, columns, m).to(pixels.device) for _, rows, columns in grids]
         learned = [
-            self._positions(place, rows, columns).repeat(frames, 1)
+            interpolate(self.pos_embed.weight, place, rows, columns).repeat(frames, 1)
             for place, (frames, rows, columns) in zip(places, grids, strict=True)
         ]
-        angles = torch.cat([self._angles(place).repeat(grid[0], 1) for place, grid in zip(places, grids, strict=True)])
-        frame_sizes = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
+        everywhere = torch.cat([place.repeat(grid[0], 1) for place, grid in zip(places, grids, strict=True)])
+        by = axial_rotation(self.config, everywhere)
         x = self.patch_embed(pixels)
         x = x + torch.cat(learned).to(x.dtype)
         for block in self.blocks:
-            x = block(x, angles, frame_sizes)
+            x = block(x, by, grids)
         out: Tensor = self.merger(x)
         return out
 
-    def _positions(self, place: Tensor, rows: int, columns: int) -> Tensor:
-        """The learned square grid stretched to rows x columns, corners on corners, between points bilinear: [P, D]."""
-        side = int(self.config.num_position_embeddings**0.5)
-        low, share = [], []
-        for axis, size in enumerate((rows, columns)):
-            at = torch.linspace(0, side - 1, size)[place[:, axis]]
-            low.append(at.long())
-            share.append((at - low[-1]).unsqueeze(-1))
-        high = [(index + 1).clamp(max=side - 1) for index in low]
-        table = self.pos_embed.weight
-        upper = table[low[0] * side + low[1]] * (1 - share[1]) + table[low[0] * side + high[1]] * share[1]
-        lower = table[high[0] * side + low[1]] * (1 - share[1]) + table[high[0] * side + high[1]] * share[1]
-        return upper * (1 - share[0]) + lower * share[0]
-
-    def _angles(self, place: Tensor) -> Tensor:
-        """Rotary angles [P, K]: K / 4 frequencies of the row, K / 4 of the column, and the same again."""
-        quarter = self.config.head_dim // 4
-        frequencies = self.config.rope_theta ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
-        return (place.unsqueeze(-1).float() * frequencies).flatten(1).repeat(1, 2)
+    def _check(self, pixels: Tensor, grids: Sequence[Grid]) -> None:
+        m = self.config.spatial_merge_size
+        for number, grid in enumerate(grids):
+            if min(grid) < 1 or grid[1] % m or grid[2] % m:
+                raise VisionInputError(
+                    f"grid {number} is {list(grid)}: expected at least one frame, and rows and columns of patches "
+                    f"that are multiples of {m}, which the merger joins; resize the picture"
+                )
+        expected = [sum(math.prod(grid) for grid in grids), self.patch_embed.proj.weight[0].numel()]
+        if not grids or list(pixels.shape) != expected:
+            raise VisionInputError(
+                f"pixels have the shape {list(pixels.shape)}; the {len(grids)} grids {[list(g) for g in grids]} need "
+                f"{expected}: one row a patch, with channels x pictures x height x width in it"
+            )
 
 
-def _places(rows: int, columns: int, merge: int) -> Tensor:
+def patch_places(rows: int, columns: int, merge: int) -> Tensor:
     """Row and column of every patch of a frame in the merger's order, int64 [rows * columns, 2]."""
     row = torch.arange(rows).view(-1, 1).expand(rows, columns)
     column = torch.arange(columns).expand(rows, columns)
@@ -158,12 +193,39 @@ def _places(rows: int, columns: int, merge: int) -> Tensor:
     return both.transpose(1, 2).reshape(-1, 2)
 
 
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate x [P, N, K] by angles [P, K], dimension k with k + K / 2; in fp32."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * angles.cos().unsqueeze(1) + turned * angles.sin().unsqueeze(1)).to(x.dtype)
+def interpolate(table: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
+    """Learned positions of a square grid, stretched to rows x columns and read at ``places`` int64 [P, 2]: [P, D].
+
+    Corners lie on corners: row r of R is at ``r (S - 1) / (R - 1)`` of the table [S * S, D], and takes from the four
+    points around it by ``(1 - |distance of rows|) (1 - |distance of columns|)``. At least fp32.
+    """
+    side = math.isqrt(table.shape[0])
+    wide = widen(table)
+    indices, weights = [], []
+    for axis, size in enumerate((rows, columns)):
+        at = places[:, axis].to(wide.dtype) * (side - 1) / max(size - 1, 1)
+        low = at.long()
+        share = at - low
+        indices.append((low, (low + 1).clamp(max=side - 1)))
+        weights.append((1 - share, share))
+    out = torch.zeros((), dtype=wide.dtype, device=table.device)
+    for row in (0, 1):
+        for column in (0, 1):
+            weight = weights[0][row] * weights[1][column]
+            out = out + wide[indices[0][row] * side + indices[1][column]] * weight.unsqueeze(-1)
+    return out
+
+
+def axial_rotation(config: VisionConfig, places: Tensor) -> Rotation:
+    """Turn a head's first K / 4 planes by the row and the other K / 4 by the column of ``places`` int64 [P, 2].
+
+    Both axes have the frequencies ``theta ** (-4 i / K)``; fp32, [1, P, K / 2]. Dimension k turns with k + K / 2.
+    """
+    quarter = config.head_dim // 4
+    exponents = torch.arange(quarter, dtype=torch.float32, device=places.device) / quarter
+    frequencies = 1.0 / config.rope_theta**exponents
+    angles = (places.unsqueeze(-1).to(torch.float32) * frequencies).flatten(1).unsqueeze(0)
+    return Rotation(cos=angles.cos(), sin=angles.sin())
 
 
 def start_vision(tower: VisionTower, seed: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
 
 
 def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
@@ -22,6 +24,16 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch
     model = model.to(dtype).eval().requires_grad_(False)
     model.model.rotary_emb.inv_freq = frequencies
     return model
+
+
+def build_tower(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' vision tower with these weights; its rotary frequencies stay fp32 in every dtype."""
+    tower = Qwen3_5MoeVisionModel._from_config(Qwen3_5MoeVisionConfig(**config), attn_implementation="eager")
+    tower.load_state_dict(tensors)
+    frequencies = tower.rotary_pos_emb.inv_freq
+    tower = tower.to(dtype).eval().requires_grad_(False)
+    tower.rotary_pos_emb.inv_freq = frequencies
+    return tower
 
 
 class LiftedCasts(TorchFunctionMode):
