@@ -6,9 +6,10 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -45,14 +46,16 @@ class Loaded:
         error: what it raised; ``None`` when it answered.
         emulated: layers that it loaded as quantized, by the class that loaded them.
         prompts: what it was given.
-        logprobs: [tokens - 1, V] a prompt; none after an error.
+        draft: whether the MTP head was asked, once after each prompt.
+        answers: what run.py saved; empty after an error.
     """
 
     checkpoint: Path
     error: str | None
     emulated: Mapping[str, int]
     prompts: list[list[int]] = field(repr=False)
-    logprobs: list[Tensor] = field(repr=False)
+    draft: bool
+    answers: Mapping[str, Tensor] = field(repr=False)
 
     def divergence(self) -> Tensor:
         """KL(reference || vLLM) of every position: our model in float32 with the dequantized weights in BF16."""
@@ -60,24 +63,34 @@ class Loaded:
             with torch.device("meta"):
                 model = CausalLM(weights.config.text)
             load_weights(model, weights, torch.float32)
-        found = []
         with torch.no_grad():
-            for prompt, theirs in zip(self.prompts, self.logprobs, strict=True):
-                ours = model(torch.tensor([prompt])).logits[0, :-1]
-                found.append(torch.from_numpy(score(ours, theirs, torch.tensor(prompt[1:])).kl))
-        return torch.cat(found)
+            return torch.cat([self._of_prompt(model, n, prompt) for n, prompt in enumerate(self.prompts)])
+
+    def _of_prompt(self, model: CausalLM, n: int, prompt: list[int]) -> Tensor:
+        theirs, output = self.answers[str(n)], model(torch.tensor([prompt]))
+        if self.draft:
+            following = torch.cat((torch.tensor(prompt[1:]), self.answers[f"next.{n}"])).unsqueeze(0)
+            ours = model.head(model.draft(output.hidden, following).hidden[:, -1:])[0]
+        else:
+            ours = output.logits[0, :-1]
+        return torch.from_numpy(score(ours, theirs, torch.zeros(len(ours), dtype=torch.int64)).kl)
 
 
-def load_in_vllm(checkpoints: Mapping[str, Path], folder: Path, *, intended: Mapping[str, Path]) -> dict[str, Loaded]:
+def load_in_vllm(
+    checkpoints: Mapping[str, Path], folder: Path, *, intended: Mapping[str, Path], drafting: Collection[str]
+) -> dict[str, Loaded]:
     """Load every checkpoint, all in one process; results and log go into ``folder``.
 
-    ``intended`` names the checkpoint whose weights a damaged one should have.
+    ``intended`` names the checkpoint whose weights a damaged one should have, ``drafting`` those whose MTP head is
+    asked and not the model itself.
     """
     jobs = []
     for name, checkpoint in checkpoints.items():
         out = folder / name
         out.mkdir(parents=True)
-        jobs.append({"checkpoint": str(checkpoint), "prompts": prompts_for(checkpoint), "out": str(out)})
+        prompts = prompts_for(checkpoint)
+        draft = name in drafting
+        jobs.append({"checkpoint": str(checkpoint), "prompts": prompts, "draft": draft, "out": str(out)})
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     with (folder / "log").open("w", encoding="utf-8") as log:
         ended = subprocess.run(
@@ -92,8 +105,8 @@ def load_in_vllm(checkpoints: Mapping[str, Path], folder: Path, *, intended: Map
         tail = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
         raise RuntimeError(f"vLLM's process ended with {ended.returncode}:\n" + "\n".join(tail))
     return {
-        name: _result(intended.get(name, checkpoint), folder / name, prompts_for(checkpoint))
-        for name, checkpoint in checkpoints.items()
+        name: _loaded(intended.get(name, checkpoint), job)
+        for (name, checkpoint), job in zip(checkpoints.items(), jobs, strict=True)
     }
 
 
@@ -105,13 +118,14 @@ def prompts_for(checkpoint: Path) -> list[list[int]]:
     return [[draw.randrange(vocabulary - SPECIAL) for _ in range(length)] for length in LENGTHS]
 
 
-def _result(checkpoint: Path, out: Path, prompts: list[list[int]]) -> Loaded:
+def _loaded(checkpoint: Path, job: Mapping[str, Any]) -> Loaded:
+    out = Path(job["out"])
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    tensors = {} if result["error"] else load_file(out / "logprobs.safetensors")
     return Loaded(
         checkpoint=checkpoint,
         error=result["error"],
         emulated=result["emulated"],
-        prompts=prompts,
-        logprobs=[tensors[str(n)] for n in range(len(tensors))],
+        prompts=job["prompts"],
+        draft=job["draft"],
+        answers={} if result["error"] else load_file(out / "logprobs.safetensors"),
     )

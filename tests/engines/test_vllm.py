@@ -19,7 +19,7 @@ from qconvert.convert import convert
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
 from qconvert.plan.policy import Policy, Rule, default_policy
 from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
-from tests.edits import edit_quantization, edit_tensors
+from tests.edits import edit_quantization, edit_tensors, quantization_of
 from tests.engines.engine import Loaded, load_in_vllm
 from tests.tolerances import tolerances
 
@@ -78,6 +78,10 @@ def double_a_layer_s_scales(tensors: dict[str, Tensor]) -> None:
             tensors[name] = tensor * 2
 
 
+def forget_mtp(path: Path) -> None:
+    edit_quantization(path, ignore=[entry for entry in quantization_of(path)["ignore"] if "mtp" not in entry])
+
+
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "gate and up of all experts swapped": ("int4-g128", lambda path: edit_tensors(path, swap_gate_and_up), None),
     "a layer's up missing": ("int4-g128", lambda path: edit_tensors(path, drop_a_layer_s_up), None),
@@ -88,8 +92,14 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
         lambda path: edit_quantization(path, modules_to_not_convert=[]),
         "not initialized from checkpoint.*visual",
     ),
+    "MTP not ignored": ("int4-g128", forget_mtp, r"fc\.weight.* in Qwen3_5MultiTokenPredictor"),
 }
 """What is damaged, how, and what vLLM says; ``None`` where it says nothing and answers with wrong numbers."""
+
+
+DRAFTS = {f"draft of {name}": name for name in ("original", "int4-g32", "int4-and-int8", "fp8", "fp8-block")}
+DRAFTING = {*DRAFTS, "MTP not ignored"}
+"""Where not the model but its MTP head is asked: vLLM reads it as a second model, only for drafts."""
 
 
 def text_only(path: Path) -> None:
@@ -110,12 +120,13 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Loaded]:
     checkpoints["text-original"] = root / "text-original"
     text = convert(root / "text-original", root / "text-int4-g32", default_policy(int4(32)), max_memory=4 << 30)
     checkpoints["text-int4-g32"] = text.out
+    checkpoints |= {draft: checkpoints[name] for draft, name in DRAFTS.items()}
     intended = {}
     for number, (fault, (name, damage, _)) in enumerate(FAULTS.items()):
         checkpoints[fault] = shutil.copytree(checkpoints[name], root / f"fault-{number}")
         damage(checkpoints[fault])
         intended[fault] = checkpoints[name]
-    return load_in_vllm(checkpoints, root / "results", intended=intended)
+    return load_in_vllm(checkpoints, root / "results", intended=intended, drafting=DRAFTING)
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +159,11 @@ def test_a_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded], name:
 def test_a_text_only_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded]) -> None:
     check(loads["text-int4-g32"], "random")
     assert loads["text-int4-g32"].emulated == {"CompressedTensorsWNA16MoEMethod": 3}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_mtp_head_is_carried_as_vllm_reads_it(loads: Mapping[str, Loaded], draft: str) -> None:
+    check(loads[draft], "draft")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,8 +1,11 @@
 """Load checkpoints in vLLM one after the other and save the log-probabilities that each gives to some prompts.
 
-Usage: run.py JOBS, a JSON file with a list of ``{"checkpoint": DIR, "prompts": [[token, ...], ...], "out": DIR}``.
+Usage: run.py JOBS, a JSON file with a list of
+``{"checkpoint": DIR, "prompts": [[token, ...], ...], "draft": false, "out": DIR}``.
 Each folder ``out`` gets ``result.json``: the error if there was one, the layers that were emulated, the seconds; and,
-if there was no error, ``logprobs.safetensors``: a float32 tensor [tokens - 1, V] per prompt, called by its number.
+if there was no error, ``logprobs.safetensors`` with float32 log-probabilities of the whole vocabulary by prompt number:
+after each of its tokens but the last [tokens - 1, V], or, of a draft, those of the MTP head for the token after the
+next one [1, V] and as ``next.<number>`` the next one itself, which the model chose.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor.models.qwen3_5_mtp import Qwen3_5MTP
 
 
 def main(jobs: str) -> None:
@@ -41,8 +45,9 @@ def main(jobs: str) -> None:
         emulate.emulated.clear()
         out = Path(job["out"])
         error = None
+        answer = draft_logprobs if job["draft"] else prompt_logprobs
         try:
-            save_file(prompt_logprobs(job["checkpoint"], job["prompts"]), out / "logprobs.safetensors")
+            save_file(answer(job["checkpoint"], job["prompts"]), out / "logprobs.safetensors")
         except Exception as raised:  # noqa: BLE001  whatever vLLM raises is this checkpoint's result
             error = f"{type(raised).__name__}: {raised}"
         result = {"error": error, "emulated": emulate.emulated, "seconds": time.perf_counter() - begin}
@@ -50,11 +55,10 @@ def main(jobs: str) -> None:
         cleanup_dist_env_and_memory()
 
 
-def prompt_logprobs(checkpoint: str, prompts: list[list[int]]) -> dict[str, Tensor]:
-    """Natural logarithms of all tokens' probabilities after each token of each prompt but its last."""
-    config = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
-    sees = "vision_config" in config
-    llm = LLM(
+def load(checkpoint: str, **options: Any) -> LLM:
+    """vLLM with one checkpoint."""
+    sees = "vision_config" in read_config(checkpoint)
+    return LLM(
         model=checkpoint,
         dtype="bfloat16",
         enforce_eager=True,
@@ -70,11 +74,49 @@ def prompt_logprobs(checkpoint: str, prompts: list[list[int]]) -> dict[str, Tens
         skip_tokenizer_init=not sees,
         # without this, a parameter that no tensor fills stays as it was allocated
         model_loader_extra_config={"enable_weights_track": True},
+        **options,
     )
+
+
+def read_config(checkpoint: str) -> dict[str, Any]:
+    """The checkpoint's ``config.json``."""
+    config: dict[str, Any] = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def prompt_logprobs(checkpoint: str, prompts: list[list[int]]) -> dict[str, Tensor]:
+    """Natural logarithms of all tokens' probabilities after each token of each prompt but its last."""
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
-    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers = load(checkpoint).generate(inputs, sampling, use_tqdm=False)
+    config = read_config(checkpoint)
     vocabulary = config.get("text_config", config)["vocab_size"]
     return {str(n): dense(answer.prompt_logprobs, vocabulary) for n, answer in enumerate(answers)}
+
+
+def draft_logprobs(checkpoint: str, prompts: list[list[int]]) -> dict[str, Tensor]:
+    """What the MTP head expects after each prompt and the token that the model itself adds, and that token."""
+    drafts: list[Tensor] = []
+    compute = Qwen3_5MTP.compute_logits
+
+    def compute_and_record(self: Qwen3_5MTP, *arguments: Any, **options: Any) -> Tensor | None:
+        logits = compute(self, *arguments, **options)
+        drafts.append(logits)
+        return logits
+
+    Qwen3_5MTP.compute_logits = compute_and_record  # type: ignore[method-assign]
+    try:
+        llm = load(checkpoint, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+        sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
+        out = {}
+        for n, prompt in enumerate(prompts):
+            drafts.clear()
+            answer = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0]
+            out[str(n)] = drafts[0].to(torch.float32).log_softmax(-1)
+            out[f"next.{n}"] = torch.tensor(answer.outputs[0].token_ids[:1])
+        return out
+    finally:
+        Qwen3_5MTP.compute_logits = compute  # type: ignore[method-assign]
 
 
 def dense(flat: Any, vocabulary: int) -> Tensor:
