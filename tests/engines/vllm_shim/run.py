@@ -36,6 +36,9 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.models.qwen3_5_mtp import Qwen3_5MTP
 
+REFUSALS = (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What vLLM raises over a checkpoint: the result of that checkpoint, not the end of the process."""
+
 
 def main(jobs: str) -> None:
     """Run all jobs of the file; a checkpoint that cannot be loaded does not keep the next ones from running."""
@@ -48,7 +51,7 @@ def main(jobs: str) -> None:
         answer = draft_logprobs if job["draft"] else prompt_logprobs
         try:
             save_file(answer(job["checkpoint"], job["prompts"]), out / "logprobs.safetensors")
-        except Exception as raised:  # noqa: BLE001  whatever vLLM raises is this checkpoint's result
+        except REFUSALS as raised:
             error = f"{type(raised).__name__}: {raised}"
         result = {"error": error, "emulated": emulate.emulated, "seconds": time.perf_counter() - begin}
         (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
