@@ -66,6 +66,13 @@ class Packing:
         return (torch.arange(seen, device=self.order.device) <= self.slots[:, :, None]).unsqueeze(1)
 
 
+def pack_rows(real: Tensor, starts: Tensor | None = None) -> Packing:
+    """The packing of the ``real`` tokens, bool [B, T]; ``starts`` [B] came before, none by default."""
+    counts = real.sum(1)
+    order = (~real).argsort(dim=1, stable=True)
+    return Packing(order=order, counts=counts, starts=torch.zeros_like(counts) if starts is None else starts)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """What layers have to know about the new tokens of a batch.
@@ -117,9 +124,10 @@ def place_tokens(
     next_position = zero if next_position is None else next_position
     real = _real_tokens(attention_mask, batch, tokens)
     packing = None
-    if real is not None or bool((starts != starts[0]).any()):
-        here = torch.ones(batch, tokens, dtype=torch.bool, device=x.device) if real is None else real
-        packing = Packing(order=(~here).argsort(dim=1, stable=True), counts=here.sum(1), starts=starts)
+    if real is not None:
+        packing = pack_rows(real, starts)
+    elif bool((starts != starts[0]).any()):
+        packing = pack_rows(torch.ones(batch, tokens, dtype=torch.bool, device=x.device), starts)
     if position_ids is None:
         position_ids = text_positions(batch, tokens, next_position, real)
     counted = position_ids if real is None else position_ids.masked_fill(~real, -1)

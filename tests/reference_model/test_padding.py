@@ -37,7 +37,7 @@ class Piece:
 def placed(rows: Sequence[Tensor], order: Sequence[Sequence[bool]]) -> Piece:
     """Put row b's tokens where ``order[b]`` is true, and random tokens elsewhere."""
     mask = torch.tensor(order)
-    ids = tiny.tokens(*mask.shape, seed=99)
+    ids = tiny.tokens(mask.shape[0], mask.shape[1], seed=99)
     for b, row in enumerate(rows):
         ids[b, mask[b]] = row
     return Piece(ids=ids, mask=mask)
@@ -247,9 +247,9 @@ def test_layer_by_layer_gives_the_same_bits(dtype: torch.dtype) -> None:
     for part in run_layerwise(tiny.text_config(), tiny.source(tensors), ids, dtype, attention_masks=masks):
         rows[part.batch].append(part.logits)
     whole = tiny.model(tensors, dtype)
-    for part, batch, mask in zip(rows, ids, masks, strict=True):
+    for logits, batch, mask in zip(rows, ids, masks, strict=True):
         expected = whole(batch, attention_mask=mask).logits
-        assert torch.equal(torch.cat(part).view_as(expected), expected)
+        assert torch.equal(torch.cat(logits).view_as(expected), expected)
 
 
 def test_layer_by_layer_takes_positions_for_some_batches_only() -> None:
