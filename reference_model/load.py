@@ -31,10 +31,10 @@ class ExpertWeights:
 class WeightSource(Protocol):
     """Where weights come from: a dictionary, a checkpoint on disk, a quantized one that is dequantized on the way.
 
-    Names are the model's own (``layers.0.mlp.gate.weight``, ``lm_head.weight``, ``mtp.fc.weight``): no prefix of the
-    checkpoint, and of routed experts always the fused pair ``layers.0.mlp.experts.gate_up_proj`` and ``.down_proj``,
-    however they are stored. Tensors are floating point of any precision. A source may give the same buffer again and
-    again: whoever calls it copies before the next call.
+    Names are the model's own (``layers.0.mlp.gate.weight``, ``lm_head.weight``, ``mtp.fc.weight``,
+    ``visual.merger.norm.weight``): no prefix of the checkpoint, and of routed experts always the fused pair
+    ``layers.0.mlp.experts.gate_up_proj`` and ``.down_proj``, however they are stored. Tensors are floating point of any
+    precision. A source may give the same buffer again and again: whoever calls it copies before the next call.
     """
 
     def names(self) -> Collection[str]:
@@ -63,6 +63,11 @@ class TensorDictSource:
     """A ``WeightSource`` over a dictionary of fused tensors, such as a model's own ``state_dict()``."""
 
     tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of_checkpoint(cls, tensors: Mapping[str, Tensor]) -> TensorDictSource:
+        """A source over fused tensors under their names in a checkpoint, vision-language or text-only."""
+        return cls({name.removeprefix("model.").removeprefix("language_model."): t for name, t in tensors.items()})
 
     def names(self) -> Collection[str]:
         """The dictionary's keys."""

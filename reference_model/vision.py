@@ -170,19 +170,28 @@ class VisionTower(nn.Module):
         return out
 
     def _check(self, pixels: Tensor, grids: Sequence[Grid]) -> None:
-        m = self.config.spatial_merge_size
-        for number, grid in enumerate(grids):
-            if min(grid) < 1 or grid[1] % m or grid[2] % m:
-                raise VisionInputError(
-                    f"grid {number} is {list(grid)}: expected at least one frame, and rows and columns of patches "
-                    f"that are multiples of {m}, which the merger joins; resize the picture"
-                )
+        check_grids(grids, self.config.spatial_merge_size)
         expected = [sum(math.prod(grid) for grid in grids), self.patch_embed.proj.weight[0].numel()]
         if not grids or list(pixels.shape) != expected:
             raise VisionInputError(
                 f"pixels have the shape {list(pixels.shape)}; the {len(grids)} grids {[list(g) for g in grids]} need "
                 f"{expected}: one row a patch, with channels x pictures x height x width in it"
             )
+
+
+def check_grids(grids: Sequence[Grid], merge: int, *, one_frame: bool = False) -> None:
+    """Raise ``VisionInputError`` for a grid without frames, or with rows or columns that ``merge`` does not divide.
+
+    ``one_frame`` refuses several frames as well: an image has one.
+    """
+    for number, grid in enumerate(grids):
+        if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
+            raise VisionInputError(
+                f"grid {number} is {list(grid)}: expected at least one frame, and rows and columns of patches "
+                f"that are multiples of {merge}, which the merger joins; resize the picture"
+            )
+        if one_frame and grid[0] != 1:
+            raise VisionInputError(f"grid {number} of the images is {list(grid)}: {grid[0]} frames are a video")
 
 
 def patch_places(rows: int, columns: int, merge: int) -> Tensor:

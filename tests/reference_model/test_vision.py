@@ -72,15 +72,6 @@ def pixels(grids: list[Grid], dtype: torch.dtype = torch.float32, **changes: Any
     return torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def corners(sizes: dict[str, Any], grids: list[Grid]) -> tuple[Tensor, Tensor]:
-    """Entries of the table of learned positions around every patch, and their fp64 weights, both [P, 4]."""
-    side = math.isqrt(sizes["num_position_embeddings"])
-    found = [textbook_vision.corners(side, at, grid) for grid in grids for at in textbook_vision.places(sizes, grid)]
-    padded = [around + (4 - len(around)) * [(0, 0.0)] for around in found]
-    entries = torch.tensor([[entry for entry, _ in around] for around in padded])
-    return entries, torch.tensor([[weight for _, weight in around] for around in padded], dtype=torch.float64)
-
-
 def worst(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
 
@@ -101,7 +92,7 @@ def test_the_tower_in_fp64_equals_that_of_transformers_without_its_casts(changes
     theirs = upstream.build_tower(SIZES | changes, ours.state_dict(), torch.float64)
     patches = pixels(grids, torch.float64, **changes)
     # transformers rounds the weights of learned positions to fp32 unless they are given.
-    entries, weights = corners(SIZES | changes, grids)
+    entries, weights = textbook_vision.padded_corners(SIZES | changes, grids)
     with upstream.LiftedCasts():
         expected = theirs(patches, torch.tensor(grids), interp_indices=entries, interp_weights=weights).pooler_output
     assert expected.dtype == torch.float64

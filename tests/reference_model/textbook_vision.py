@@ -46,10 +46,17 @@ def tower(config: Config, weights: Weights, videos: list[tuple[Tensor, tuple[int
 
 
 def _one(config: Config, w: Weights, video: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    patches = torch.stack([patch(config, video, place).flatten() for place in places(config, grid)])
+    return torch.stack(tower_of_patches(config, w, patches, grid))
+
+
+def tower_of_patches(config: Config, weights: Weights, patches: Tensor, grid: tuple[int, int, int]) -> list[Tensor]:
+    """Embeddings of one video whose patches are rows already."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
     where = list(places(config, grid))
     x = []
-    for place in where:
-        filtered = (w["patch_embed.proj.weight"] * patch(config, video, place)).sum((1, 2, 3, 4))
+    for pixels, place in zip(patches.double(), where, strict=True):
+        filtered = w["patch_embed.proj.weight"].flatten(1) @ pixels
         x.append(filtered + w["patch_embed.proj.bias"] + learned(w["pos_embed.weight"], place, grid))
     for n in range(config["depth"]):
         block = part(w, f"blocks.{n}.")
@@ -64,7 +71,7 @@ def _one(config: Config, w: Weights, video: Tensor, grid: tuple[int, int, int]) 
         side_by_side = torch.cat([layer_norm(p, part(w, "merger.norm.")) for p in x[first : first + together]])
         inner = linear(side_by_side, part(w, "merger.linear_fc1."))
         out.append(linear(gelu_exact(inner), part(w, "merger.linear_fc2.")))
-    return torch.stack(out)
+    return out
 
 
 def shares(at: int, size: int, side: int) -> list[tuple[int, Fraction]]:
@@ -80,6 +87,15 @@ def corners(side: int, place: Place, grid: tuple[int, int, int]) -> list[tuple[i
         for i, row_share in shares(place[1], grid[1], side)
         for j, column_share in shares(place[2], grid[2], side)
     ]
+
+
+def padded_corners(config: Config, grids: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """Entries of the table around every patch and their fp64 weights, both [P, 4], for engines that take them."""
+    side = math.isqrt(config["num_position_embeddings"])
+    found = [corners(side, place, grid) for grid in grids for place in places(config, grid)]
+    padded = [around + (4 - len(around)) * [(0, 0.0)] for around in found]
+    entries = torch.tensor([[entry for entry, _ in around] for around in padded])
+    return entries, torch.tensor([[weight for _, weight in around] for around in padded], dtype=torch.float64)
 
 
 def learned(table: Tensor, place: Place, grid: tuple[int, int, int]) -> Tensor:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import (
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+)
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
 
@@ -34,6 +39,22 @@ def build_tower(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype:
     tower = tower.to(dtype).eval().requires_grad_(False)
     tower.rotary_pos_emb.inv_freq = frequencies
     return tower
+
+
+def build_multimodal(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Any:
+    """transformers' whole model with these weights; its rotary frequencies stay fp32 in every dtype."""
+    model = Qwen3_5MoeForConditionalGeneration._from_config(
+        Qwen3_5MoeConfig(**config), experts_implementation="eager", attn_implementation="eager"
+    )
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")})
+    rotaries = model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb
+    frequencies = [rotary.inv_freq for rotary in rotaries]
+    model = model.to(dtype).eval().requires_grad_(False)
+    for rotary, kept in zip(rotaries, frequencies, strict=True):
+        rotary.inv_freq = kept
+    return model
 
 
 class LiftedCasts(TorchFunctionMode):
