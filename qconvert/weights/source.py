@@ -34,7 +34,14 @@ class CheckpointWeights:
     checkpoint: Checkpoint
     view: QuantizedView
 
-    def __init__(self, checkpoint: Checkpoint, *, round_to: torch.dtype | None = None, strict: bool = True) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        round_to: torch.dtype | None = None,
+        strict: bool = True,
+        vision: bool = False,
+    ) -> None:
         """Look at headers and configuration; nothing is read.
 
         Args:
@@ -42,6 +49,7 @@ class CheckpointWeights:
             round_to: type that dequantized matrices pass through, as in an engine that stores them so
                 (transformers: BF16); ``None`` keeps them in float32.
             strict: refuse a checkpoint that contradicts itself; otherwise look at ``problems``.
+            vision: give the vision tower too, as ``visual.*``, to a model that has one.
 
         Raises:
             SourceError: all contradictions between headers, configuration and architecture.
@@ -49,6 +57,7 @@ class CheckpointWeights:
         self.checkpoint = checkpoint
         self.view = view(checkpoint)
         self._round_to = round_to
+        self._vision = vision
         if strict and self.problems:
             listed = "\n  ".join(str(problem) for problem in self.problems[:_SHOWN])
             more = len(self.problems) - _SHOWN
@@ -58,11 +67,13 @@ class CheckpointWeights:
             )
 
     @classmethod
-    def open(cls, path: Path, *, round_to: torch.dtype | None = None, strict: bool = True) -> CheckpointWeights:
+    def open(
+        cls, path: Path, *, round_to: torch.dtype | None = None, strict: bool = True, vision: bool = False
+    ) -> CheckpointWeights:
         """Open the checkpoint folder ``path``; see the constructor. Closes with ``close`` or ``with``."""
         checkpoint = Checkpoint.open(path)
         try:
-            return cls(checkpoint, round_to=round_to, strict=strict)
+            return cls(checkpoint, round_to=round_to, strict=strict, vision=vision)
         except BaseException:
             checkpoint.close()
             raise
@@ -155,7 +166,7 @@ class CheckpointWeights:
         return values if self._round_to is None else values.to(self._round_to).to(torch.float32)
 
     def names(self) -> Collection[str]:
-        """All names that the reference model could ask for: vision tensors are none of them."""
+        """All names that the reference model could ask for; of the vision tower only on request."""
         return {_model_name(role) for role in self.stored if self._of_model(role)}
 
     def tensor(self, name: str) -> Tensor:
@@ -201,7 +212,7 @@ class CheckpointWeights:
     def _of_model(self, role: TensorRole) -> bool:
         if role.kind is Kind.HEAD:
             return not self.config.text.tie_word_embeddings
-        return role.section is not Section.VISION
+        return self._vision or role.section is not Section.VISION
 
 
 def _model_name(role: TensorRole) -> str:

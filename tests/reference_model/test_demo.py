@@ -8,12 +8,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import reference_model
 from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights
 from reference_model.model import CausalLM
+from reference_model.multimodal import MultimodalLM, Pictures
+from reference_model.positions import token_kinds
 from tests.tolerances import tolerances
 
 DEMO = Path(reference_model.__file__).parent / "demo"
@@ -62,6 +64,29 @@ def test_the_demo_in_bf16_and_fp32_equals_transformers(windows: Tensor) -> None:
     assert kl(half, ours(windows, torch.bfloat16)) <= kl(wide, half)
     difference = (ours(windows, torch.float32) - wide).abs().max() / wide.abs().max().clamp(min=1.0)
     assert float(difference) <= LIMITS["demo_fp32_to_upstream"]
+
+
+@torch.no_grad()
+def test_the_demo_sees_an_image_as_transformers_does(windows: Tensor) -> None:
+    """Its tower is random: what counts is that the whole checkpoint is read, and every part of it used alike."""
+    with CheckpointWeights.open(DEMO, vision=True) as source:
+        with torch.device("meta"):
+            model = MultimodalLM(source.config)
+        load_weights(model, source, torch.float32)
+    config, tower = model.model_config, model.visual
+    tokens = [config.vision_start_token_id, *[config.image_token_id] * 6, config.vision_end_token_id]
+    ids = torch.cat((windows[0, :50], torch.tensor(tokens), windows[0, 50:100]))[None]
+    width = tower.patch_embed.proj.weight[0].numel()
+    pixels = torch.randn(24, width, generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32, experts_implementation="eager")
+    expected = theirs(
+        input_ids=ids,
+        mm_token_type_ids=token_kinds(config, ids),
+        pixel_values=pixels,
+        image_grid_thw=torch.tensor([[1, 4, 6]]),
+    ).logits
+    got = model(ids, images=Pictures(pixels=pixels, grids=((1, 4, 6),))).logits
+    assert float((got - expected).abs().max() / expected.abs().max()) <= LIMITS["demo_fp32_to_upstream"]
 
 
 def test_the_demo_has_learned(windows: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reference_model.config import ConfigError, ModelConfig
+from reference_model.generate import generate
 from reference_model.load import TensorDictSource, WeightError, load_weights
 from reference_model.multimodal import MultimodalLM, Pictures
 from reference_model.positions import prompt_positions, token_kinds
@@ -194,6 +195,38 @@ def test_decoding_behind_images_equals_transformers(ours: MultimodalLM, theirs: 
         )
         got = ours(ids, cache=got.cache)
         assert worst(got.logits, expected.logits) <= LIMITS["fp32_to_upstream"]
+
+
+def continued(model: MultimodalLM, batch: Prompts, **options: Any) -> Tensor:
+    places = prompt_positions(
+        CONFIG,
+        batch.ids,
+        image_grids=batch.grids("image"),
+        video_grids=batch.grids("video"),
+        attention_mask=batch.mask,
+    )
+    embeddings = model.embed(batch.ids, **batch.pictures)
+    made = generate(
+        model, batch.ids, attention_mask=batch.mask, embeddings=embeddings, position_ids=places, stop_ids=(), **options
+    )
+    return made.tokens[:, batch.ids.shape[1] :]
+
+
+def test_continuations_of_images_are_those_of_transformers_and_of_drafting(
+    ours: MultimodalLM, ours_fp64: MultimodalLM, theirs: Any
+) -> None:
+    batch = prompts(BATCHES["batch"], left=True)
+    got = continued(ours, batch, max_new_tokens=12)
+    made = theirs.generate(**upstream_inputs(batch), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(got, made[:, batch.ids.shape[1] :])
+    plain = continued(ours_fp64, batch, max_new_tokens=12)
+    assert torch.equal(continued(ours_fp64, batch, max_new_tokens=12, draft=3), plain)
+    again = ours_fp64(
+        torch.cat((batch.ids, plain), dim=1),
+        attention_mask=torch.cat((batch.mask, torch.ones_like(plain)), dim=1),
+        **batch.pictures,
+    )
+    assert torch.equal(again.logits[:, -13:-1].argmax(-1), plain)
 
 
 @pytest.mark.parametrize("left", [True, False])

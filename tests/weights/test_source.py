@@ -20,6 +20,7 @@ from qconvert.plan.policy import Rule, default_policy
 from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights
 from reference_model.model import CausalLM
+from reference_model.multimodal import MultimodalLM
 from tests.checkpoints import make_tiny
 from tests.conftest import Converted
 from tests.edits import edit_quantization, edit_tensors, quantization_of
@@ -103,6 +104,27 @@ def test_the_reference_model_finds_everything_it_asks_for(
             model = CausalLM(source.config.text)
         load_weights(model, source, torch.float32)
     assert not any(weight.is_meta for weight in model.parameters())
+
+
+def test_the_whole_model_finds_its_vision_tower_on_request(conversions: Converted) -> None:
+    original, out = conversions(INT8)
+    for path in (original, out):
+        with CheckpointWeights.open(path, vision=True) as source:
+            with torch.device("meta"):
+                model = MultimodalLM(source.config)
+            load_weights(model, source, torch.float32)
+            state = model.state_dict()
+            assert source.names() == state.keys()
+            stored = load_file(next(p for p in sorted(original.glob("*.safetensors")) if _holds_vision(p)))
+            assert torch.equal(state["visual.pos_embed.weight"], stored["model.visual.pos_embed.weight"].float())
+        with CheckpointWeights.open(path) as source:
+            assert not any(name.startswith("visual.") for name in source.names())
+            with pytest.raises(KeyError):
+                source.tensor("visual.pos_embed.weight")
+
+
+def _holds_vision(path: Path) -> bool:
+    return "model.visual.pos_embed.weight" in load_file(path)
 
 
 def test_mixed_schemes_are_told_apart(converted: Converted) -> None:
