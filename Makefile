@@ -26,7 +26,7 @@ demo: $(VENV)/.base  ## convert the demo checkpoint to int4 and print what it co
 	$(BIN)/qconvert demo
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test-engines: $(VENV)/.dev  ## slow tests: converted checkpoints in real inference engines
 	PYTHON=$(PYTHON) bash tests/engines/setup.sh
