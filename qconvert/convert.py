@@ -19,6 +19,7 @@ from qconvert.plan.policy import Policy
 from qconvert.run import Progress, run
 
 DEFAULT_MEMORY = 1 << 30
+"""Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def convert(
     policy: Policy,
     *,
     jobs: int = 2,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
@@ -67,7 +68,8 @@ def convert(
         out: folder that does not exist yet.
         policy: decides every tensor.
         jobs: steps that run at once; the bytes do not depend on it.
-        max_memory: bytes that the whole process may hold.
+        max_memory: bytes that the whole process may hold, what it holds already included; ``None`` lets the
+            conversion add ``DEFAULT_MEMORY``.
         shard_bytes: largest output file.
         progress: called with source bytes done and in all.
 
@@ -77,12 +79,7 @@ def convert(
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
-        left = max_memory - resident_bytes()
-        if left <= 0:
-            raise PlanError(
-                f"the process holds {resident_bytes() / 2**20:.0f} MiB before it starts, more than the limit of "
-                f"{max_memory / 2**20:.0f} MiB: raise --max-memory"
-            )
+        left = DEFAULT_MEMORY if max_memory is None else _left(max_memory)
         with ShardWriter(out, plan.layout) as sink:
             losses = run(plan, checkpoint, sink, jobs=jobs, memory=left, progress=progress)
             record: dict[str, Any] = {}
@@ -99,3 +96,18 @@ def convert(
                 }
             )
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)
+
+
+def _left(limit: int) -> int:
+    """What remains of a limit for the whole process.
+
+    Raises:
+        PlanError: nothing.
+    """
+    held = resident_bytes()
+    if held >= limit:
+        raise PlanError(
+            f"the process holds {held / 2**20:.0f} MiB before it starts, more than the limit of "
+            f"{limit / 2**20:.0f} MiB: raise --max-memory"
+        )
+    return limit - held
