@@ -12,7 +12,11 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextR
 from reference_model.config import ConfigError
 from reference_model.presets import PRESETS
 from reference_model.rope import axis_of_planes, inverse_frequencies, rotate, rotation
-from tests.reference_model import tiny
+from tests.reference_model import tiny, upstream
+from tests.reference_model.test_model import worst
+from tests.tolerances import tolerances
+
+LIMITS = tolerances("reference_model")
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262_144}
 BLOCKS: list[dict[str, Any]] = [
@@ -90,3 +94,25 @@ def test_yarn_without_its_numbers_is_an_error(missing: str) -> None:
     block = {name: value for name, value in YARN.items() if name != missing}
     with pytest.raises(ConfigError, match=missing):
         tiny.text_config(**real_block(**block))
+
+
+@pytest.mark.parametrize("start", [0, 262_100, 1_000_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_whole_model_with_yarn_equals_transformers_beyond_its_original_length(start: int, dtype: torch.dtype) -> None:
+    """By explicit positions, the same on all three axes and different ones; and further on, one after another."""
+    rope = {**tiny.config_json()["rope_parameters"], **YARN}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 1_048_576}
+    tensors, ids = tiny.checkpoint(), tiny.tokens(2, 60)
+    ours, theirs = tiny.model(tensors, dtype, **changes), upstream.build(tiny.config_json(**changes), tensors, dtype)
+    limit = LIMITS["fp64_to_upstream" if dtype == torch.float64 else "fp32_to_upstream"]
+    line = start + torch.arange(60).expand(3, 2, 60)
+    for positions in (line, start + torch.randint(0, 90, (3, 2, 60), generator=torch.Generator().manual_seed(0))):
+        output = ours(ids, position_ids=positions)
+        with upstream.LiftedCasts():
+            expected = theirs(ids, position_ids=positions).logits
+        assert worst(output.logits, expected) <= limit
+    plain = tiny.model(tensors, dtype)
+    assert worst(plain(ids, position_ids=line).logits, ours(ids, position_ids=line).logits) > 100 * limit
+    first = ours(ids[:, :40], position_ids=line[:, :, :40])
+    assert first.cache.next_position.tolist() == [start + 40] * 2
+    assert worst(ours(ids[:, 40:], cache=first.cache).logits, ours(ids, position_ids=line).logits[:, 40:]) <= limit
