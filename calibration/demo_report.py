@@ -120,7 +120,8 @@ The **vision tower is not trained**: seeded random weights of a sensible scale, 
 
 `heldout/` has five texts that training never saw, in nats per token, measured on the BF16 weights computed in FP32 in
 windows of {test_window}. *Unigram* and *bigram* are counts over the training text. *Draft* is the multi-token
-prediction head's loss on the token after the next; it is *accepted* when the model itself would choose it.
+prediction head's loss on the token after the next: it is given the one in between and has a layer more than the model,
+so its loss can be the lower one. A draft is *accepted* when the model itself would choose it.
 
 | text | tokens | unigram | bigram | model | draft | accepted |
 |---|---|---|---|---|---|---|
