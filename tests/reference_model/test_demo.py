@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import reference_model
 from qconvert.weights.source import CheckpointWeights
+from reference_model.generate import generate
 from reference_model.load import load_weights
 from reference_model.model import CausalLM
 from reference_model.multimodal import MultimodalLM, Pictures
@@ -36,13 +37,17 @@ def windows() -> Tensor:
     return torch.tensor(rows)
 
 
-@torch.no_grad()
-def ours(ids: Tensor, dtype: torch.dtype) -> Tensor:
+def load(dtype: torch.dtype) -> CausalLM:
     with CheckpointWeights.open(DEMO) as source:
         with torch.device("meta"):
             model = CausalLM(source.config.text)
         load_weights(model, source, dtype)
-    logits: Tensor = model(ids).logits
+    return model
+
+
+@torch.no_grad()
+def ours(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    logits: Tensor = load(dtype)(ids).logits
     return logits
 
 
@@ -94,3 +99,12 @@ def test_the_demo_has_learned(windows: Tensor) -> None:
     logits = ours(windows, torch.float32)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
     assert float(loss) < 4.5
+
+
+def test_most_drafts_of_a_trained_head_are_right_and_change_nothing(windows: Tensor) -> None:
+    """One token at a time, as the head was trained; 86% were accepted when this was written."""
+    model, prompts = load(torch.float64), windows[::2, :50]
+    plain = generate(model, prompts, max_new_tokens=40, stop_ids=())
+    drafted = generate(model, prompts, max_new_tokens=40, stop_ids=(), draft=1)
+    assert torch.equal(drafted.tokens, plain.tokens)
+    assert drafted.acceptance_rate > 0.6
