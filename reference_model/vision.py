@@ -61,8 +61,8 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, by: Rotation, grids: Sequence[Grid]) -> Tensor:
         """Mix x [P, D] inside every frame of the grids."""
         q, k, v = self.qkv(x).view(1, x.shape[0], 3, self.heads, -1).unbind(2)
-        # Angles are fp32, and so is the rotation, also in a model of 16 bits.
-        q, k = (rotate(widen(part), by).to(x.dtype) for part in (q, k))
+        # The angles are fp32 and make the rotation so, also in a model of 16 bits.
+        q, k = (rotate(part, by).to(x.dtype) for part in (q, k))
         pictures = zip(*(_pictures(part[0], grids) for part in (q, k, v)), strict=True)
         mixed = [attend(queries, keys, values, self.kind).flatten(0, 1) for queries, keys, values in pictures]
         out: Tensor = self.proj(torch.cat(mixed).flatten(1))

@@ -262,6 +262,22 @@ def test_an_image_changes_what_follows_it_and_nothing_before(ours_fp64: Multimod
     assert bool((before[second:] != after[second:]).any(-1).all())
 
 
+def test_ways_of_attending_reach_the_tower_and_hidden_states_come_on_request(
+    ours_fp64: MultimodalLM, tensors: dict[str, Tensor]
+) -> None:
+    batch = prompts(BATCHES["image and video"])
+    plain = tiny_multimodal.model(tensors, torch.float64, "plain")
+    assert all(block.attn.kind == "plain" for block in plain.visual.blocks)
+    got = plain(batch.ids, **batch.pictures, keep_hidden_states=True)
+    assert torch.equal(got.hidden_states[0], plain.embed(batch.ids, **batch.pictures))
+    assert worst(got.logits, whole(ours_fp64, batch)) <= LIMITS["fp64_split"]
+    last = ours_fp64(batch.ids, **batch.pictures, last_logits_only=True, rewindable=True)
+    assert worst(last.logits, got.logits[:, -1:]) <= LIMITS["fp64_split"]
+    behind = last.cache.rewind(last.cache.lengths - 2)
+    again = ours_fp64(batch.ids[:, -2:], cache=behind).logits
+    assert worst(again, got.logits[:, -2:]) <= LIMITS["fp64_split"]
+
+
 def test_a_model_without_pictures_is_the_text_model(ours_fp64: MultimodalLM, tensors: dict[str, Tensor]) -> None:
     text_tensors = {name.replace("language_model.", ""): t for name, t in tensors.items() if ".visual." not in name}
     ids = tiny.tokens(2, 20).clamp(max=400)
