@@ -167,25 +167,3 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = [functional.linear(part, weight) for part in torch.split(flat, HEAD_ROWS)]
     return torch.cat(rows).view(*hidden.shape[:-1], weight.shape[0])
-
-
-def initialize(model: CausalLM, seed: int) -> None:
-    """Give every weight the value that training starts from, the same for the same seed.
-
-    Matrices are Gaussian with deviation ``initializer_range``; offset norms are 0 and gated norms 1; ``A_log`` is the
-    logarithm of a uniform number of (0.01, 16), ``dt_bias`` 1; the convolution is uniform in +-1 / sqrt(W).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("linear_attn.norm.weight", "dt_bias")):
-                weight.fill_(1.0)
-            elif name.endswith("norm.weight") or "layernorm" in name or "pre_fc_norm" in name:
-                weight.zero_()
-            elif name.endswith("A_log"):
-                weight.uniform_(0.01, 16.0, generator=generator).log_()
-            elif name.endswith("conv1d.weight"):
-                bound = weight.shape[-1] ** -0.5
-                weight.uniform_(-bound, bound, generator=generator)
-            else:
-                weight.normal_(0.0, model.config.initializer_range, generator=generator)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from qconvert.convert import convert
 from qconvert.core.scheme import Scheme, int4
@@ -16,8 +17,6 @@ from reference_model.load import load_weights
 from reference_model.model import CausalLM
 from tests.checkpoints import Layout, make_tiny
 from tests.tolerances import tolerances
-
-transformers = pytest.importorskip("transformers")
 
 DEMO = Path(__file__).parents[1] / "reference_model" / "demo"
 SCHEMES: dict[str, Scheme] = {

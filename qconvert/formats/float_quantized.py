@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
-from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Channel, Float, Scheme
-from qconvert.formats.base import PartSpec, check_parts, check_scales
-
-WEIGHT = "weight"
-SCALE = "weight_scale"
+from qconvert.formats.scaled_weight import ScaledWeight
 
 
 @dataclass(frozen=True, slots=True)
-class FloatQuantized:
+class FloatQuantized(ScaledWeight):
     """``weight`` float8_e4m3fn [N, K], ``weight_scale`` [N, 1]. Source: compressed-tensors 0.20."""
 
     name: str = "float-quantized"
     quant_method: str = "compressed-tensors"
+    scale: str = "weight_scale"
 
     def check_scheme(self, scheme: Scheme) -> None:
         """Raise ``FormatError`` unless the scheme is FP8 per channel with dynamic FP8 activations per token."""
@@ -41,29 +34,3 @@ class FloatQuantized:
     def row_block(self, scheme: Scheme) -> int:
         """1: rows are independent."""
         return 1
-
-    def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
-        """Codes and scales."""
-        self.check(scheme, shape)
-        return (
-            PartSpec(suffix=WEIGHT, dtype=DType.F8_E4M3, shape=shape, rows_per_row=1),
-            PartSpec(suffix=SCALE, dtype=scheme.scale.dtype, shape=scheme.scale_shape(*shape), rows_per_row=1),
-        )
-
-    def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """See ``Format.pack``."""
-        self.check(quantized.scheme, quantized.shape)
-        return {WEIGHT: quantized.codes, SCALE: quantized.scale}
-
-    def unpack(
-        self,
-        parts: Mapping[str, Tensor],
-        scheme: Scheme,
-        shape: tuple[int, int],
-        *,
-        whole: tuple[int, int] | None = None,
-    ) -> QuantizedTensor:
-        """See ``Format.unpack``."""
-        check_parts(parts, self.parts(scheme, shape))
-        check_scales(parts[SCALE], SCALE)
-        return QuantizedTensor(codes=parts[WEIGHT], scale=parts[SCALE], scheme=scheme, shape=shape)

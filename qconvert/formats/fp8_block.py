@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
-from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Block, Float, Scheme
-from qconvert.formats.base import PartSpec, check_parts, check_scales
+from qconvert.formats.scaled_weight import ScaledWeight
 
-WEIGHT = "weight"
-SCALE = "weight_scale_inv"
 TILE = Block(rows=128, cols=128)
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Block:
+class Fp8Block(ScaledWeight):
     """``weight`` float8_e4m3fn [N, K], ``weight_scale_inv`` [ceil(N/128), ceil(K/128)], which multiplies the codes.
 
     Source: the public FP8 checkpoints of this family, and their loaders in transformers 5.23 and vLLM 0.32.
@@ -27,6 +21,7 @@ class Fp8Block:
 
     name: str = "fp8-block"
     quant_method: str = "fp8"
+    scale: str = "weight_scale_inv"
 
     def check_scheme(self, scheme: Scheme) -> None:
         """Raise ``FormatError`` unless the scheme is FP8 in 128 x 128 tiles, dynamic activations per 128 inputs."""
@@ -52,30 +47,3 @@ class Fp8Block:
     def row_block(self, scheme: Scheme) -> int:
         """A tile's height."""
         return TILE.rows
-
-    def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
-        """Codes and scales."""
-        self.check(scheme, shape)
-        scale_shape = scheme.scale_shape(*shape)
-        return (
-            PartSpec(suffix=WEIGHT, dtype=DType.F8_E4M3, shape=shape, rows_per_row=1),
-            PartSpec(suffix=SCALE, dtype=scheme.scale.dtype, shape=scale_shape, rows_per_row=TILE.rows),
-        )
-
-    def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """See ``Format.pack``."""
-        self.check(quantized.scheme, quantized.shape)
-        return {WEIGHT: quantized.codes, SCALE: quantized.scale}
-
-    def unpack(
-        self,
-        parts: Mapping[str, Tensor],
-        scheme: Scheme,
-        shape: tuple[int, int],
-        *,
-        whole: tuple[int, int] | None = None,
-    ) -> QuantizedTensor:
-        """See ``Format.unpack``."""
-        check_parts(parts, self.parts(scheme, shape))
-        check_scales(parts[SCALE], SCALE)
-        return QuantizedTensor(codes=parts[WEIGHT], scale=parts[SCALE], scheme=scheme, shape=shape)

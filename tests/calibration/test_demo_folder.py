@@ -28,8 +28,6 @@ from reference_model.vision import VisionTower, start_vision
 
 DEMO = Path(reference_model.__file__).parent / "demo"
 
-pytestmark = pytest.mark.skipif(not (DEMO / "training.json").is_file(), reason="no demo checkpoint")
-
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, dict[str, Tensor]]:

@@ -6,6 +6,9 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import is_match
 
 from qconvert.core.errors import FormatError, PlanError
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
@@ -135,12 +138,10 @@ def test_mtp_that_is_quantized_is_not_ignored() -> None:
 
 
 def test_compressed_tensors_understands_the_block_and_leaves_the_same_modules_alone() -> None:
-    upstream = pytest.importorskip("compressed_tensors.quantization")
-    is_match = pytest.importorskip("compressed_tensors.utils.match").is_match
-    linear = pytest.importorskip("torch").nn.Linear(2, 2)
+    linear = torch.nn.Linear(2, 2)
     for scheme, name in ((int4(32), "pack-quantized"), (INT8, "pack-quantized"), (FP8, "float-quantized")):
         decisions = decide(routed_experts(scheme, name))
-        config = upstream.QuantizationConfig.model_validate(quantization_config(decisions))
+        config = QuantizationConfig.model_validate(quantization_config(decisions))
         group = config.config_groups["group_0"]
         assert config.format == group.format == name and config.quantization_status.value == "compressed"
         assert (group.input_activations is None) == (scheme.activation.kind == "none")
@@ -161,8 +162,7 @@ def mixed(module: str) -> tuple[Scheme, str] | None:
 
 
 def test_mixed_groups_each_have_their_own_targets() -> None:
-    is_match = pytest.importorskip("compressed_tensors.utils.match").is_match
-    linear = pytest.importorskip("torch").nn.Linear(2, 2)
+    linear = torch.nn.Linear(2, 2)
     decisions = decide(mixed)
     config = quantization_config(decisions)
     assert config["format"] == "mixed-precision" and list(config["config_groups"]) == ["group_0", "group_1"]

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, int4
 from tests.checkpoints import Naming
 from tests.formats.whole_model import Choice, dense, either, routed_experts, write_quantized
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 
 INT4 = (int4(32), "pack-quantized")
 EXPERTS: dict[str, tuple[Choice, int]] = {

@@ -23,8 +23,6 @@ DEMO = Path(reference_model.__file__).parent / "demo"
 WINDOW, COUNT = 256, 3
 LIMITS = tolerances("reference_model")
 
-pytestmark = pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo checkpoint")
-
 
 @pytest.fixture(scope="module")
 def windows() -> Tensor:
