@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -127,7 +128,10 @@ def make(folder: Path, state_file: Path, recipe: Recipe, allow_other: bool) -> d
     torch.set_num_threads(1)  # the workers are the parallelism
     corpus = collect()
     check_corpus(corpus.digest, allow_other)
-    tokenizer = prepare(corpus, folder)
+    # Beside the folder until all of it is there: an interrupted run must not leave old weights with a new tokenizer.
+    building = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(building, ignore_errors=True)
+    tokenizer = prepare(corpus, building)
     stream = token_stream((tokenizer.encode(d.text).ids for d in corpus.train), TOKEN_IDS[END_OF_TEXT])
     windows = cut(stream, WINDOW)
     config = ModelConfig.from_dict(CONFIG)
@@ -145,7 +149,7 @@ def make(folder: Path, state_file: Path, recipe: Recipe, allow_other: bool) -> d
         raise ValueError("the demo configuration has no vision tower")
     vision = VisionTower(config.vision)
     start_vision(vision, SEED)
-    total_bytes = save_checkpoint(checkpoint_tensors(model, vision), folder)
+    total_bytes = save_checkpoint(checkpoint_tensors(model, vision), building)
 
     torch.set_num_threads(WORKERS)
     held_out: dict[str, Tensor] = {
@@ -170,10 +174,23 @@ def make(folder: Path, state_file: Path, recipe: Recipe, allow_other: bool) -> d
         },
         "measured": measure(model, stream, held_out),
     }
-    write_json(folder / "training.json", record)
-    (folder / "README.md").write_text(readme(record), encoding="utf-8")
+    write_json(building / "training.json", record)
+    (building / "README.md").write_text(readme(record), encoding="utf-8")
+    put_in_place(building, folder)
     state_file.unlink()  # or the next run would have nothing left to train
     return record
+
+
+def put_in_place(building: Path, folder: Path) -> None:
+    """Rename ``building`` to ``folder``; what stood there stands aside until then and is removed."""
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        building.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        building.rename(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,8 +18,8 @@ SHARDS = 2
 def checkpoint_tensors(model: CausalLM, vision: VisionTower) -> dict[str, Tensor]:
     """All tensors under their names in a checkpoint, rounded to what is stored.
 
-    Everything is BF16 but ``A_log``, which is FP32 as in the public checkpoints; its values are rounded to BF16 all the
-    same, so that an engine that casts it reads the number that was measured.
+    Everything is BF16 but ``A_log``, which is FP32, so that converters meet both types; its values are rounded to BF16
+    all the same, so that an engine that casts it reads the number that was measured.
     """
     tensors: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():

@@ -14,6 +14,19 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from reference_model.config_fields import (
+    ConfigError,
+    count,
+    flag,
+    is_count,
+    mapping,
+    number,
+    positive,
+    size,
+    token_id,
+    token_ids,
+)
+
 LayerType = Literal["linear_attention", "full_attention"]
 
 VISION_LANGUAGE_TYPE = "qwen3_5_moe"
@@ -24,10 +37,6 @@ RIGHT_ROPE_BLOCK = """"rope_parameters": {
   "mrope_section": [11, 11, 10], "mrope_interleaved": true,
   "factor": 4.0, "original_max_position_embeddings": 262144
 }"""
-
-
-class ConfigError(ValueError):
-    """A ``config.json`` that this model cannot be built from; the message names the field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +81,7 @@ class RopeParameters:
         if block.get("mrope_interleaved", True) is not True:
             raise ConfigError("rope_parameters.mrope_interleaved is false; this architecture interleaves its sections")
         section = block["mrope_section"]
-        if not isinstance(section, (list, tuple)) or len(section) != 3 or not all(_is_count(n) for n in section):
+        if not isinstance(section, (list, tuple)) or len(section) != 3 or not all(is_count(n) for n in section):
             raise ConfigError(f"rope_parameters.mrope_section is {section!r}; expected three counts")
         if 3 * section[1] - 1 > sum(section) or 3 * section[2] > sum(section):
             # height takes planes 1, 4, 7, ... and width 2, 5, 8, ...: beyond the last plane, engines drop them silently
@@ -87,23 +96,23 @@ class RopeParameters:
                     f"another field. A whole block looks like this:\n{RIGHT_ROPE_BLOCK}"
                 )
 
-        def number(name: str) -> float | None:
-            return None if block.get(name) is None else _number(block, name, 0.0, "rope_parameters.")
+        def optional(name: str) -> float | None:
+            return None if block.get(name) is None else positive(block, name, 0.0, "rope_parameters.")
 
-        original = number("original_max_position_embeddings")
+        original = optional("original_max_position_embeddings")
         return cls(
             rope_type=rope_type,
-            rope_theta=_number(block, "rope_theta", 0.0, "rope_parameters."),
-            partial_rotary_factor=_number(block, "partial_rotary_factor", 0.25, "rope_parameters."),
+            rope_theta=positive(block, "rope_theta", 0.0, "rope_parameters."),
+            partial_rotary_factor=positive(block, "partial_rotary_factor", 0.25, "rope_parameters."),
             mrope_section=(section[0], section[1], section[2]),
-            factor=number("factor"),
+            factor=optional("factor"),
             original_max_position_embeddings=None if original is None else int(original),
-            beta_fast=number("beta_fast") or 32.0,
-            beta_slow=number("beta_slow") or 1.0,
-            attention_factor=number("attention_factor"),
-            mscale=number("mscale"),
-            mscale_all_dim=number("mscale_all_dim"),
-            truncate=bool(block.get("truncate", True)),
+            beta_fast=optional("beta_fast") or 32.0,
+            beta_slow=optional("beta_slow") or 1.0,
+            attention_factor=optional("attention_factor"),
+            mscale=optional("mscale"),
+            mscale_all_dim=optional("mscale_all_dim"),
+            truncate=flag(block, "truncate", True),
         )
 
 
@@ -185,7 +194,7 @@ class TextConfig:
             )
         if not isinstance(block.get("rope_parameters"), Mapping):
             raise ConfigError("text config has no 'rope_parameters' block")
-        sizes = {name: _size(block, name) for name in _TEXT_SIZES}
+        sizes = {name: size(block, name) for name in _TEXT_SIZES}
         act = block.get("hidden_act", "silu")
         if act != "silu":
             raise ConfigError(f"hidden_act is {act!r}; this architecture uses 'silu'")
@@ -195,19 +204,18 @@ class TextConfig:
             raise ConfigError(f"mlp_only_layers is {block['mlp_only_layers']}; dense layers are not supported")
         if block.get("mtp_use_dedicated_embeddings", False):
             raise ConfigError("mtp_use_dedicated_embeddings is true; only a shared embedding is known")
-        eos = block.get("eos_token_id")
         config = cls(
             **sizes,
             layer_types=layer_types_of(block, sizes["num_hidden_layers"]),
             rope=RopeParameters.from_dict(block["rope_parameters"]),
-            rms_norm_eps=_number(block, "rms_norm_eps", 1e-6),
-            max_position_embeddings=int(_number(block, "max_position_embeddings", 262_144)),
-            tie_word_embeddings=bool(block.get("tie_word_embeddings", False)),
-            attention_bias=bool(block.get("attention_bias", False)),
-            router_aux_loss_coef=_number(block, "router_aux_loss_coef", 0.001),
-            initializer_range=_number(block, "initializer_range", 0.02),
-            mtp_num_hidden_layers=int(_number(block, "mtp_num_hidden_layers", 0)),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+            rms_norm_eps=positive(block, "rms_norm_eps", 1e-6),
+            max_position_embeddings=count(block, "max_position_embeddings", 262_144),
+            tie_word_embeddings=flag(block, "tie_word_embeddings", False),
+            attention_bias=flag(block, "attention_bias", False),
+            router_aux_loss_coef=number(block, "router_aux_loss_coef", 0.001),
+            initializer_range=number(block, "initializer_range", 0.02),
+            mtp_num_hidden_layers=count(block, "mtp_num_hidden_layers", 0),
+            eos_token_ids=token_ids(block, "eos_token_id"),
         )
         config._check()
         return config
@@ -272,11 +280,11 @@ class VisionConfig:
             raise ConfigError("vision_config.deepstack_visual_indexes is set; this architecture has no deepstack")
         names = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "num_position_embeddings")
         optional = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
-        rope = block.get("rope_parameters") or {}
+        rope = mapping(block, "rope_parameters", "vision_config.")
         config = cls(
-            **{name: _size(block, name, "vision_config.") for name in names},
-            **{name: _size({name: default, **block}, name, "vision_config.") for name, default in optional.items()},
-            rope_theta=float(rope.get("rope_theta", 10_000.0)),
+            **{name: size(block, name, "vision_config.") for name in names},
+            **{name: size({name: default, **block}, name, "vision_config.") for name, default in optional.items()},
+            rope_theta=positive(rope, "rope_theta", 10_000.0, "vision_config.rope_parameters."),
         )
         if config.hidden_size % config.num_heads or config.head_dim % 4:
             raise ConfigError(
@@ -322,11 +330,11 @@ class ModelConfig:
             raise ConfigError("config has no 'text_config' block")
         if "tie_word_embeddings" in config:
             text = {**text, "tie_word_embeddings": config["tie_word_embeddings"]}
-        vision = config.get("vision_config")
+        vision = mapping(config, "vision_config")
         result = cls(
             text=TextConfig.from_dict(text),
-            vision=VisionConfig.from_dict(vision) if isinstance(vision, Mapping) else None,
-            **{name: config.get(name) for name in _TOKEN_IDS},
+            vision=VisionConfig.from_dict(vision) if vision else None,
+            **{name: token_id(config, name) for name in _TOKEN_IDS},
         )
         if result.vision and result.vision.out_hidden_size != result.text.hidden_size:
             raise ConfigError(
@@ -366,30 +374,14 @@ _HINTS = {
 }
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _number(block: Mapping[str, Any], name: str, default: float, where: str = "") -> float:
-    value = block.get(name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ConfigError(f"{where}{name} is {value!r}; expected a number")
-    return float(value)
-
-
-def _size(block: Mapping[str, Any], name: str, where: str = "") -> int:
-    value = block.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{where}{name} is {value!r}; expected a positive whole number")
-    return value
-
-
 def layer_types_of(block: Mapping[str, Any], count: int) -> tuple[LayerType, ...]:
     """``layer_types`` when given, else every ``full_attention_interval``-th layer (default 4) is full attention."""
     given = block.get("layer_types")
     if given is None:
-        interval = _size({"full_attention_interval": 4, **block}, "full_attention_interval")
+        interval = size({"full_attention_interval": 4, **block}, "full_attention_interval")
         return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(count))
+    if not isinstance(given, (list, tuple)):
+        raise ConfigError(f"layer_types is {given!r}; expected a list")
     unknown = [t for t in given if t not in ("linear_attention", "full_attention")]
     if unknown:
         raise ConfigError(f"layer_types has an unknown entry {unknown[0]!r}")

@@ -100,7 +100,7 @@ class Judgement:
     @property
     def kept(self) -> Tensor:
         """Which of the k + 1 tokens were kept, and so which of ``hidden`` and ``chosen`` to draft from: bool."""
-        return torch.arange(self.chosen.shape[1]) <= self.accepted[:, None]
+        return torch.arange(self.chosen.shape[1], device=self.chosen.device) <= self.accepted[:, None]
 
 
 @torch.no_grad()

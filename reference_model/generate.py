@@ -102,8 +102,8 @@ def generate(
     if draft:
         prompt = _Prompt(ids=input_ids, mask=attention_mask, embeddings=embeddings, positions=position_ids)
         return _generate_drafted(model, prompt, output, max_new_tokens, stops, draft)
-    ends = torch.tensor(stops, dtype=input_ids.dtype)
-    stopped = torch.zeros(input_ids.shape[0], 1, dtype=torch.bool)
+    ends = torch.tensor(stops, dtype=input_ids.dtype, device=input_ids.device)
+    stopped = torch.zeros(input_ids.shape[0], 1, dtype=torch.bool, device=input_ids.device)
     new: list[Tensor] = []
     while True:
         if sampling is None:
@@ -163,7 +163,9 @@ def _generate_drafted(
         hidden, next_ids, mask = judged.hidden, judged.chosen, judged.kept
         embeddings = positions = None
     width = max(len(row) for row in cut)
-    new = torch.tensor([row + row[-1:] * (width - len(row)) for row in cut], dtype=prompt.ids.dtype)
+    new = torch.tensor(
+        [row + row[-1:] * (width - len(row)) for row in cut], dtype=prompt.ids.dtype, device=prompt.ids.device
+    )
     return Generation(tokens=torch.cat((prompt.ids, new), dim=1), drafted=drafted, accepted=accepted)
 
 

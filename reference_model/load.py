@@ -112,6 +112,8 @@ def load_weights(
         if name.endswith((GATE_UP, DOWN)) and name not in held:
             problems.append(f"missing: {prefix}{name}")
         elif name.endswith(GATE_UP):
+            if f"{name.removesuffix('gate_up_proj')}down_proj" not in held:
+                continue  # said once, at its own name, and not for every expert
             loaded |= _load_experts(source, name.removesuffix(".gate_up_proj"), prefix, wanted, dtype, problems)
         elif not name.endswith(DOWN):
             tensor = _checked(source, prefix + name, shape, problems)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from reference_model.attention import AttentionKind
 from reference_model.cache import Cache
-from reference_model.config import ConfigError, ModelConfig
+from reference_model.config import ModelConfig
+from reference_model.config_fields import ConfigError
 from reference_model.model import CausalLM, Output
 from reference_model.positions import IMAGE, VIDEO, check_count, prompt_positions, token_kinds
 from reference_model.vision import Grid, VisionTower

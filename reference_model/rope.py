@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reference_model.config import ConfigError, RopeParameters, TextConfig
+from reference_model.config import RopeParameters, TextConfig
+from reference_model.config_fields import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

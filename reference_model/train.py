@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from reference_model.model import CausalLM
@@ -320,8 +320,3 @@ def expert_shares(model: CausalLM, windows: Iterable[Tensor]) -> Tensor:
             for layer, routing in enumerate(model(batch).routings):
                 visits[layer] += torch.bincount(routing.experts.flatten(), minlength=config.num_experts)
     return visits / visits.sum(-1, keepdim=True)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of weights."""
-    return sum(weight.numel() for weight in model.parameters())

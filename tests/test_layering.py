@@ -18,8 +18,11 @@ ALLOWED: dict[str, set[str]] = {
     "reference_model.config": set(),
     "reference_model.load": set(),
     "reference_model.presets": set(),
+    "reference_model.config_fields": set(),
     "qconvert.core": set(),
-    "qconvert.arch": {"qconvert.core", "reference_model.config", "reference_model.presets"},
+    "qconvert.arch": {
+        "qconvert.core", "reference_model.config", "reference_model.presets", "reference_model.config_fields",
+    },
     "qconvert.io": {"qconvert.core"},
     "qconvert.numerics": {"qconvert.core"},
     "qconvert.transform": {"qconvert.core", "qconvert.arch", "reference_model.config"},

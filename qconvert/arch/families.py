@@ -8,7 +8,8 @@ from typing import Any
 
 from qconvert.core.errors import SourceError
 from qconvert.core.tensor_info import TensorInfo
-from reference_model.config import ConfigError, ModelConfig, TextConfig
+from reference_model.config import ModelConfig, TextConfig
+from reference_model.config_fields import ConfigError
 from reference_model.presets import PRESETS
 
 SUPPORTED_ARCHITECTURES = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM")

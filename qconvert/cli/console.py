@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from qconvert.core.errors import QconvertError
-from reference_model.config import ConfigError
+from reference_model.config_fields import ConfigError
 
 INTERRUPTED = 130
 UNFORESEEN = 70

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from reference_model.config import ConfigError, ModelConfig
+from reference_model.config import ModelConfig
+from reference_model.config_fields import ConfigError
 from reference_model.model import CausalLM
 from reference_model.presets import PRESETS
 from tests.checkpoints import tiny_config
@@ -119,3 +123,30 @@ def test_a_faulty_file_is_named_with_its_fault(tmp_path: Path) -> None:
     path.write_text(json.dumps(tiny.config_json(num_experts=0)), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"config\.json: num_experts is 0"):
         ModelConfig.from_file(path)
+
+
+def fields_of(block: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in block.items():
+        yield (*at, name)
+        if isinstance(value, dict):
+            yield from fields_of(value, (*at, name))
+
+
+@pytest.mark.parametrize("value", [None, 5, -1, 0, "x", [], [1], {}, 1.5, float("nan"), True, float("inf")], ids=repr)
+def test_any_value_of_any_field_is_read_or_refused_by_name(value: object) -> None:
+    whole = tiny_config()
+    for path in fields_of(whole):
+        config = copy.deepcopy(whole)
+        block: Any = config
+        for name in path[:-1]:
+            block = block[name]
+        block[path[-1]] = value
+        try:
+            read = ModelConfig.from_dict(config)
+        except ConfigError as error:
+            assert str(error)
+            continue
+        numbers = (read.text.rms_norm_eps, read.text.rope.rope_theta, read.text.rope.partial_rotary_factor)
+        assert all(math.isfinite(number) and number > 0 for number in numbers), path
+        assert type(read.text.tie_word_embeddings) is bool
+        assert type(read.text.mtp_num_hidden_layers) is int and read.text.mtp_num_hidden_layers >= 0

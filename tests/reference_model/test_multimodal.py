@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference_model.config import ConfigError, ModelConfig
+from reference_model.config import ModelConfig
+from reference_model.config_fields import ConfigError
 from reference_model.generate import generate
 from reference_model.load import TensorDictSource, WeightError, load_weights
 from reference_model.multimodal import MultimodalLM, Pictures

@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 
 from reference_model.attention import AttentionKind
-from reference_model.config import ConfigError, VisionConfig
+from reference_model.config import VisionConfig
+from reference_model.config_fields import ConfigError
 from reference_model.rope import rotate
 from reference_model.vision import (
     Grid,
