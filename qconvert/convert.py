@@ -16,7 +16,7 @@ from qconvert.memory import resident_bytes
 from qconvert.plan.builder import build_plan
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
-from qconvert.run import Progress, run
+from qconvert.run import Progress, check_memory, run
 
 DEFAULT_MEMORY = 1 << 30
 """Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
@@ -39,8 +39,10 @@ class Conversion:
     bytes_after: int
 
 
-def plan_conversion(source: Path, policy: Policy, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
-    """Decide what happens to every tensor of ``source``; reads headers only.
+def plan_conversion(
+    source: Path, policy: Policy, *, max_memory: int | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> Plan:
+    """Decide what happens to every tensor of ``source``; reads headers only. Arguments as for ``convert``.
 
     Raises:
         SourceError: ``source`` is no checkpoint that can be converted.
@@ -48,7 +50,9 @@ def plan_conversion(source: Path, policy: Policy, *, shard_bytes: int = DEFAULT_
         FormatError: a matrix does not fit the format of its scheme.
     """
     with Checkpoint.open(source) as checkpoint:
-        return build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+    check_memory(plan, _working_memory(max_memory))
+    return plan
 
 
 def convert(
@@ -79,7 +83,7 @@ def convert(
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
-        left = DEFAULT_MEMORY if max_memory is None else _left(max_memory)
+        left = _working_memory(max_memory)
         with ShardWriter(out, plan.layout) as sink:
             losses = run(plan, checkpoint, sink, jobs=jobs, memory=left, progress=progress)
             record: dict[str, Any] = {}
@@ -98,12 +102,14 @@ def convert(
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)
 
 
-def _left(limit: int) -> int:
-    """What remains of a limit for the whole process.
+def _working_memory(limit: int | None) -> int:
+    """What a conversion may hold: what remains of a limit for the whole process, or the default.
 
     Raises:
-        PlanError: nothing.
+        PlanError: nothing remains.
     """
+    if limit is None:
+        return DEFAULT_MEMORY
     held = resident_bytes()
     if held >= limit:
         raise PlanError(

@@ -24,6 +24,7 @@ def manifest(plan: Plan, losses: Mapping[str, Loss], hashes: Mapping[str, str]) 
             {"role": role, "action": action, "reason": reason, "tensors": tensors, "bytes": nbytes}
             for role, action, reason, tensors, nbytes in plan.decisions()
         ],
+        "left_out": dict(plan.left_out),
         "sqnr_db": sqnr_by_role(plan, losses),
         "xxh3_128": {name: hashes[name] for name in sorted(hashes)},
     }

@@ -58,12 +58,8 @@ def run(
         SourceError: the source changed or cannot be read.
         OutputError: the output cannot be written.
     """
-    if memory is not None and plan.largest_step.peak_bytes > memory:
-        step = plan.largest_step
-        raise PlanError(
-            f"{step.outputs[0]} needs {step.peak_bytes / 2**20:.0f} MiB at once, "
-            f"but only {memory / 2**20:.0f} MiB are left of the memory limit: raise --max-memory"
-        )
+    if memory is not None:
+        check_memory(plan, memory)
     budget = _Budget(memory)
     total = sum(_bytes(source, part) for step in plan.steps for part in step.inputs)
     losses: dict[str, Loss] = {}
@@ -96,6 +92,20 @@ def run(
     return losses
 
 
+def check_memory(plan: Plan, memory: int) -> None:
+    """Refuse a plan whose largest step does not fit.
+
+    Raises:
+        PlanError: names the step and what it needs.
+    """
+    step = plan.largest_step
+    if step.peak_bytes > memory:
+        raise PlanError(
+            f"{step.outputs[0]} needs {step.peak_bytes / 2**20:.0f} MiB at once, "
+            f"but only {memory / 2**20:.0f} MiB are left of the memory limit: raise --max-memory"
+        )
+
+
 def execute(step: Step, source: Checkpoint, sink: Sink) -> Loss | None:
     """Carry one step out; returns the loss of a rounded matrix, ``None`` for a copy."""
     match step.action:
@@ -109,7 +119,7 @@ def execute(step: Step, source: Checkpoint, sink: Sink) -> Loss | None:
 def _keep(part: Slice, name: str, source: Checkpoint, sink: Sink) -> None:
     info = source.tensors[part.tensor]
     offset = 0
-    for begin, end in row_blocks(part.end - part.begin, info.shape[-1] if len(info.shape) > 1 else 1, 1):
+    for begin, end in row_blocks(part.end - part.begin, info.row_width, 1):
         rows = source.read(part.tensor, part.begin + begin, part.begin + end)
         if rows.is_floating_point() and not torch.isfinite(rows).all():
             raise DataError(f"{info.shard}: {part.tensor} has NaN or infinite values")
@@ -143,8 +153,7 @@ def _quantize(part: Slice, action: Quantize, source: Checkpoint, sink: Sink) -> 
 
 def _bytes(source: Checkpoint, part: Slice) -> int:
     info = source.tensors[part.tensor]
-    width = info.shape[-1] if len(info.shape) > 1 else 1
-    return (part.end - part.begin) * width * info.dtype.itemsize
+    return (part.end - part.begin) * info.row_width * info.dtype.itemsize
 
 
 class _Budget:

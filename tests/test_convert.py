@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qconvert.convert import convert
-from qconvert.core.errors import DataError, OutputError, PlanError, QconvertError
+from qconvert.convert import convert, plan_conversion
+from qconvert.core.errors import DataError, OutputError, PlanError, QconvertError, SourceError
+from qconvert.core.plan import Step
 from qconvert.core.scheme import int4
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.shard_writer import ShardWriter
 from qconvert.plan import row_blocks
 from qconvert.plan.policy import Policy, Rule, default_policy, scheme_named
 from tests.checkpoints import Layout, make_tiny
@@ -197,3 +203,41 @@ def test_sources_as_people_have_them(tmp_path: Path, kind: str) -> None:
         if ".mlp.experts." not in name or name.startswith("mtp."):
             assert torch.equal(after[name], tensor), name
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+
+
+def test_running_steps_stay_within_the_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qconvert import run as module
+
+    make_tiny(tmp_path / "src")
+    held, most = 0, 0
+    lock = threading.Lock()
+    original = module.execute
+
+    def watched(step: Step, *rest: Any) -> Any:
+        nonlocal held, most
+        with lock:
+            held += step.peak_bytes
+            most = max(most, held)
+        time.sleep(0.002)
+        try:
+            return original(step, *rest)
+        finally:
+            with lock:
+                held -= step.peak_bytes
+
+    monkeypatch.setattr(module, "execute", watched)
+    plan = plan_conversion(tmp_path / "src", default_policy(int4(32)))
+    limit = plan.largest_step.peak_bytes * 2
+    with Checkpoint.open(tmp_path / "src") as source, ShardWriter(tmp_path / "out", plan.layout) as sink:
+        module.run(plan, source, sink, jobs=8, memory=limit)
+        assert plan.largest_step.peak_bytes < most <= limit
+        most = 0
+        module.run(plan, source, sink, jobs=8, memory=None)
+        assert most > limit
+
+
+def test_a_side_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "src")
+    (tmp_path / "src" / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(SourceError, match=r"tokenizer\.json"):
+        convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))

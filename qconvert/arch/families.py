@@ -60,13 +60,11 @@ def reject_quantized(config: Mapping[str, Any], path: Path, tensors: Mapping[str
     Raises:
         SourceError: ``config`` has a ``quantization_config``, or a tensor is named or typed like a quantized one.
     """
-    for block in (config, config.get("text_config")):
-        quantization = block.get("quantization_config") if isinstance(block, Mapping) else None
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-            raise SourceError(
-                f"{path}: already quantized (quant_method {method!r}); quantize the original BF16 checkpoint instead"
-            )
+    method = quant_method(config)
+    if method is not None:
+        raise SourceError(
+            f"{path}: already quantized (quant_method {method!r}); quantize the original BF16 checkpoint instead"
+        )
     for name, info in (tensors or {}).items():
         if name.endswith(_QUANTIZED_SUFFIXES) or not info.dtype.is_weight:
             raise SourceError(
@@ -74,6 +72,15 @@ def reject_quantized(config: Mapping[str, Any], path: Path, tensors: Mapping[str
                 f"{info.dtype}; "
                 "quantize the original BF16 checkpoint instead"
             )
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """The ``quant_method`` that a configuration declares, in either place; ``None`` for an unquantized checkpoint."""
+    for block in (config, config.get("text_config")):
+        quantization = block.get("quantization_config") if isinstance(block, Mapping) else None
+        if quantization:
+            return str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else "unknown"
+    return None
 
 
 def size_name(config: ModelConfig) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,25 +25,22 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from qconvert.core.errors import QconvertError
+from qconvert.core.errors import QconvertError, SourceError
 from reference_model.config_fields import ConfigError
 
 INTERRUPTED = 130
 UNFORESEEN = 70
 
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
+# Names of files and tensors may look like markup: nothing is read as such.
+_out = Console(highlight=False, markup=False)
+_err = Console(stderr=True, highlight=False, markup=False)
 
 
-def say(text: str = "") -> None:
+def say(text: str, style: str = "") -> None:
     """Print a line for people."""
-    _out.print(text, soft_wrap=True)
-
-
-def note(text: str) -> None:
-    """Print a line beside the result, on standard error."""
-    _err.print(text, soft_wrap=True)
+    _out.print(text, style=style, soft_wrap=True)
 
 
 def plain_table(*columns: str) -> Table:
@@ -82,22 +80,35 @@ def family(path: str) -> str:
 def fail(error: BaseException) -> int:
     """Print one clear error and return the exit code for it."""
     if isinstance(error, KeyboardInterrupt):
-        _err.print("\nInterrupted: nothing was left half-written.")
+        _err.print("\nInterrupted: the output folder did not appear.")
         return INTERRUPTED
     if isinstance(error, QconvertError):
-        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _complain(str(error))
         return error.exit_code
     if isinstance(error, ConfigError):
-        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return 3
+        _complain(str(error))
+        return SourceError.exit_code
     _err.print_exception()
-    _err.print("[bold red]This is a fault of qconvert itself.[/] Please report the lines above.")
+    _err.print("This is a fault of qconvert itself. Please report the lines above.", style="bold red")
     return UNFORESEEN
 
 
+def _complain(text: str) -> None:
+    _err.print(Text.assemble(("error:", "bold red"), f" {text}"), soft_wrap=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def guarded(call: Callable[[], int]) -> int:
-    """Run a command to its exit code; every failure is printed here and nowhere else."""
+    """Run a command to its exit code; every failure is printed here and nowhere else.
+
+    A polite request to end (SIGTERM) is an interruption: what was begun is cleaned up.
+    """
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         return call()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place that may
         return fail(error)

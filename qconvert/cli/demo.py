@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 import os
 import shutil
 import time
@@ -13,10 +14,11 @@ import typer
 import reference_model
 from qconvert.cli import console
 from qconvert.cli.options import Json
-from qconvert.cli.parity import LIMIT_EXCEEDED
+from qconvert.cli.parity import EXIT_CODES
 from qconvert.convert import convert
 from qconvert.core.errors import OutputError
-from qconvert.core.metric import Metric, Verdict
+from qconvert.core.metric import Metric
+from qconvert.io.checkpoint import Checkpoint
 from qconvert.manifest import MANIFEST_FILE
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run import compare
@@ -65,7 +67,7 @@ def demo(
             console.say(f"checkpoint: {target}")
             for path in paths:
                 console.say(f"report:     {path}")
-        return LIMIT_EXCEEDED if report.verdict is Verdict.FAIL else 0
+        return EXIT_CODES[report.verdict]
 
     raise typer.Exit(console.guarded(call))
 
@@ -90,7 +92,13 @@ def _make_room(target: Path) -> None:
     """Remove the output of an earlier demo; anything else is left alone."""
     if not target.exists():
         return
-    if not (target / MANIFEST_FILE).is_file():
+    with Checkpoint.open(CHECKPOINT) as checkpoint:
+        of_the_demo = checkpoint.header_hash
+    try:
+        record = json_module.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    if not isinstance(record, dict) or record.get("source_hash") != of_the_demo:
         raise OutputError(f"{target} exists and is no output of an earlier demo: choose another --out")
     try:
         shutil.rmtree(target)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from qconvert.arch.census import Census, check
-from qconvert.arch.families import describe, read_config
+from qconvert.arch.families import describe, quant_method, read_config
+from qconvert.arch.shapes import STACKED
 from qconvert.cli import console
 from qconvert.cli.options import Json
 from qconvert.convert import plan_conversion
@@ -19,6 +20,7 @@ from qconvert.core.role import Section
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hub import resolve
 from qconvert.plan.policy import default_policy, scheme_named
+from qconvert.transform.experts import unstack
 from qconvert.weights.quantized_view import Stored, view
 
 _OFFERED: tuple[tuple[str, int | None], ...] = (
@@ -46,7 +48,7 @@ def inspect(
         folder = resolve(source)
         with Checkpoint.open(folder) as checkpoint:
             config = read_config(checkpoint.config, folder)
-            if "quantization_config" in checkpoint.config:
+            if quant_method(checkpoint.config) is not None:
                 return _quantized(checkpoint, json=json)
             try:
                 census = check(checkpoint.tensors, config)
@@ -76,7 +78,7 @@ def _quantized(checkpoint: Checkpoint, *, json: bool) -> int:
             {
                 "architecture": describe(found.config),
                 "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
-                "quant_method": checkpoint.config["quantization_config"].get("quant_method"),
+                "quant_method": quant_method(checkpoint.config),
                 "roles": [
                     {"path": path, "scheme": scheme, "tensors": count, "parameters": parameters}
                     for (path, scheme), (count, parameters) in rows.items()
@@ -86,13 +88,13 @@ def _quantized(checkpoint: Checkpoint, *, json: bool) -> int:
         )
     else:
         total = sum(info.nbytes for info in checkpoint.tensors.values())
-        console.say(f"[bold]{describe(found.config)}[/]  {checkpoint.path}  {console.gigabytes(total)}, quantized")
+        console.say(f"{describe(found.config)}  {checkpoint.path}  {console.gigabytes(total)}, quantized", style="bold")
         table = console.plain_table("role", "scheme", ">tensors", ">parameters")
         for (path, scheme), (count, parameters) in rows.items():
             table.add_row(path, scheme, f"{count:,}", f"{parameters:,}")
         console.show(table)
         for problem in problems:
-            console.say(f"[bold red]problem:[/] {problem}")
+            console.say(f"problem: {problem}", style="red")
     if problems:
         raise SourceError(f"{checkpoint.path}: {len(problems)} tensors contradict config.json")
     return 0
@@ -122,6 +124,7 @@ def _document(census: Census, sizes: dict[str, int | str]) -> dict[str, Any]:
         "active_parameters": census.active_parameters,
         "bytes": census.nbytes,
         "roles": [asdict(line) for line in census.lines()],
+        "policy_paths": sorted(_policy_paths(census)),
         "notes": list(census.notes),
         "schemes": {
             label: {"bytes": size} if isinstance(size, int) else {"impossible": size} for label, size in sizes.items()
@@ -129,17 +132,26 @@ def _document(census: Census, sizes: dict[str, int | str]) -> dict[str, Any]:
     }
 
 
+def _policy_paths(census: Census) -> set[str]:
+    """What the rules of a policy are matched against: experts are decided one by one, however they are stored."""
+    paths: set[str] = set()
+    for name, role in census.roles.items():
+        stacked = role.kind in STACKED and role.expert is None
+        paths.update(one.path for one, _ in unstack(census.tensors[name], role)) if stacked else paths.add(role.path)
+    return paths
+
+
 def _show(folder: Path, census: Census, sizes: dict[str, int | str]) -> None:
     text = census.config.text
     full = text.layer_types.count("full_attention")
-    console.say(f"[bold]{describe(census.config)}[/]  {folder}")
+    console.say(f"{describe(census.config)}  {folder}", style="bold")
     console.say(
         f"{census.parameters() / 1e9:.3g} B parameters, {census.active_parameters / 1e9:.3g} B active per token; "
         f"{text.num_hidden_layers} layers ({text.num_hidden_layers - full} linear, {full} full attention), "
         f"{text.num_experts} experts top-{text.num_experts_per_tok}, {census.mtp_layers} MTP layers"
     )
     for line in census.notes:
-        console.say(f"[yellow]note:[/] {line}")
+        console.say(f"note: {line}", style="yellow")
     table = console.plain_table("what", "type", ">tensors", ">parameters", ">bytes", ">share")
     for (family, dtype), (tensors, parameters, nbytes) in _families(census).items():
         table.add_row(

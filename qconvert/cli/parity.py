@@ -16,7 +16,8 @@ from qconvert.parity.limits import Limits
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run import ParityOptions, compare
 
-LIMIT_EXCEEDED = 1
+EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.AMBIGUOUS: 7}
+"""By verdict; 7 says that a limit lies inside the interval of its number: more tokens decide."""
 
 _SHOWN_CAUSES = 5
 _HEADLINES = (
@@ -58,7 +59,8 @@ def parity(
     """Compare a converted checkpoint with its original: weights, then both models on the same text.
 
     "Weights only" keeps activations as they are; "as served" rounds them as engines do for the scheme, and is what
-    limits apply to. Exit code 1 when a fault is found in the weights or a limit is exceeded.
+    limits apply to. Exit code 1 when a fault is found in the weights or a limit is exceeded, 7 when a limit lies
+    inside the confidence interval of its number, so that more --tokens have to decide.
 
     Examples:
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --report ./report
@@ -91,7 +93,7 @@ def parity(
             show(result)
             for path in written:
                 console.say(f"report: {path}")
-        return LIMIT_EXCEEDED if result.verdict is Verdict.FAIL else 0
+        return EXIT_CODES[result.verdict]
 
     raise typer.Exit(console.guarded(call))
 
@@ -99,7 +101,7 @@ def parity(
 def show(result: ParityReport) -> None:
     """Causes first, then the numbers that people ask for, then the verdict."""
     for one in result.causes[:_SHOWN_CAUSES]:
-        console.say(f"[bold red]{one.severity.value}[/] {one.kind.value}: {one}")
+        console.say(f"{one.severity.value} {one.kind.value}: {one}", style="red")
     if len(result.causes) > _SHOWN_CAUSES:
         console.say(f"... and {len(result.causes) - _SHOWN_CAUSES} more; --report or --json has them all")
     _show_model(result)
@@ -117,9 +119,9 @@ def show(result: ParityReport) -> None:
         console.say(note)
     for metric in result.metrics:
         if metric.verdict is not Verdict.PASS:
-            console.say(f"[bold red]{metric.verdict.value}[/] {metric.name} of {metric.where}: {_value(metric)}")
+            console.say(f"{metric.verdict.value} {metric.name} of {metric.where}: {_value(metric)}", style="red")
     colour = "green" if result.verdict is Verdict.PASS else "red"
-    console.say(f"verdict: [bold {colour}]{result.verdict.value}[/]")
+    console.say(f"verdict: {result.verdict.value}", style=f"bold {colour}")
 
 
 def _show_model(result: ParityReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 from qconvert.cli import console
 from qconvert.cli.options import Json, parse_size
 from qconvert.convert import Conversion, convert, plan_conversion
+from qconvert.core.errors import OutputError
 from qconvert.core.plan import Plan
 from qconvert.io.hub import resolve
 from qconvert.plan.document import plan_document
@@ -58,7 +60,9 @@ def quantize(
         limit, shard_bytes = parse_size(max_memory), parse_size(max_shard_size)
         folder = resolve(source)
         if dry_run:
-            plan = plan_conversion(folder, rules, shard_bytes=shard_bytes)
+            plan = plan_conversion(folder, rules, max_memory=limit, shard_bytes=shard_bytes)
+            if os.path.lexists(out):
+                raise OutputError(f"{out} exists already; choose another output folder or remove it")
             if json:
                 console.show_json(plan_document(plan))
             else:
@@ -96,9 +100,11 @@ def _convert(
         console.say(f"{path}: signal to rounding error {'exact' if value is None else f'{value:.2f} dB'}")
     console.say(
         f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)} in {seconds:.1f} s "
-        f"({done.bytes_before / 1e9 / seconds:.2f} GB/s): [bold]{out}[/]"
+        f"({done.bytes_before / 1e9 / seconds:.2f} GB/s): {out}"
     )
-    console.say(f"Next: qconvert parity {source} {out}")
+    for name, reason in done.plan.left_out:
+        console.say(f"left out: {name} ({reason})")
+    console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(out)])}")
     return done
 
 

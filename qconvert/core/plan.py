@@ -108,6 +108,7 @@ class Plan:
         source_hash: xxh3-128 of the source's headers and ``config.json``.
         policy_hash: xxh3-128 of the rules that decided.
         side_files: files of the source that are copied beside the weights.
+        left_out: (name, reason) of those that are not.
         config: the output's ``config.json``.
     """
 
@@ -117,6 +118,7 @@ class Plan:
     policy_hash: str
     config: dict[str, Any]
     side_files: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def config_bytes(self) -> bytes:

@@ -32,6 +32,11 @@ class TensorInfo:
         return self.end - self.begin
 
     @property
+    def row_width(self) -> int:
+        """Elements of one row, rows being counted over all leading dimensions; 1 for a vector."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)

@@ -195,7 +195,10 @@ def _reason(path: Path) -> tuple[str | None, int]:
     try:
         status = path.stat()
     except OSError as error:
-        return f"unreadable: {error.strerror}", 0
+        raise SourceError(
+            f"cannot read {path}: {error.strerror}; a link that leads nowhere is left by an interrupted download: "
+            "download the checkpoint again, or remove the file"
+        ) from error
     if not stat.S_ISREG(status.st_mode):
         return f"{file_kind(status.st_mode)}, not a file", 0
     return None, status.st_size

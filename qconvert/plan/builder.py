@@ -13,13 +13,14 @@ from qconvert.arch.shapes import STACKED, kept_by_nature
 from qconvert.core.errors import FormatError, PlanError, SourceError
 from qconvert.core.plan import Keep, Plan, Quantize, Slice, Step
 from qconvert.core.role import Kind, TensorRole
+from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.engine_rules import ModuleDecision
 from qconvert.formats.quantization_config import quantization_config
 from qconvert.formats.table import format_for, format_named
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
-from qconvert.plan.policy import Policy
+from qconvert.plan.policy import Policy, Rule
 from qconvert.plan.row_blocks import peak_bytes
 from qconvert.transform.experts import unstack
 
@@ -31,16 +32,13 @@ class _Matrix:
     info: TensorInfo
     role: TensorRole
     part: Slice
+    rule: Rule
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows = self.part.end - self.part.begin
-        whole = rows * self.width == self.info.numel
-        return self.info.shape if whole else (rows, self.width)
-
-    @property
-    def width(self) -> int:
-        return self.info.shape[-1] if len(self.info.shape) > 1 else 1
+        whole = rows * self.info.row_width == self.info.numel
+        return self.info.shape if whole else (rows, self.info.row_width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +65,13 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
         census = check(checkpoint.tensors, config)
     except SourceError as error:
         raise SourceError(f"{checkpoint.path}: {error}") from None
+    used: set[Rule] = set()
     decided = [
-        _decide(matrix, policy, census.naming)
+        _decide(matrix, census.naming)
         for name, role in census.roles.items()
-        for matrix in _matrices(census.tensors[name], role, policy)
+        for matrix in _matrices(census.tensors[name], role, policy, used)
     ]
+    _check_rules(policy, used)
     modules = [one.module for one in decided if one.module is not None]
     if not any(module.scheme is not None for module in modules):
         raise PlanError("the policy quantizes nothing: no rule with a scheme matches a tensor")
@@ -82,46 +82,58 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
         policy_hash=policy.hash,
         config={**checkpoint.config, "quantization_config": quantization_config(modules)},
         side_files=tuple(file.name for file in checkpoint.side_files),
+        left_out=tuple(sorted(checkpoint.left_out.items())),
     )
 
 
-def _matrices(info: TensorInfo, role: TensorRole, policy: Policy) -> Iterator[_Matrix]:
-    if role.kind in STACKED and role.expert is None:
-        experts = list(unstack(info, role))
-        if any(policy.decide(expert).scheme is not None for expert, _ in experts):
-            for expert, part in experts:
-                yield _Matrix(info=info, role=expert, part=part)
-            return
-    width = info.shape[-1] if len(info.shape) > 1 else 1
-    yield _Matrix(info=info, role=role, part=Slice(tensor=info.name, begin=0, end=info.numel // width))
+def _check_rules(policy: Policy, used: set[Rule]) -> None:
+    """Refuse a rule of the user that decides nothing: it is a slip, or another rule stands before it."""
+    for rule in policy.rules:
+        if not rule.default and rule not in used:
+            raise PlanError(
+                f"the policy's rule {rule.match!r} decides no tensor: no role path matches it in the layers that it "
+                "names, or earlier rules decide all that do. `qconvert inspect --json` lists the paths as policy_paths"
+            )
 
 
-def _decide(matrix: _Matrix, policy: Policy, naming: Naming) -> _Decided:
-    rule = policy.decide(matrix.role)
+def _matrices(info: TensorInfo, role: TensorRole, policy: Policy, used: set[Rule]) -> Iterator[_Matrix]:
+    """The matrices of a tensor with the rules that decide them, which are added to ``used``.
+
+    Experts are decided one by one, however they are stored; a stack of which none is rounded stays whole.
+    """
+    whole = Slice(tensor=info.name, begin=0, end=info.numel // info.row_width)
+    stacked = role.kind in STACKED and role.expert is None
+    decided = [(one, part, policy.decide(one)) for one, part in (unstack(info, role) if stacked else [(role, whole)])]
+    used.update(rule for _, _, rule in decided)
+    if stacked and all(rule.scheme is None for _, _, rule in decided):
+        decided = [(role, whole, decided[0][2])]
+    for one, part, rule in decided:
+        yield _Matrix(info=info, role=one, part=part, rule=rule)
+
+
+def _decide(matrix: _Matrix, naming: Naming) -> _Decided:
+    rule = matrix.rule
     name = name_of(matrix.role, naming)
     if rule.scheme is None:
-        return _keep(matrix, name, rule.reason)
+        return _keep(matrix, name)
     natural = kept_by_nature(matrix.role)
     if natural is not None:
         raise PlanError(
             f"the policy's rule {rule.match!r} rounds {name} to {rule.scheme}, but that is {natural}: "
             "put a rule with 'keep = true' for it before"
         )
-    return _quantize(matrix, module_of(name), Quantize(
-        reason=rule.reason, module=module_of(name), scheme=rule.scheme,
-        format=format_for(rule.scheme).name, search=rule.search,
-    ))  # fmt: skip
+    return _quantize(matrix, module_of(name), rule.scheme)
 
 
-def _keep(matrix: _Matrix, name: str, reason: str) -> _Decided:
+def _keep(matrix: _Matrix, name: str) -> _Decided:
     info = matrix.info
     rows = matrix.part.end - matrix.part.begin
     step = Step(
         inputs=(matrix.part,),
         role=matrix.role,
-        action=Keep(reason=reason, name=name),
+        action=Keep(reason=matrix.rule.reason, name=name),
         outputs=(name,),
-        peak_bytes=peak_bytes(rows, matrix.width, 1, info.dtype.itemsize, rounding=False),
+        peak_bytes=peak_bytes(rows, info.row_width, 1, info.dtype.itemsize, rounding=False),
     )
     outputs = (OutputTensor(name=name, dtype=info.dtype, shape=matrix.shape),)
     return _Decided(step=step, outputs=outputs, module=_kept_module(matrix, name))
@@ -137,7 +149,11 @@ def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
     return ModuleDecision(name=module_of(name), shape=(rows, cols), stacked=stacked)
 
 
-def _quantize(matrix: _Matrix, module: str, action: Quantize) -> _Decided:
+def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> _Decided:
+    rule = matrix.rule
+    action = Quantize(
+        reason=rule.reason, module=module, scheme=scheme, format=format_for(scheme).name, search=rule.search
+    )
     shape = (prod(matrix.shape[:-1]), matrix.shape[-1])
     form = format_named(action.format)
     try:

@@ -13,6 +13,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "source_hash": plan.source_hash,
         "policy_hash": plan.policy_hash,
         "side_files": list(plan.side_files),
+        "left_out": dict(plan.left_out),
         "config": plan.config,
         "steps": [_step(step) for step in plan.steps],
         "layout": [

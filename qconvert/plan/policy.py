@@ -39,6 +39,7 @@ class Rule:
         scheme: how to round what matches; ``None`` keeps it as it is.
         layers: the layers that the rule speaks of; ``None`` is all of them.
         search: choose scales by mean squared error.
+        default: one of the built-in rules, which need not decide anything.
     """
 
     match: str
@@ -46,6 +47,7 @@ class Rule:
     reason: str
     layers: frozenset[int] | None = None
     search: bool = False
+    default: bool = False
 
     def matches(self, role: TensorRole) -> bool:
         """Whether the rule speaks of ``role``."""
@@ -124,9 +126,13 @@ _KEPT = (
 def default_policy(scheme: Scheme, *, search: bool = False, rules: tuple[Rule, ...] = ()) -> Policy:
     """Routed experts in ``scheme``, everything else as it is; ``rules`` come first."""
     experts = Rule(
-        match="text.expert.*", scheme=scheme, reason="routed experts: most bytes, least sensitive", search=search
+        match="text.expert.*",
+        scheme=scheme,
+        reason="routed experts: most bytes, least sensitive",
+        search=search,
+        default=True,
     )
-    kept = tuple(Rule(match=match, scheme=None, reason=reason) for match, reason in _KEPT)
+    kept = tuple(Rule(match=match, scheme=None, reason=reason, default=True) for match, reason in _KEPT)
     return Policy(rules=(*rules, experts, *kept))
 
 
@@ -190,11 +196,17 @@ def _rule(entry: Mapping[str, Any], where: str, search: bool) -> Rule:
     )
 
 
+_LAST_LAYER = 9999
+
+
 def _layers(text: str, where: str) -> frozenset[int]:
     layers: set[int] = set()
     for piece in text.split(","):
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"{where}: layers is {text!r}; expected something like '0-3,39'")
-        layers.update(range(int(first), int(last if dash else first) + 1))
+        begin, end = int(first), int(last if dash else first)
+        if not begin <= end <= _LAST_LAYER:
+            raise UsageError(f"{where}: layers {piece.strip()!r} is no range within 0-{_LAST_LAYER}")
+        layers.update(range(begin, end + 1))
     return frozenset(layers)

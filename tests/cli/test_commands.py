@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,64 @@ def test_help_has_examples_and_exit_codes() -> None:
     assert "Exit codes" in run("--help").stdout
     for command in ("inspect", "quantize", "parity", "demo"):
         assert f"qconvert {command}" in run(command, "--help").stdout
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(source: Path, tmp_path: Path) -> None:
+    for name in ("[old]", "o[/b]x"):
+        result = run("quantize", source, tmp_path / name, "--group", "32")
+        assert result.exit_code == 0, result.output
+        assert name in result.stdout
+
+
+def test_a_demo_never_removes_somebody_elses_conversion(source: Path, tmp_path: Path) -> None:
+    assert run("quantize", source, tmp_path / "int4", "--group", "32").exit_code == 0
+    before = sorted(os.listdir(tmp_path / "int4"))
+    result = run("demo", "--out", tmp_path)
+    assert result.exit_code == 5
+    assert "no output of an earlier demo" in result.stderr
+    assert sorted(os.listdir(tmp_path / "int4")) == before
+
+
+def test_a_dry_run_says_what_the_real_run_would_refuse(source: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", source, tmp_path, "--group", "32", "--dry-run")
+    assert run(*arguments).exit_code == 5
+    assert run(*arguments, "--max-memory", "1MB").exit_code == 4
+
+
+def test_what_stays_behind_is_said(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "src"
+    shutil.copytree(source, copy)
+    (copy / "modeling.py").write_text("")
+    result = run("quantize", copy, tmp_path / "out", "--group", "32")
+    assert "left out: modeling.py (code)" in result.stdout
+
+
+def test_an_empty_quantization_config_is_none(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "src"
+    shutil.copytree(source, copy)
+    edit_config(copy, lambda config: config.update(quantization_config=None))
+    assert "schemes" in json.loads(run("inspect", copy, "--json").stdout)
+
+
+def test_the_paths_that_inspect_lists_are_those_that_rules_match(source: Path, tmp_path: Path) -> None:
+    paths = json.loads(run("inspect", source, "--json").stdout)["policy_paths"]
+    assert "text.expert.gate" in paths and "text.expert.gate_up" not in paths
+    policy = tmp_path / "policy.toml"
+    for path in ("text.expert.gate", "vision.merger.norm.bias", "mtp.expert.up"):
+        policy.write_text(f'[[rule]]\nmatch = "{path}"\nkeep = true\n')
+        result = run("quantize", source, tmp_path / "out", "--policy", policy, "--dry-run")
+        assert "decides no tensor" not in result.stderr, path
+
+
+def test_a_polite_request_to_end_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from qconvert import convert; from qconvert.cli.app import app\n"
+        "original = convert.run\n"
+        "def run(*a, **k): os.kill(os.getpid(), signal.SIGTERM); return original(*a, **k)\n"
+        "convert.run = run; app(sys.argv[1:])"
+    )
+    arguments = ["quantize", str(source), str(tmp_path / "new" / "out"), "--group", "32"]
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 130, ended.stderr
+    assert "Interrupted" in ended.stderr
+    assert os.listdir(tmp_path) == []

@@ -138,3 +138,14 @@ def test_a_quantized_source_is_refused(tmp_path: Path, layout: Layout) -> None:
     convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
     with pytest.raises(SourceError, match="already quantized"):
         plan_conversion(tmp_path / "out", default_policy(int4(32)))
+
+
+@pytest.mark.parametrize("match", ["text.atention.*", "text.expert.gate_up", "*"])
+def test_a_rule_that_decides_nothing_is_refused(tmp_path: Path, match: str) -> None:
+    make_tiny(tmp_path / "src")
+    first = (
+        Rule(match="*norm", scheme=None, reason="first") if match != "*" else Rule(match="*", scheme=None, reason="")
+    )
+    slip = Rule(match=match, scheme=None, reason="a slip", layers=frozenset({0}))
+    with pytest.raises(PlanError, match="decides no tensor"):
+        plan_conversion(tmp_path / "src", default_policy(int4(32), rules=(first, slip)))

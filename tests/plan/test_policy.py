@@ -75,6 +75,8 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path) -> None:
         ("[[rule]]\nmatch = 'a'\nkeep = true\nlayer = 1", "unknown key 'layer'"),
         ("[[rule]]\nmatch = 'a'\nkeep = 1", "expected bool"),
         ("[[rule]]\nmatch = 'a'\nkeep = true\nsearch = true", "takes no"),
+        ("[[rule]]\nmatch = 'a'\nkeep = true\nlayers = '3-1'", "'3-1' is no range"),
+        ("[[rule]]\nmatch = 'a'\nkeep = true\nlayers = '0-99999999'", "no range"),
         ("[[rule", "not TOML"),
     ],
 )
