@@ -80,16 +80,17 @@ def block_sums(w: Tensor, v: Tensor, blocking: Blocking | None) -> BlockSums:
     """
     error = w - v
     return BlockSums(
-        signal=_sum(w * w, blocking),
-        approximated=_sum(v * v, blocking),
-        product=_sum(w * v, blocking),
-        squared_error=_sum(error * error, blocking),
+        signal=sums_by_block(w * w, blocking),
+        approximated=sums_by_block(v * v, blocking),
+        product=sums_by_block(w * v, blocking),
+        squared_error=sums_by_block(error * error, blocking),
         max_error=float(error.abs_().max()) if error.numel() else 0.0,
         elements=w.numel(),
     )
 
 
-def _sum(x: Tensor, blocking: Blocking | None) -> Tensor:
+def sums_by_block(x: Tensor, blocking: Blocking | None) -> Tensor:
+    """Float64 sums of the blocks of a matrix in the shape of the scales; see ``block_sums``."""
     match blocking:
         case None:
             sums = x.reshape(1, -1).sum(1, keepdim=True) if x.dim() < 2 else x.flatten(1).sum(1, keepdim=True)

@@ -41,20 +41,30 @@ def scale_faults(
     """Blocks that are the original's times a factor, and blocks whose numbers are gone."""
     lost = (sums.approximated == 0) & (sums.signal > NO_SIGNAL)
     if bool(lost.any()):
-        yield cause(CauseKind.LOST, role, f"{_count(lost, blocking, shape)} became zero", (name,))
-    log = sums.ratio.log2()
-    wrong = (log.abs() >= FACTOR) & (sums.cosine >= SAME_DIRECTION) & (sums.signal > NO_SIGNAL)
+        yield cause(CauseKind.LOST, role, f"{counted(lost, blocking, shape)} became zero", (name,))
+    wrong = is_factor(sums)
     if not bool(wrong.any()):
         return
     if sums.total.cosine < 0.5 and int(wrong.sum()) * 2 < wrong.numel():
         # other numbers altogether: some small blocks of any two matrices point in the same direction
         return
-    factors = sums.ratio[wrong]
-    typical = float(factors.median())
-    yield cause(
+    yield factor_cause(role, name, sums, wrong, blocking, shape)
+
+
+def is_factor(sums: BlockSums) -> Tensor:
+    """Which blocks are the original's times a factor that no rounding reaches."""
+    return (sums.ratio.log2().abs() >= FACTOR) & (sums.cosine >= SAME_DIRECTION) & (sums.signal > NO_SIGNAL)
+
+
+def factor_cause(
+    role: TensorRole, name: str, sums: BlockSums, wrong: Tensor, blocking: Blocking | None, shape: tuple[int, ...]
+) -> Cause:
+    """The blocks ``wrong`` hold the original's values times a factor."""
+    typical = float(sums.ratio[wrong].median())
+    return cause(
         CauseKind.SCALE_FACTOR,
         role,
-        f"{_count(wrong, blocking, shape)}: values are {_factor(typical)} the original's "
+        f"{counted(wrong, blocking, shape)}: values are {_factor(typical)} the original's "
         f"(block cosine {float(sums.cosine[wrong].median()):.4f})",
         (name,),
     )
@@ -72,7 +82,7 @@ def bad_scales(
         wrong = ~(values.isfinite() & (values > 0))
         if bool(wrong.any()):
             example = float(values[wrong][0])
-            text = f"{suffix} of {_count(wrong, scheme.blocking, shape)} is {example:g}"
+            text = f"{suffix} of {counted(wrong, scheme.blocking, shape)} is {example:g}"
             yield cause(CauseKind.BAD_SCALE, role, text, (f"{name}.{suffix}",))
 
 
@@ -119,7 +129,8 @@ def is_offset_by_one(w: Tensor, v: Tensor) -> bool:
     return w.dim() == 1 and bool(((v - w - 1).abs() < 2.0**-7 * (1 + v.abs())).all())
 
 
-def _count(mask: Tensor, blocking: Blocking | None, shape: tuple[int, ...]) -> str:
+def counted(mask: Tensor, blocking: Blocking | None, shape: tuple[int, ...]) -> str:
+    """The blocks of a mask in words: the only one, or how many and the first."""
     at = mask.nonzero()
     first = describe_block(tuple(at[0].tolist()), blocking, shape)
     if len(at) == 1:

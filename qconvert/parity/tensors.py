@@ -17,6 +17,7 @@ from qconvert.core.scheme import Scheme
 from qconvert.numerics.error import ErrorSums, error_sums
 from qconvert.parity.blocks import BlockSums, block_sums, joined
 from qconvert.parity.causes import Cause, CauseKind, Severity, cause, place_of_expert, ranked
+from qconvert.parity.damage import damage_faults, excess_db, piece_sums
 from qconvert.parity.faults import (
     bad_scales,
     floor_db,
@@ -149,6 +150,8 @@ def _compare(
         return _compare_plain(original, converted, role)
     blocking = None if scheme is None else scheme.blocking
     found: list[BlockSums] = []
+    small: list[BlockSums] = []
+    excess: list[Tensor] = []
     try:
         for w, v in pairs((original, role), (converted, role)):
             found.append(block_sums(w, v, blocking))
@@ -156,6 +159,9 @@ def _compare(
                 return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
                     not_finite(role, stored.name, v)
                 ]
+            if scheme is not None:
+                small.append(piece_sums(w, v, scheme, found[-1]))
+                excess.append(excess_db(w, small[-1], scheme))
     except FormatError as error:
         rows, cols = stored.shape
         parts = converted.parts(role)
@@ -164,7 +170,11 @@ def _compare(
         return result(Outcome.UNREADABLE, _nan_sums(rows * cols)), faults
     sums = joined(found)
     outcome = Outcome.QUANTIZED if scheme is not None else Outcome.CHANGED
-    return result(outcome, sums.total), list(scale_faults(role, stored.name, sums, blocking, stored.shape))
+    faults = list(scale_faults(role, stored.name, sums, blocking, stored.shape))
+    if scheme is not None:
+        kinds = {one.kind for one in faults}
+        faults += damage_faults(role, stored.name, joined(small), torch.cat(excess), scheme, stored.shape, kinds)
+    return result(outcome, sums.total), faults
 
 
 def _compare_plain(
@@ -230,7 +240,7 @@ def _explain(
     unexplained = [role for role in guilty if role not in explained]
     yield from name_matches(matches, converted)
     # a matrix that holds another's numbers has no fault of its own beside that
-    known = {CauseKind.SCALE_FACTOR, CauseKind.LOST, CauseKind.CHANGED}
+    known = {CauseKind.SCALE_FACTOR, CauseKind.LOST, CauseKind.DAMAGED, CauseKind.CHANGED}
     better = matches.keys() | set(unexplained)
     yield from (one for one in causes if one.role not in better or one.kind not in known)
     for role in unexplained:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
@@ -17,17 +18,8 @@ from qconvert.parity.faults import floor_db, innocent, scale_faults
 SCHEMES = [int4(32), int4(128), int4(128, symmetric=False), INT8, FP8, FP8_BLOCK]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    shape=st.sampled_from(["gaussian", "heavy", "outliers", "sparse", "constant", "dead rows", "uniform"]),
-    size=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
-    search=st.booleans(),
-)
-def test_no_rounding_of_any_weights_is_taken_for_a_fault(
-    scheme: Scheme, seed: int, shape: str, size: float, search: bool
-) -> None:
+def weights_of_shape(shape: str, seed: int) -> Tensor:
+    """[256, 256] of one kind that is hard to round."""
     gen = torch.Generator().manual_seed(seed)
     w = torch.randn(256, 256, generator=gen)
     match shape:
@@ -43,7 +35,21 @@ def test_no_rounding_of_any_weights_is_taken_for_a_fault(
             w[::3] = 0
         case "uniform":
             w = torch.rand(256, 256, generator=gen) - 0.5
-    w = w * size
+    return w
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.sampled_from(["gaussian", "heavy", "outliers", "sparse", "constant", "dead rows", "uniform"]),
+    size=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    search=st.booleans(),
+)
+def test_no_rounding_of_any_weights_is_taken_for_a_fault(
+    scheme: Scheme, seed: int, shape: str, size: float, search: bool
+) -> None:
+    w = weights_of_shape(shape, seed) * size
     v = quantize(w, scheme, search=search).quantized.dequantize()
     sums = block_sums(w, v, scheme.blocking)
     role = TensorRole(section=Section.TEXT, kind=Kind.EXPERT_UP, layer=0, expert=0)
