@@ -6,7 +6,7 @@ Nothing is ever mapped: mapped pages count as memory of the process, and a mappe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -37,7 +37,6 @@ class Checkpoint:
         path: the folder.
         config: parsed ``config.json``.
         tensors: name -> place, by shard and offset.
-        metadata: ``__metadata__`` of all shards together.
         side_files: what comes along unchanged; subfolders never do.
         left_out: name -> reason of the files that do not come along.
         header_hash: xxh3-128 over ``config.json``, every shard's name, size and header.
@@ -46,7 +45,6 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
     side_files: tuple[SideFile, ...]
     left_out: Mapping[str, str]
     header_hash: str
@@ -62,7 +60,6 @@ class Checkpoint:
         self.config = parse_object(config_bytes, str(path / CONFIG_FILE))
         digest = xxhash.xxh3_128(_framed(config_bytes))
         tensors: dict[str, TensorInfo] = {}
-        metadata: dict[str, str] = {}
         try:
             for shard in folder.shards:
                 header, raw, size = self._open_shard(shard)
@@ -71,14 +68,12 @@ class Checkpoint:
                     if info.name in tensors:
                         raise SourceError(f"{path}: {info.name!r} is in {tensors[info.name].shard} and in {shard}")
                     tensors[info.name] = info
-                metadata.update(header.metadata)
             if folder.weight_map is not None:
                 _check_index(path / INDEX_FILE, folder.weight_map, tensors)
         except BaseException:
             self.close()
             raise
         self.tensors = MappingProxyType(tensors)
-        self.metadata = MappingProxyType(metadata)
         self.header_hash = digest.hexdigest()
 
     @classmethod
@@ -126,21 +121,6 @@ class Checkpoint:
         whole = begin is None and end is None
         shape = info.shape if whole else (last - first, *info.shape[1:][-1:])
         return target.view(info.dtype.torch_dtype).view(shape)
-
-    def pieces(self, name: str, piece_bytes: int = 16 << 20) -> Iterator[memoryview]:
-        """The bytes of a tensor in order, at most ``piece_bytes`` at a time.
-
-        One buffer serves all pieces: a piece is overwritten by the next.
-
-        Raises:
-            SourceError: no such tensor, or the file ends early.
-        """
-        info = self._info(name)
-        buffer = memoryview(bytearray(min(piece_bytes, info.nbytes)))
-        for offset in range(0, info.nbytes, piece_bytes):
-            piece = buffer[: min(piece_bytes, info.nbytes - offset)]
-            self._fill(info, piece, info.begin + offset)
-            yield piece
 
     def close(self) -> None:
         """Close all files; no thread may be reading."""

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from qconvert.core.errors import OutputError
 
-MARKER = ".qconvert-partial"
-"""Tells a folder of ours from anybody else's; locked while somebody writes beside it."""
+_CLAIM = b"qconvert %020d\n"
 
 
 class PartialFolder:
     """A hidden sibling of ``out`` that ``publish`` renames to ``out`` and ``discard`` removes.
+
+    A file beside it is locked from before the folder exists until it is gone, and says in it which inode the folder
+    has. So at whatever point a run is killed, the next one can tell what it left behind from what a stranger made.
 
     Attributes:
         out: the folder to appear.
@@ -28,31 +30,43 @@ class PartialFolder:
         """Create the hidden folder; one that a killed run left behind is removed first.
 
         Raises:
-            OutputError: ``out`` exists, or the hidden folder exists and is not ours or in use, or cannot be created.
+            OutputError: ``out`` exists, another run writes it, the hidden folder or the lock exists and is not ours,
+                or the disk refuses.
         """
         self.out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at ``out``
-        self.path = self.out.with_name(f".{self.out.name}.partial")
+        self.path = self.out.parent / f".{self.out.name}.partial"
+        self._lock_path = self.path.with_name(f"{self.path.name}.lock")
         self._lock = -1
-        if os.path.lexists(self.out):
-            raise OutputError(f"{self.out} exists already; choose another output folder or remove it")
-        self._new_parents = [parent for parent in self.out.parents if not parent.exists()]
-        with disk_errors(self.path):
-            try:
-                self._create()
-            except OSError:
-                self._remove_new_parents()
-                raise
+        self._new_parents: list[Path] = []
+        try:
+            with disk_errors(self._lock_path):
+                self._new_parents = [parent for parent in self.out.parents if not parent.exists()]
+                self._acquire()
+            if os.path.lexists(self.out):
+                raise OutputError(f"{self.out} exists already; choose another output folder or remove it")
+            with disk_errors(self.path):
+                self._clear()
+                self.path.mkdir()
+                write_at(self._lock, memoryview(_CLAIM % self.path.stat().st_ino), 0)
+                os.fsync(self._lock)
+        except BaseException:
+            self.discard()
+            raise
 
     def publish(self) -> None:
         """Make the folder visible as ``out``, in one step, and durable.
 
         Raises:
-            OutputError: ``out`` has appeared meanwhile, or the disk refuses.
+            OutputError: ``out`` has appeared meanwhile, the folder or its lock is no longer ours, or the disk refuses.
         """
         if os.path.lexists(self.out):
             raise OutputError(f"{self.out} appeared while it was being written; it is left alone")
         with disk_errors(self.out):
-            (self.path / MARKER).unlink()
+            if not (_lies_at(self._lock, self._lock_path) and self._is_claimed()):
+                raise OutputError(
+                    f"{self.path} or its lock was removed while {self.out} was being written, so others may have "
+                    "written there too; remove what is left of it and convert again"
+                )
             sync_folder(self.path)
             self.path.rename(self.out)
             try:
@@ -60,56 +74,88 @@ class PartialFolder:
             except OSError:
                 self.out.rename(self.path)
                 raise
+        self._new_parents = []
         self._release()
 
     def discard(self) -> None:
         """Remove the folder; without effect after ``publish``."""
-        if self._lock < 0:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._remove_new_parents()
-        self._release()
-
-    def _create(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.path.mkdir()
-        except FileExistsError:
-            self._take_over()
-            self.path.mkdir()
-        try:
-            self._lock = os.open(self.path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
-
-    def _remove_new_parents(self) -> None:
+        if self._lock >= 0:
+            with suppress(OSError, OutputError):
+                if _lies_at(self._lock, self._lock_path):
+                    self._clear()
+            self._release()
         with suppress(OSError):  # somebody else uses them by now
             for parent in self._new_parents:
                 parent.rmdir()
 
-    def _release(self) -> None:
-        os.close(self._lock)
-        self._lock = -1
+    def _acquire(self) -> None:
+        while self._lock < 0:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue  # a run that failed has just removed the parents that it had made
+            try:
+                self._try_lock(fd)
+                if _lies_at(fd, self._lock_path):  # if not, its last owner removed it before we had it
+                    if not _CLAIM.startswith(os.pread(fd, 9, 0)):  # empty if killed before the claim
+                        raise _in_the_way(self._lock_path)
+                    self._lock = fd
+            finally:
+                if self._lock != fd:
+                    os.close(fd)
 
-    def _take_over(self) -> None:
-        marker = self.path / MARKER
-        if not marker.exists() and not self.path.is_symlink() and self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()  # killed before the marker was written
-            return
-        if self.path.is_symlink() or not marker.is_file():
-            raise OutputError(f"{self.path} is in the way and was not made by qconvert; move it away")
-        fd = os.open(marker, os.O_RDWR | os.O_CLOEXEC)
+    def _try_lock(self, fd: int) -> None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(self.path)
         except BlockingIOError:
             raise OutputError(
                 f"another conversion is writing {self.out}; wait for it or choose another folder"
             ) from None
-        finally:
-            os.close(fd)
+        except OSError:
+            if not os.fstat(fd).st_size:
+                self._lock_path.unlink()  # no locks on this filesystem: it is nobody's
+            raise
+
+    def _is_claimed(self) -> bool:
+        """Whether the folder is the one that the lock tells of."""
+        try:
+            return os.pread(self._lock, 64, 0) == _CLAIM % self.path.lstat().st_ino
+        except FileNotFoundError:
+            return False
+
+    def _clear(self) -> None:
+        """Remove our folder, or an empty one: a run may be killed before it has claimed its own."""
+        if self._is_claimed():
+            shutil.rmtree(self.path)
+            return
+        try:
+            self.path.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise _in_the_way(self.path) from None
+
+    def _release(self) -> None:
+        with suppress(OSError):
+            # By the claim the next run knows a folder that could not be removed.
+            if _lies_at(self._lock, self._lock_path) and not self._is_claimed():
+                self._lock_path.unlink()
+        os.close(self._lock)
+        self._lock = -1
+
+
+def _lies_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _in_the_way(path: Path) -> OutputError:
+    return OutputError(f"{path} is in the way and was not made by qconvert; move it away")
 
 
 @contextmanager
@@ -133,3 +179,10 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at byte ``offset`` of a file."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)

@@ -20,7 +20,7 @@ from qconvert.core.errors import OutputError, PlanError, SourceError
 from qconvert.core.plan import Layout
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.io.checkpoint import byte_view
-from qconvert.io.partial_folder import PartialFolder, disk_errors
+from qconvert.io.partial_folder import PartialFolder, disk_errors, write_at
 from qconvert.io.safetensors_header import serialize_header
 from qconvert.io.sink import Bytes, Extra
 from qconvert.io.source_folder import INDEX_FILE, SINGLE_FILE, WEIGHTS_SUFFIX, open_regular, plain_name
@@ -111,7 +111,7 @@ class ShardWriter:
                     raise OutputError(f"{where}: bytes {offset} .. {end} of {name!r} overlap {begun} .. {ended}")
         digest = xxhash.xxh3_128_digest(view)
         with disk_errors(where):
-            _write_at(self._fds[info.shard], view, info.begin + offset)
+            write_at(self._fds[info.shard], view, info.begin + offset)
         with self._guard:
             written.pieces[offset, end] = digest
 
@@ -169,7 +169,7 @@ class ShardWriter:
         with disk_errors(path):
             fd = self._fds[shard] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             os.ftruncate(fd, size)
-            _write_at(fd, memoryview(header), 0)
+            write_at(fd, memoryview(header), 0)
 
     def _check_complete(self) -> None:
         for name, written in self._written.items():
@@ -244,12 +244,6 @@ def _bytes_of(data: Tensor | Bytes, info: TensorInfo, where: Path) -> memoryview
         raise OutputError(f"{where}: {info.name!r} is planned as {info.dtype}, but {data.dtype} was to be written")
     flat = data.detach().contiguous().view(-1)
     return byte_view(flat.view(torch.uint8))
-
-
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
 
 
 def _forget(fd: int) -> None:
