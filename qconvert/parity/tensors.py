@@ -27,6 +27,7 @@ from qconvert.parity.faults import (
     scale_faults,
 )
 from qconvert.parity.identity import find_matches, name_matches
+from qconvert.parity.kept import changed_faults, row_sums
 from qconvert.parity.pairs import pair_sums, pairs
 from qconvert.weights.source import CheckpointWeights
 
@@ -133,7 +134,8 @@ def compare_weights(
             suspects.append(role)
     progress("weights", len(common), len(common))
     causes = list(_explain(original, converted, suspects, causes))
-    complete = len(common) == len(original.stored) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
+    needed = [role for role in original.stored if not (role.kind is Kind.HEAD and _tied(original))]
+    complete = set(needed) <= set(common) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
     tensors.sort(key=lambda one: (_badness(one.sums.sqnr_db), one.name))
     return WeightsComparison(tensors=tuple(tensors), causes=ranked(causes), complete=complete)
 
@@ -184,13 +186,16 @@ def _compare_plain(
     sums, identical, cast, offset = ErrorSums(), True, True, role.kind.value.endswith("norm")
     faults: list[Cause] = []
     dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
-    for w, v in _row_runs(original, converted, role):
+    changed: list[tuple[int, BlockSums]] = []
+    for begin, w, v in _row_runs(original, converted, role):
         same = w.dtype == v.dtype and torch.equal(w.view(torch.uint8), v.view(torch.uint8))
         identical &= same
         dtypes.add((w.dtype, v.dtype))
         cast &= w.dtype != v.dtype and torch.equal(w.to(v.dtype), v)
         wide, narrow = w.to(torch.float32), v.to(torch.float32)
         sums += _same_sums(wide) if same else error_sums(wide, narrow)
+        if not same:
+            changed.append((begin, block_sums(wide, narrow, None)))
         offset &= not same and is_offset_by_one(wide, narrow)
         if not same and not faults and not bool(narrow.isfinite().all()):
             faults.append(not_finite(role, stored.name, narrow))
@@ -205,16 +210,16 @@ def _compare_plain(
             text = "is stored as 1 + w, engines add the 1 themselves"
             faults.append(cause(CauseKind.OFFSET_NORM, role, text, (stored.name,)))
         else:
-            text = f"is not quantized, but its values changed: SQNR {sums.sqnr_db:.1f} dB, cosine {sums.cosine:.4f}"
-            faults.append(cause(CauseKind.CHANGED, role, text, (stored.name,)))
+            rows = row_sums(changed, math.prod(stored.shape[:-1]))
+            faults += changed_faults(role, stored.name, sums, rows, stored.shape)
     comparison = TensorComparison(role=role, name=stored.name, outcome=outcome, scheme=None, sums=sums)
     return comparison, faults
 
 
 def _row_runs(
     original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both tensors as stored, some rows at a time."""
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Both tensors as stored, some rows at a time, with the number of the first."""
     rows = original.stored[role].plain
     if rows is None:
         return
@@ -223,7 +228,7 @@ def _row_runs(
     step = max(1, PIECE_BYTES // (4 * max(width, 1)))
     for begin in range(0, count, step):
         end = min(count, begin + step)
-        yield original.raw(role, begin, end), converted.raw(role, begin, end)
+        yield begin, original.raw(role, begin, end), converted.raw(role, begin, end)
 
 
 def _explain(
@@ -236,7 +241,7 @@ def _explain(
     causes = list(causes)
     guilty = [role for role in suspects if not _innocent(original, converted, role)]
     matches = find_matches(original, converted, guilty)
-    explained = {one.role for one in causes if one.kind is not CauseKind.CHANGED} | matches.keys()
+    explained = {one.role for one in causes if one.severity is Severity.ERROR} | matches.keys()
     unexplained = [role for role in guilty if role not in explained]
     yield from name_matches(matches, converted)
     # a matrix that holds another's numbers has no fault of its own beside that
@@ -246,7 +251,8 @@ def _explain(
     for role in unexplained:
         sums = pair_sums((original, role), (converted, role))
         text = f"SQNR {sums.sqnr_db:.1f} dB and cosine {sums.cosine:.4f}, far below what rounding costs"
-        severity = Severity.WARNING if sums.cosine > 0.9 else Severity.ERROR
+        rounded = converted.scheme(role) is not None
+        severity = Severity.WARNING if rounded and sums.cosine > 0.9 else Severity.ERROR
         yield cause(CauseKind.UNEXPLAINED, role, text, (converted.stored[role].name,), severity=severity)
 
 
@@ -264,7 +270,7 @@ def _absent(original: CheckpointWeights, converted: CheckpointWeights) -> Iterat
             yield cause(CauseKind.CONTRADICTION, problem.role, problem.message, (problem.name,))
         else:
             yield cause(CauseKind.EXTRA, None, problem.message, (problem.name,), where=problem.name)
-    tied = original.config.text.tie_word_embeddings
+    tied = _tied(original)
     for kind, ours, theirs in (
         (CauseKind.MISSING, original, converted),
         (CauseKind.EXTRA, converted, original),
@@ -281,6 +287,10 @@ def _absent(original: CheckpointWeights, converted: CheckpointWeights) -> Iterat
                 listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
                 verb = "missing in the converted checkpoint" if kind is CauseKind.MISSING else "not in the original"
                 yield cause(kind, members[0], f"{verb}: {listed}", names, where=where or None)
+
+
+def _tied(source: CheckpointWeights) -> bool:
+    return source.config.text.tie_word_embeddings
 
 
 def _whole_section(

@@ -79,6 +79,13 @@ def test_no_rounding_is_taken_for_damage(
     assert list(faults(w, v, scheme)) == []
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_columns_that_the_scale_of_a_row_cannot_reach_are_no_damage(scheme: Scheme) -> None:
+    w = weights_of_shape("gaussian", 0)
+    w[:, 100:] *= 1e-7
+    assert list(faults(w, quantize(w, scheme).quantized.dequantize(), scheme)) == []
+
+
 def feedback(w: Tensor, inputs: Tensor, group: int, clip: float) -> Tensor:
     """Column by column to int4, the error of each carried to those that follow: textbook GPTQ in float64."""
     w = w.to(torch.float64).clone()
