@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
-from qconvert.parity.causes import Cause, CauseKind, cause, ranked
+from qconvert.parity.causes import ranked
 from qconvert.parity.limits import Limits
 from qconvert.parity.logits import summarize
 from qconvert.parity.model import ModelComparison, compare_models
 from qconvert.parity.report import ParityReport
+from qconvert.parity.serving import config_causes, serving_causes
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
 from qconvert.parity.windows import choose_windows
 from qconvert.weights.source import CheckpointWeights
-from reference_model.config import TextConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,21 +58,36 @@ def compare(
 
     Raises:
         SourceError: one of the folders is no checkpoint that can be read, or the original contradicts itself.
-        UsageError: the text cannot be read.
+        UsageError: the text cannot be read, or limits on the models are given although they are not to be run.
     """
     options = options or ParityOptions()
+    useless = options.limits.of_model()
+    if useless and not options.run_model:
+        raise UsageError(
+            f"the limits {', '.join(useless)} are on the models, which are not to be run; run them, or drop the limits"
+        )
     with (
         CheckpointWeights.open(original) as ours,
         CheckpointWeights.open(converted, round_to=options.round_to, strict=False) as theirs,
     ):
         weights = compare_weights(ours, theirs, progress)
-        causes = ranked((*_config_causes(ours.config.text, theirs.config.text), *weights.causes))
+        causes = ranked(
+            (
+                *config_causes(ours.config, theirs.config),
+                *serving_causes(ours.checkpoint.path, theirs.checkpoint.path),
+                *weights.causes,
+            )
+        )
         metrics = [*_weight_metrics(weights, options.limits)]
         notes, text, scored = [], "", 0
+        if not metrics:
+            notes.append("Nothing is quantized: there is no SQNR to report" + _unjudged("sqnr_min", options.limits))
         if not options.run_model:
             notes.append("The models were not run.")
         elif not weights.complete:
             notes.append("The models were not run: the converted one is incomplete, see the causes.")
+            if options.limits.of_model():
+                notes.append(f"Not judged: {', '.join(options.limits.of_model())}.")
         else:
             vocabulary = ours.config.text.vocab_size
             windows = choose_windows(
@@ -104,25 +120,8 @@ def compare(
         )
 
 
-_NOT_COMPUTED_WITH = frozenset(
-    {
-        "initializer_range",
-        "router_aux_loss_coef",
-        "eos_token_ids",
-        "max_position_embeddings",
-        "mtp_num_hidden_layers",
-    }
-)
-"""Fields of the configuration that change no logit."""
-
-
-def _config_causes(ours: TextConfig, theirs: TextConfig) -> Iterator[Cause]:
-    for one in fields(TextConfig):
-        before, after = getattr(ours, one.name), getattr(theirs, one.name)
-        if one.name not in _NOT_COMPUTED_WITH and before != after:
-            yield cause(
-                CauseKind.CONFIG, None, f"{one.name} is {after}, the original has {before}", where="config.json"
-            )
+def _unjudged(name: str, limits: Limits) -> str:
+    return f", and the limit {name} does not apply." if name in limits.given() else "."
 
 
 def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metric]:
