@@ -173,7 +173,7 @@ def churn(root: Path, writer: str, barrier: Barrier) -> list[str]:
     chance = random.Random(writer)
     found = []
     barrier.wait(60)
-    while found.count("published") < ROUNDS:
+    while found.count("published") < ROUNDS and len(found) < 50_000:
         try:
             folder = PartialFolder(root / "out")
             fill(folder, writer)
