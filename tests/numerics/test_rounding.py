@@ -13,7 +13,7 @@ from torch import Tensor
 from qconvert.core.errors import DataError, FormatError
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Block, Codebook, Flat, Float, Group, Int, Scheme, int4
-from qconvert.numerics import rounding
+from qconvert.numerics import rounding_compiled, rounding_torch
 from qconvert.numerics.error import sqnr_db
 from qconvert.numerics.rounding import quantize
 from tests.numerics import textbook
@@ -139,7 +139,8 @@ def test_rows_do_not_influence_each_other(scheme: Scheme, w: Tensor, chunk: int)
     tall = {Block: 4}.get(type(scheme.blocking), 1)
     whole = quantize(w, scheme).quantized
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(rounding_torch, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(rounding_compiled, "PIECE_ELEMENTS", chunk)
         assert same(quantize(w, scheme).quantized, whole)
     if str(scheme.blocking) == "tensor":
         return

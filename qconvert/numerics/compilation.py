@@ -1,0 +1,45 @@
+"""How the kernels are compiled: on the first call, to code that is kept on disk and gives the same bits everywhere.
+
+No fast math and no parallel loops: sums keep the order that is written. Division by zero is what IEEE 754 says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pickle import UnpicklingError
+from typing import Any
+
+from numba import njit
+
+Function = Callable[..., Any]
+
+
+def inner(function: Function) -> Function:
+    """Compile a function that only kernels of the same file call; it becomes part of each of them."""
+    return njit(nogil=True, error_model="numpy")(function)
+
+
+class kernel:  # noqa: N801 - a decorator
+    """Compile a function on its first call and keep its machine code on disk, in ``__pycache__`` or the user's cache.
+
+    A cache that cannot be read or written costs the time of compiling, nothing else. Numba names what it keeps after
+    the function and looks at the text of one file: a kernel and all that it calls stand in one file, and each is
+    called with arguments of one type, so that two processes that compile at once write the same.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+        try:
+            self._compiled: Function = njit(nogil=True, error_model="numpy", cache=True)(function)
+        except RuntimeError:  # No folder that can be written.
+            self._compiled = inner(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the kernel; arguments are arrays, numpy scalars and whole numbers."""
+        try:
+            return self._compiled(*arguments)
+        except (OSError, EOFError, ValueError, UnpicklingError):
+            # A kernel raises none of these: the cache is damaged, full or gone.
+            self._compiled = inner(self._function)
+            return self._compiled(*arguments)

@@ -1,0 +1,106 @@
+"""Rounding of one matrix by compiled kernels: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qconvert.core.errors import DataError
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.scheme import Block, Float, Group, Scheme
+from qconvert.numerics import rounding_kernels as kernels
+from qconvert.numerics.rounding_rule import SEARCH_FACTORS, Rounded, Rule, describe_not_finite
+from qconvert.numerics.rounding_torch import quantize_with_torch
+
+PIECE_ELEMENTS = 1 << 18
+"""Elements of a type or layout without a kernel that are widened to float32 at a time."""
+
+
+def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
+    """What ``rounding.quantize`` returns, for a scheme with a kernel and a matrix in a CPU's memory.
+
+    BF16 and float32 are read in place. Beside the result, memory goes to float32 scales and to rows of scratch.
+
+    Raises:
+        DataError: ``w`` holds NaN or infinity.
+        ValueError: the group does not divide K.
+    """
+    rows, cols = w.shape
+    tall, wide = _block_shape(scheme, cols)
+    rule = Rule(scheme=scheme)
+    codes = torch.empty(rows, cols, dtype=rule.code_dtype)
+    scale = torch.empty(scheme.scale_shape(rows, cols), dtype=torch.float32)
+    zero_point = torch.empty((0, 0) if scheme.symmetric else scale.shape, dtype=torch.uint8)
+    sums = np.zeros(2, np.float64)
+    setting = (
+        _grid(scheme),
+        tall,
+        wide,
+        np.float32(rule.steps),
+        *np.array(rule.code_range, np.float32),
+        _stored(rule),
+        np.array(SEARCH_FACTORS if search else SEARCH_FACTORS[:1], np.float32),
+    )
+    for begin, end, kernel, bits in _pieces(w.detach(), tall):
+        first, last = begin // tall, -(-end // tall)
+        to = codes[begin:end].view(torch.uint8).numpy(), scale[first:last].numpy(), zero_point[first:last].numpy()
+        if not kernel(bits, *setting, *to, sums):
+            raise DataError(describe_not_finite(w))
+    if not all(1e-20 < total < 1e30 for total in sums):
+        # Squares left the range of float32, or there is no error at all.
+        return quantize_with_torch(w, scheme, search=search)
+    quantized = QuantizedTensor(
+        codes=codes,
+        scale=scale.to(scheme.scale.dtype.torch_dtype),
+        zero_point=None if scheme.symmetric else zero_point,
+        scheme=scheme,
+        shape=(rows, cols),
+    )
+    return Rounded(quantized=quantized, squared_error=float(sums[0]), signal=float(sums[1]))
+
+
+def _block_shape(scheme: Scheme, cols: int) -> tuple[int, int]:
+    match scheme.blocking:
+        case Group(size=size):
+            if cols % size:
+                raise ValueError(f"groups of {size} do not divide {cols} columns")
+            return 1, size
+        case Block(rows=tall, cols=wide):
+            return tall, wide
+    return 1, cols
+
+
+def _grid(scheme: Scheme) -> int:
+    if isinstance(scheme.grid, Float):
+        return kernels.E4M3
+    return kernels.SYMMETRIC if scheme.symmetric else kernels.ASYMMETRIC
+
+
+def _stored(rule: Rule) -> Any:
+    """The type of stored scales as ``kernels._stored_scales`` wants it: limits, subnormals, mantissa bits dropped."""
+    info = torch.finfo(rule.scheme.scale.dtype.torch_dtype)
+    to_subnormal = info.smallest_normal * info.eps * 2.0**23
+    dropped = 23 + math.log2(info.eps)
+    return np.array([*rule.scale_limits, info.smallest_normal, to_subnormal, dropped], np.float32)
+
+
+def _pieces(w: Tensor, tall: int) -> Iterator[tuple[int, int, Any, Any]]:
+    """Row ranges, each with its kernel and the bits of its numbers."""
+    rows, cols = w.shape
+    in_place = w.is_contiguous() and w.data_ptr() % w.itemsize == 0
+    if in_place and w.dtype == torch.bfloat16:
+        yield 0, rows, kernels.quantize_bf16, w.view(torch.uint16).numpy()
+    elif in_place and w.dtype == torch.float32:
+        yield 0, rows, kernels.quantize_f32, w.view(torch.uint32).numpy()
+    else:
+        # Whole blocks and whole strips, so that sums do not depend on the pieces.
+        step = math.lcm(tall, kernels.STRIP)
+        step *= max(1, PIECE_ELEMENTS // (cols * step))
+        for begin in range(0, rows, step):
+            piece = w[begin : begin + step].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            yield begin, begin + piece.shape[0], kernels.quantize_f32, piece.view(torch.uint32).numpy()
