@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconvert.numerics.packing import pack_int32, unpack_int32
+from qconvert.numerics.packing import pack_int32, pack_with_torch, unpack_int32
 
 
 @st.composite
@@ -44,6 +44,18 @@ def test_first_code_is_in_the_lowest_bits() -> None:
     assert pack_int32(torch.arange(8, dtype=torch.uint8)[None], 4).item() == 0x76543210
     assert pack_int32(torch.tensor([[-8, -7, 0, 0, 0, 0, 0, 6]], dtype=torch.int8), 4).item() == 0xE8888810 - 2**32
     assert pack_int32(torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8), 8).item() == 0x04030201
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 300), st.sampled_from((4, 8)), st.booleans())
+def test_the_kernels_are_the_plain_expression(seed: int, words: int, bits: int, signed: bool) -> None:
+    raw = torch.randint(0, 256, (words * 32 // bits + 1,), generator=torch.Generator().manual_seed(seed))
+    codes = raw.to(torch.uint8)[:-1] if seed % 2 else raw.to(torch.uint8)[1:]
+    plain = pack_with_torch(codes.clone(), bits, 1 << (bits - 1) if signed else 0)
+    packed = pack_int32(codes.view(torch.int8 if signed else torch.uint8)[None], bits)
+    assert torch.equal(packed[0], plain)
+    packed.zero_()
+    assert torch.equal(codes, raw.to(torch.uint8)[:-1] if seed % 2 else raw.to(torch.uint8)[1:])
 
 
 def test_does_not_touch_its_input() -> None:
