@@ -24,8 +24,8 @@ class Taken:
         wall: seconds from before its start until it was reaped.
         cpu: user and system seconds of the process and of the descendants that were waited for.
         peak_rss: bytes; the larger of the kernel's own peak of the largest process and of the sampled sum over the
-            process and its descendants. Pages of mapped files count, in each process that maps them. It is at least what
-            the starting process holds, from which the kernel counts on: start from a small one.
+            process and its descendants. Pages of mapped files count, in each process that maps them. It is at least
+            what the starting process holds, from which the kernel counts on: start from a small one.
         code: exit status; negative is the signal that ended it.
         timed_out: it was killed because it took longer than it was given.
         last_words: the end of what it printed.

@@ -157,8 +157,8 @@ def markdown(table: Sequence[Row], titles: Mapping[str, str]) -> str:
         if lead := gained.get(scheme):
             lines += [
                 "",
-                f"{titles[lead.wall_peer]} takes {lead.wall:.1f} times the wall time and {titles[lead.cpu_peer]} "
-                f"{lead.cpu:.1f} times the CPU seconds of qconvert.",
+                f"Of qconvert's wall time the fastest peer, {titles[lead.wall_peer]}, takes {lead.wall:.1f} times as "
+                f"much; of its CPU seconds the most frugal, {titles[lead.cpu_peer]}, {lead.cpu:.1f} times as many.",
             ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
