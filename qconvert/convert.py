@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconvert.core.errors import PlanError
+import torch
+
+from qconvert import __version__
+from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
 from qconvert.core.plan import Plan
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import ShardWriter
-from qconvert.manifest import MANIFEST_FILE, manifest, manifest_bytes
+from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
 from qconvert.memory import resident_bytes
 from qconvert.plan.builder import build_plan
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
-from qconvert.run import Progress, check_memory, run
+from qconvert.run import CPU, Progress, check_memory, run
 
 DEFAULT_MEMORY = 1 << 30
 """Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
@@ -27,7 +31,7 @@ class Conversion:
     """A finished conversion.
 
     Attributes:
-        record: what `qconvert.json` in the output holds.
+        record: what `manifest.json` in the output says of the whole.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the output's tensors.
     """
@@ -63,9 +67,15 @@ def convert(
     jobs: int = 2,
     max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    fresh: bool = False,
+    algorithm: str = XXH3,
+    device: torch.device = CPU,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
     """Convert ``source`` into the new folder ``out``, which appears whole or not at all.
+
+    A run that was killed, interrupted or stopped by a full disk goes on when it is called again with the same
+    arguments, and gives the bytes of one that was not; ``jobs`` and ``max_memory`` may differ.
 
     Args:
         source: folder with a checkpoint.
@@ -75,31 +85,53 @@ def convert(
         max_memory: bytes that the whole process may hold, what it holds already included; ``None`` lets the
             conversion add ``DEFAULT_MEMORY``.
         shard_bytes: largest output file.
+        fresh: start over instead of going on from what an earlier run left.
+        algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
+        device: where matrices are rounded.
         progress: called with source bytes done and in all.
 
     Raises:
         SourceError, PlanError, FormatError, OutputError, DataError: see ``plan_conversion`` and ``run``.
+        Interrupted: on a ``KeyboardInterrupt`` after which a run can go on.
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
         left = _working_memory(max_memory)
-        with ShardWriter(out, plan.layout) as sink:
-            losses = run(plan, checkpoint, sink, jobs=jobs, memory=left, progress=progress)
-            record: dict[str, Any] = {}
-
-            def write_manifest(hashes: Mapping[str, str]) -> bytes:
-                record.update(manifest(plan, losses, hashes))
-                return manifest_bytes(record)
-
-            sink.finish(
-                {
-                    **{name: source / name for name in plan.side_files},
-                    "config.json": plan.config_bytes,
-                    MANIFEST_FILE: write_manifest,
-                }
-            )
+        check_memory(plan, left)
+        identity = {
+            "qconvert version": __version__,
+            "source": checkpoint.file_hash,
+            "policy": plan.policy_hash,
+            "device": device.type,
+        }
+        with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
+            try:
+                outcomes = run(plan, checkpoint, sink, jobs=jobs, memory=left, device=device, progress=progress)
+                record = summary(plan, outcomes, algorithm=algorithm, config_hash=checkpoint.config_hash)
+                sink.finish(
+                    {
+                        **{name: source / name for name in plan.side_files},
+                        "config.json": plan.config_bytes,
+                        MANIFEST_FILE: lambda hashes: manifest_parts(record, plan, outcomes, hashes),
+                    }
+                )
+            except (PlanError, FormatError, DataError):
+                raise  # the same would happen again: nothing is kept
+            except BaseException as error:
+                if sink.suspend():
+                    _explain(error, out)
+                raise
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)
+
+
+def _explain(error: BaseException, out: Path) -> None:
+    """Raise the error again with how to go on, if it is one for people."""
+    hint = f"What is finished of {out} is kept: the same command goes on from there, with --fresh it starts over."
+    if isinstance(error, KeyboardInterrupt):
+        raise Interrupted(f"Interrupted. {hint}") from error
+    if isinstance(error, QconvertError):
+        raise type(error)(f"{error}\n{hint}") from error
 
 
 def _working_memory(limit: int | None) -> int:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from qconvert.core.errors import DataError, PlanError
 from qconvert.core.plan import Keep, Plan, Quantize, Slice, Step
+from qconvert.core.tensor_info import TensorInfo
 from qconvert.encode import encode
 from qconvert.formats.table import format_named
-from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.checkpoint import Checkpoint, byte_view
+from qconvert.io.hashing import Hash, new_hash
+from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
+from qconvert.numerics.finite import all_finite
 from qconvert.plan.row_blocks import row_blocks
+
+CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]
 
@@ -30,6 +37,30 @@ class Loss:
     signal: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What is known of a finished step.
+
+    Attributes:
+        source_hash: hash of the source bytes that it read, by the sink's algorithm.
+        loss: of a rounded matrix; ``None`` for a copy.
+    """
+
+    source_hash: str
+    loss: Loss | None
+
+    def note(self) -> dict[str, Any]:
+        """As plain JSON, every digit kept."""
+        note: dict[str, Any] = {"source": self.source_hash}
+        return note if self.loss is None else {**note, "loss": [self.loss.squared_error, self.loss.signal]}
+
+    @classmethod
+    def of_note(cls, note: Mapping[str, Any]) -> Outcome:
+        """The inverse of ``note``."""
+        loss = note.get("loss")
+        return cls(source_hash=note["source"], loss=loss and Loss(squared_error=loss[0], signal=loss[1]))
+
+
 def run(
     plan: Plan,
     source: Checkpoint,
@@ -37,20 +68,24 @@ def run(
     *,
     jobs: int = 2,
     memory: int | None = None,
+    device: torch.device = CPU,
     progress: Progress = lambda done, total: None,
-) -> dict[str, Loss]:
-    """Write every tensor of ``plan`` into ``sink``; the bytes do not depend on ``jobs`` or on the order of steps.
+) -> dict[str, Outcome]:
+    """Write every tensor of ``plan`` into ``sink`` that an earlier run has not finished.
+
+    The bytes do not depend on ``jobs``, on the order of steps or on interruptions.
 
     Args:
         plan: what to do.
         source: the checkpoint that the plan was made for.
-        sink: takes the bytes; finishing or aborting it is the caller's.
+        sink: takes the bytes; finishing, suspending or aborting it is the caller's.
         jobs: steps that run at once.
         memory: bytes that the running steps may hold together by the plan's prediction; ``None`` is no limit.
+        device: where matrices are rounded.
         progress: called with source bytes done and in all.
 
     Returns:
-        The loss of every rounded matrix by module name.
+        What is known of every step, by its key.
 
     Raises:
         PlanError: a step needs more than ``memory``.
@@ -61,35 +96,38 @@ def run(
     if memory is not None:
         check_memory(plan, memory)
     budget = _Budget(memory)
-    total = sum(_bytes(source, part) for step in plan.steps for part in step.inputs)
-    losses: dict[str, Loss] = {}
-    done = 0
+    total = sum(_bytes(source, step) for step in plan.steps)
+    outcomes = {step.key: Outcome.of_note(sink.finished[step.key]) for step in plan.steps if step.key in sink.finished}
+    left = [step for step in plan.steps if step.key not in outcomes]
+    done = total - sum(_bytes(source, step) for step in left)
+    progress(done, total)
     lock = threading.Lock()
     stop = threading.Event()
+    worker = threading.local()
 
     def work(step: Step) -> None:
         nonlocal done
-        with budget.holding(step.peak_bytes):
-            if stop.is_set():
-                return
-            loss = execute(step, source, sink)
+        with budget.holding(step.peak_bytes, stop):
+            if not hasattr(worker, "reader"):
+                worker.reader = _Reader(source, stop)
+            outcome = execute(step, worker.reader, sink, device)
         with lock:
-            done += sum(_bytes(source, part) for part in step.inputs)
-            if isinstance(step.action, Quantize) and loss is not None:
-                losses[step.action.module] = loss
+            done += _bytes(source, step)
+            outcomes[step.key] = outcome
             progress(done, total)
 
     with _one_thread_a_step(), ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
-        futures = [pool.submit(work, step) for step in plan.steps]
+        futures = [pool.submit(work, step) for step in left]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
+            budget.wake()
             pool.shutdown(wait=True, cancel_futures=True)
-        for future in finished:
-            if not future.cancelled():
-                future.result()
-    return losses
+        for failure in (future.exception() for future in finished if not future.cancelled()):
+            if failure is not None and not isinstance(failure, _StoppedError):
+                raise failure
+    return outcomes
 
 
 def check_memory(plan: Plan, memory: int) -> None:
@@ -106,54 +144,87 @@ def check_memory(plan: Plan, memory: int) -> None:
         )
 
 
-def execute(step: Step, source: Checkpoint, sink: Sink) -> Loss | None:
-    """Carry one step out; returns the loss of a rounded matrix, ``None`` for a copy."""
+def execute(step: Step, read: _Reader, sink: Sink, device: torch.device) -> Outcome:
+    """Carry one step out."""
+    part = step.inputs[0]
+    source_hash = new_hash(sink.algorithm)
     match step.action:
         case Keep(name=name):
-            _keep(step.inputs[0], name, source, sink)
-            return None
+            loss, pieces = None, [_keep(part, name, read, sink, source_hash)]
         case Quantize() as action:
-            return _quantize(step.inputs[0], action, source, sink)
+            loss, pieces = _quantize(part, action, read, sink, source_hash, device)
+    outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss)
+    sink.commit(step.key, pieces, outcome.note())
+    return outcome
 
 
-def _keep(part: Slice, name: str, source: Checkpoint, sink: Sink) -> None:
-    info = source.tensors[part.tensor]
-    offset = 0
+def _keep(part: Slice, name: str, read: _Reader, sink: Sink, source_hash: Hash) -> Piece:
+    info = read.info(part)
+    piece = sink.piece(name)
     for begin, end in row_blocks(part.end - part.begin, info.row_width, 1):
-        rows = source.read(part.tensor, part.begin + begin, part.begin + end)
-        if rows.is_floating_point() and not torch.isfinite(rows).all():
+        rows = read(part, begin, end, source_hash)
+        if not all_finite(rows):
             raise DataError(f"{info.shard}: {part.tensor} has NaN or infinite values")
-        sink.write(name, rows, offset)
-        offset += rows.nbytes
+        piece.append(rows)
+    return piece
 
 
-def _quantize(part: Slice, action: Quantize, source: Checkpoint, sink: Sink) -> Loss:
-    info = source.tensors[part.tensor]
+def _quantize(
+    part: Slice, action: Quantize, read: _Reader, sink: Sink, source_hash: Hash, device: torch.device
+) -> tuple[Loss, list[Piece]]:
+    info = read.info(part)
     shape = (part.end - part.begin, info.shape[-1])
     form = format_named(action.format)
-    specs = {spec.suffix: spec for spec in form.parts(action.scheme, shape)}
+    specs = form.parts(action.scheme, shape)
+    pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
     for begin, end in row_blocks(*shape, form.row_block(action.scheme)):
-        rows = source.read(part.tensor, part.begin + begin, part.begin + end)
+        rows = read(part, begin, end, source_hash).to(device)
         try:
             encoded = encode(rows, action, shape)
         except DataError as error:
             raise DataError(f"{info.shard}: {part.tensor}, for {action.module}: {error}") from None
-        for suffix, tensor in encoded.parts.items():
-            spec = specs[suffix]
-            if spec.rows_per_row:
-                offset = spec.rows_of(begin, end)[0] * prod(spec.shape[1:]) * spec.dtype.itemsize
-                sink.write(f"{action.module}.{suffix}", tensor, offset)
-            elif begin == 0:
-                sink.write(f"{action.module}.{suffix}", tensor)
+        for spec in specs:
+            if spec.rows_per_row or begin == 0:
+                pieces[spec.suffix].append(encoded.parts[spec.suffix].cpu())
         squared_error += encoded.squared_error
         signal += encoded.signal
-    return Loss(squared_error=squared_error, signal=signal)
+    return Loss(squared_error=squared_error, signal=signal), list(pieces.values())
 
 
-def _bytes(source: Checkpoint, part: Slice) -> int:
-    info = source.tensors[part.tensor]
-    return (part.end - part.begin) * info.row_width * info.dtype.itemsize
+def _bytes(source: Checkpoint, step: Step) -> int:
+    return sum((part.end - part.begin) * source.tensors[part.tensor].row_bytes for part in step.inputs)
+
+
+class _StoppedError(Exception):
+    """Another step has failed, or the run is interrupted."""
+
+
+class _Reader:
+    """Reads rows for one thread at a time into memory that it uses again."""
+
+    def __init__(self, source: Checkpoint, stop: threading.Event) -> None:
+        self._source = source
+        self._stop = stop
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def info(self, part: Slice) -> TensorInfo:
+        return self._source.tensors[part.tensor]
+
+    def __call__(self, part: Slice, begin: int, end: int, into: Hash) -> Tensor:
+        """Rows ``begin`` to ``end`` of a part, valid until the next call; their bytes go into the hash.
+
+        Raises:
+            _StoppedError: the run has ended.
+        """
+        if self._stop.is_set():
+            raise _StoppedError
+        needed = (end - begin) * self.info(part).row_bytes
+        if self._buffer.numel() < needed:
+            self._buffer = torch.empty(needed, dtype=torch.uint8)
+        rows = self._source.read(part.tensor, part.begin + begin, part.begin + end, buffer=self._buffer)
+        into.update(byte_view(self._buffer[:needed]))
+        return rows
 
 
 class _Budget:
@@ -165,11 +236,11 @@ class _Budget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def holding(self, amount: int) -> Iterator[None]:
+    def holding(self, amount: int, stop: threading.Event) -> Iterator[None]:
         with self._changed:
             if self._limit is not None:
                 limit = self._limit
-                self._changed.wait_for(lambda: self._held + amount <= limit)
+                self._changed.wait_for(lambda: self._held + amount <= limit or stop.is_set())
             self._held += amount
         try:
             yield
@@ -177,6 +248,11 @@ class _Budget:
             with self._changed:
                 self._held -= amount
                 self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Let steps that wait see that the run has ended."""
+        with self._changed:
+            self._changed.notify_all()
 
 
 @contextmanager

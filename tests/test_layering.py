@@ -32,9 +32,12 @@ ALLOWED: dict[str, set[str]] = {
         "reference_model.config",
     },
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
-    "qconvert.run": {"qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats"},
+    "qconvert.run": {
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
+        "qconvert.numerics.finite",
+    },
     "qconvert.memory": set(),
-    "qconvert.manifest": {"qconvert.core", "qconvert.run"},
+    "qconvert.manifest": {"qconvert.core", "qconvert.io.hashing", "qconvert.run"},
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
     },
@@ -45,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"qconvert.core", "qconvert.numerics", "qconvert.weights", "reference_model"},
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
-        "qconvert.weights", "reference_model",
+        "qconvert.weights", "qconvert.memory", "reference_model",
     },
     "qconvert.cli": {"qconvert", "reference_model", "calibration"},
     "qconvert": set(),

@@ -80,7 +80,7 @@ def family(path: str) -> str:
 def fail(error: BaseException) -> int:
     """Print one clear error and return the exit code for it."""
     if isinstance(error, KeyboardInterrupt):
-        _err.print("\nInterrupted: the output folder did not appear.")
+        _err.print(f"\n{error}" if str(error) else "\nInterrupted: no output has appeared.", soft_wrap=True)
         return INTERRUPTED
     if isinstance(error, QconvertError):
         _complain(str(error))

@@ -93,12 +93,12 @@ def _make_room(target: Path) -> None:
     if not target.exists():
         return
     with Checkpoint.open(CHECKPOINT) as checkpoint:
-        of_the_demo = checkpoint.header_hash
+        of_the_demo = checkpoint.config_hash
     try:
         record = json_module.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}
-    if not isinstance(record, dict) or record.get("source_hash") != of_the_demo:
+    if not isinstance(record, dict) or record.get("config_hash") != of_the_demo:
         raise OutputError(f"{target} exists and is no output of an earlier demo: choose another --out")
     try:
         shutil.rmtree(target)

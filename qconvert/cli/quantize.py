@@ -37,13 +37,17 @@ def quantize(
         os.cpu_count() or 1, 8
     ),
     max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of going on from what an earlier run left.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
     json: Json = False,
 ) -> None:
     """Round a checkpoint to int4, int8 or fp8, tensor by tensor.
 
     Routed experts are rounded; everything else is carried bit for bit unless a policy says otherwise. Every tensor
-    has a decision with a reason: see it with --dry-run.
+    has a decision with a reason: see it with --dry-run. A run that was killed, interrupted or stopped by a full disk
+    goes on when the same command is given again.
 
     Examples:
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --scheme int4 --group 128
@@ -68,19 +72,19 @@ def quantize(
             else:
                 _show_plan(plan)
             return 0
-        _convert(folder, out, rules, jobs, limit, shard_bytes, json=json)
+        _convert(folder, out, rules, jobs, limit, shard_bytes, fresh=fresh, json=json)
         return 0
 
     raise typer.Exit(console.guarded(call))
 
 
 def _convert(
-    source: Path, out: Path, policy: Policy, jobs: int, limit: int, shard_bytes: int, *, json: bool
+    source: Path, out: Path, policy: Policy, jobs: int, limit: int, shard_bytes: int, *, fresh: bool, json: bool
 ) -> Conversion:
     start = time.perf_counter()
     with console.progress(in_bytes=True, quiet=json) as advance:
         done = convert(
-            source, out, policy, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
+            source, out, policy, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
             progress=lambda now, total: advance("rounding", now, total),
         )  # fmt: skip
     seconds = time.perf_counter() - start

@@ -46,3 +46,7 @@ class FormatError(QconvertError):
     """A scheme that a format cannot store, or stored parts that contradict each other."""
 
     exit_code = 4
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody ended the program; the message says how to go on."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from qconvert.core.dtypes import DType
 from qconvert.core.role import TensorRole
 from qconvert.core.scheme import Scheme
@@ -77,6 +79,11 @@ class Step:
     outputs: tuple[str, ...]
     peak_bytes: int
 
+    @property
+    def key(self) -> str:
+        """What journals call the step."""
+        return self.outputs[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -93,6 +100,14 @@ class Layout:
         for info in self.tensors:
             files.setdefault(info.shard, []).append(info)
         return {name: tuple(infos) for name, infos in files.items()}
+
+    @property
+    def hash(self) -> str:
+        """xxh3-128 of every tensor's name, type, shape and place."""
+        digest = xxhash.xxh3_128()
+        for info in self.tensors:
+            digest.update(f"{info.name}\0{info.dtype}\0{info.shape}\0{info.shard}\0{info.begin}\n".encode())
+        return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:

@@ -37,6 +37,11 @@ class TensorInfo:
         return self.shape[-1] if len(self.shape) > 1 else 1
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.row_width * self.dtype.itemsize
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)

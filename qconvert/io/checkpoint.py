@@ -39,7 +39,9 @@ class Checkpoint:
         tensors: name -> place, by shard and offset.
         side_files: what comes along unchanged; subfolders never do.
         left_out: name -> reason of the files that do not come along.
+        config_hash: xxh3-128 of ``config.json``.
         header_hash: xxh3-128 over ``config.json``, every shard's name, size and header.
+        file_hash: the same with every shard's time of modification: a cheap sign that the weights are the same.
     """
 
     path: Path
@@ -47,7 +49,9 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     side_files: tuple[SideFile, ...]
     left_out: Mapping[str, str]
+    config_hash: str
     header_hash: str
+    file_hash: str
 
     def __init__(self, path: Path) -> None:
         """Prefer ``Checkpoint.open``; whoever calls this closes it."""
@@ -58,11 +62,14 @@ class Checkpoint:
         self.left_out = MappingProxyType(folder.left_out)
         config_bytes = read_whole(path / CONFIG_FILE)
         self.config = parse_object(config_bytes, str(path / CONFIG_FILE))
+        self.config_hash = xxhash.xxh3_128_hexdigest(config_bytes)
         digest = xxhash.xxh3_128(_framed(config_bytes))
+        times = xxhash.xxh3_128()
         tensors: dict[str, TensorInfo] = {}
         try:
             for shard in folder.shards:
                 header, raw, size = self._open_shard(shard)
+                times.update(_framed(str(os.fstat(self._fds[shard]).st_mtime_ns).encode()))
                 digest.update(_framed(shard.encode()) + size.to_bytes(8, "little") + _framed(raw))
                 for info in header.tensors:
                     if info.name in tensors:
@@ -75,6 +82,8 @@ class Checkpoint:
             raise
         self.tensors = MappingProxyType(tensors)
         self.header_hash = digest.hexdigest()
+        digest.update(times.digest())
+        self.file_hash = digest.hexdigest()
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:

@@ -6,32 +6,36 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from qconvert.core.errors import OutputError
+from qconvert.io.disk import disk_errors, sync_folder, write_at
+from qconvert.io.journal import Journal
 
 _CLAIM = b"qconvert %020d\n"
+_CLAIM_BYTES = len(_CLAIM % 0)
 
 
 class PartialFolder:
-    """A hidden sibling of ``out`` that ``publish`` renames to ``out`` and ``discard`` removes.
+    """A hidden sibling of ``out`` that ``publish`` renames to ``out``, ``discard`` removes and ``leave`` keeps.
 
     A file beside it is locked from before the folder exists until it is gone, and says in it which inode the folder
     has. So at whatever point a run is killed, the next one can tell what it left behind from what a stranger made.
+    What follows in that file is the journal of the run.
 
     Attributes:
         out: the folder to appear.
         path: where files are written until then, on the same filesystem.
+        left_behind: whether an earlier run left the folder; it may be used as it is, or removed by ``start``.
+        journal: what earlier runs and this one have finished in it.
     """
 
     def __init__(self, out: Path) -> None:
-        """Create the hidden folder; one that a killed run left behind is removed first.
+        """Take the lock; the hidden folder is not touched.
 
         Raises:
-            OutputError: ``out`` exists, another run writes it, the hidden folder or the lock exists and is not ours,
-                or the disk refuses.
+            OutputError: ``out`` exists, another run writes it, the lock is not ours, or the disk refuses.
         """
         self.out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at ``out``
         self.path = self.out.parent / f".{self.out.name}.partial"
@@ -42,16 +46,33 @@ class PartialFolder:
             with disk_errors(self._lock_path):
                 self._new_parents = [parent for parent in self.out.parents if not parent.exists()]
                 self._acquire()
+                self.journal = Journal(self._lock, _CLAIM_BYTES)
+                self.left_behind = self._is_claimed()
             if os.path.lexists(self.out):
                 raise OutputError(f"{self.out} exists already; choose another output folder or remove it")
+        except BaseException:
+            self._give_back()
+            raise
+
+    def start(self) -> None:
+        """Create the hidden folder, empty and with an empty journal; what an earlier run left is removed.
+
+        Raises:
+            OutputError: a folder that is not ours is in the way, or the disk refuses.
+        """
+        try:
             with disk_errors(self.path):
                 self._clear()
+                os.ftruncate(self._lock, 0)
+                os.fsync(self._lock)  # before there is a folder that old lines could be taken to tell of
                 self.path.mkdir()
                 write_at(self._lock, memoryview(_CLAIM % self.path.stat().st_ino), 0)
                 os.fsync(self._lock)
+                sync_folder(self.path.parent)
         except BaseException:
             self.discard()
             raise
+        self.left_behind = False
 
     def publish(self) -> None:
         """Make the folder visible as ``out``, in one step, and durable.
@@ -88,6 +109,27 @@ class PartialFolder:
             for parent in self._new_parents:
                 parent.rmdir()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the folder is still ours: neither published nor removed nor left."""
+        return self._lock >= 0
+
+    def leave(self) -> None:
+        """Give the lock back and keep the folder for a run that goes on; without effect after ``publish``."""
+        if self._lock >= 0:
+            self._release()
+
+    def _give_back(self) -> None:
+        """Leave what an earlier run has finished, remove all else."""
+        finished = False
+        if self._lock >= 0:
+            with suppress(OSError):
+                finished = self._is_claimed() and bool(Journal(self._lock, _CLAIM_BYTES).read())
+        if finished:
+            self.leave()
+        else:
+            self.discard()
+
     def _acquire(self) -> None:
         while self._lock < 0:
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +162,7 @@ class PartialFolder:
     def _is_claimed(self) -> bool:
         """Whether the folder is the one that the lock tells of."""
         try:
-            return os.pread(self._lock, 64, 0) == _CLAIM % self.path.lstat().st_ino
+            return os.pread(self._lock, _CLAIM_BYTES, 0) == _CLAIM % self.path.lstat().st_ino
         except FileNotFoundError:
             return False
 
@@ -156,33 +198,3 @@ def _lies_at(fd: int, path: Path) -> bool:
 
 def _in_the_way(path: Path) -> OutputError:
     return OutputError(f"{path} is in the way and was not made by qconvert; move it away")
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a refusal of the operating system into an ``OutputError`` that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"disk full while writing {path}; free some space or choose another disk") from error
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make the entries of a folder durable, where its filesystem can."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
-
-
-def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data`` at byte ``offset`` of a file."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

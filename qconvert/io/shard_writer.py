@@ -6,23 +6,23 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
-import torch
-import xxhash
-from torch import Tensor
-
 from qconvert.core.errors import OutputError, PlanError, SourceError
 from qconvert.core.plan import Layout
 from qconvert.core.tensor_info import TensorInfo
-from qconvert.io.checkpoint import byte_view
-from qconvert.io.partial_folder import PartialFolder, disk_errors, write_at
+from qconvert.io.committer import Committer, Finished, Written
+from qconvert.io.disk import disk_errors, sync_folder, write_at
+from qconvert.io.hashing import XXH3, new_hash
+from qconvert.io.partial_folder import PartialFolder
+from qconvert.io.piece import Piece
+from qconvert.io.read_back import ReadBack, hash_range
+from qconvert.io.resume import Identity, begin_line, keep, steps_to_keep
 from qconvert.io.safetensors_header import serialize_header
-from qconvert.io.sink import Bytes, Extra
+from qconvert.io.sink import Extra, Note
 from qconvert.io.source_folder import INDEX_FILE, SINGLE_FILE, WEIGHTS_SUFFIX, open_regular, plain_name
 
 PYTORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
@@ -31,52 +31,75 @@ PYTORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 _READ_BYTES = 8 << 20
 
 
-@dataclass(slots=True)
-class _Written:
-    """Pieces of one tensor that are on disk: (begin, end) -> xxh3-128."""
-
-    info: TensorInfo
-    pieces: dict[tuple[int, int], bytes] = field(default_factory=dict)
-
-
 class ShardWriter:
     """A ``Sink`` of safetensors files in a folder that appears when all of it is written and read back.
 
-    Used as a context manager it removes what it wrote unless ``finish`` was reached. Join the threads that write
-    before leaving.
+    Used as a context manager it removes what it wrote unless ``finish`` or ``suspend`` was reached. Join the threads
+    that write before leaving.
+
+    Attributes:
+        algorithm: hash of the tensors.
+        finished: notes of the steps that an earlier run has finished.
     """
 
-    def __init__(self, out: Path, layout: Layout, metadata: Mapping[str, str] = PYTORCH_METADATA) -> None:
-        """Create every file at its full size with its header.
+    algorithm: str
+    finished: Mapping[str, Note]
+
+    def __init__(
+        self,
+        out: Path,
+        layout: Layout,
+        *,
+        identity: Identity = MappingProxyType({}),
+        fresh: bool = False,
+        algorithm: str = XXH3,
+        metadata: Mapping[str, str] = PYTORCH_METADATA,
+    ) -> None:
+        """Create every file at its full size with its header, or go on with what an earlier run left.
+
+        Args:
+            out: folder to appear.
+            layout: every tensor of every file.
+            identity: what an earlier run must have had in common with this one, besides layout and algorithm.
+            fresh: remove what an earlier run left instead of going on.
+            algorithm: hash of the tensors.
+            metadata: of every file's header.
 
         Raises:
             PlanError: the layout has holes, overlaps, a name twice, or a file name that is not plain.
-            OutputError: ``out`` exists, or the disk refuses or has less room than the layout needs.
+            OutputError: ``out`` exists, an earlier run left something else, or the disk refuses or has less room than
+                the layout needs.
         """
         files = layout.by_file()
         headers = {shard: serialize_header(infos, metadata) for shard, infos in files.items()}
-        for shard, infos in files.items():
-            if infos[0].begin != len(headers[shard]):
-                raise PlanError(
-                    f"{shard}: its first tensor is planned at byte {infos[0].begin}, "
-                    f"but its header ends at {len(headers[shard])}"
-                )
-        self._written = {info.name: _Written(info) for info in layout.tensors}
-        if len(self._written) != len(layout.tensors):
-            raise PlanError("the output layout names a tensor twice")
-        bad = next((shard for shard in files if not plain_name(shard) or not shard.endswith(WEIGHTS_SUFFIX)), None)
-        if bad is not None:
-            raise PlanError(f"the output layout has a file {bad!r}; expected a plain name ending in {WEIGHTS_SUFFIX}")
+        _check_layout(layout, headers)
         self._files = files
+        self._tensors = {info.name: info for info in layout.tensors}
+        self.algorithm = algorithm
         self._guard = threading.Lock()
+        self._pieces: dict[str, list[Written]] = {}
         self._fds: dict[str, int] = {}
+        self._background: tuple[Committer, ReadBack] | None = None
         self._folder = PartialFolder(out)
         try:
-            self._check_room(layout.nbytes + sum(map(len, headers.values())))
-            for shard, raw in headers.items():
-                self._create(shard, raw, files[shard][-1].end)
+            identity = {**identity, "output layout": layout.hash, "hash": algorithm}
+            steps = {} if fresh else steps_to_keep(self._folder, identity)
+            if not steps:
+                self._folder.start()
+            for step in steps.values():
+                self._add_step(step)
+            self.finished = MappingProxyType({key: step.note for key, step in steps.items()})
+            self._create_files(headers)
+            if not steps:
+                with disk_errors(self.path):
+                    self._folder.journal.append([begin_line(identity)])
+            read_back = ReadBack(self._place, algorithm)
+            committer = Committer(self.path, self._fds, self._folder.journal, read_back.expect)
+            self._background = committer, read_back
+            for step in steps.values():
+                read_back.expect(step)
         except BaseException:
-            self.abort()
+            self.suspend()
             raise
 
     @property
@@ -84,67 +107,59 @@ class ShardWriter:
         """The hidden folder that is written to."""
         return self._folder.path
 
-    def write(self, name: str, data: Tensor | Bytes, offset: int = 0) -> None:
-        """Put ``data`` at byte ``offset`` of tensor ``name``; any order, any thread.
-
-        A tensor must have the element type of the layout and is written as it lies in row-major order. The same
-        piece may be written again; pieces that overlap otherwise may not.
-
-        Raises:
-            OutputError: unknown tensor, another element type, bytes outside the tensor or over another piece, or
-                the disk refuses.
-        """
-        written = self._written.get(name)
-        if written is None:
+    def piece(self, name: str, begin: int = 0, end: int | None = None) -> Piece:
+        """Bytes ``begin`` to ``end`` of tensor ``name``, by default all; see ``Sink``."""
+        info = self._tensors.get(name)
+        if info is None:
             raise OutputError(f"{self._folder.out}: {name!r} is not in the plan's layout")
-        info = written.info
         where = self._folder.out / info.shard
-        view = _bytes_of(data, info, where)
-        end = offset + len(view)
-        if offset < 0 or end > info.nbytes:
-            raise OutputError(f"{where}: bytes {offset} .. {end} do not fit into {name!r}, which has {info.nbytes}")
-        if not view:
-            return
+        last = info.nbytes if end is None else end
+        if not 0 <= begin <= last <= info.nbytes:
+            raise OutputError(f"{where}: bytes {begin} .. {last} do not fit into {name!r}, which has {info.nbytes}")
+        return Piece(info, begin, last, self.algorithm, self._put, where)
+
+    def commit(self, key: str, pieces: Iterable[Piece], note: Note = MappingProxyType({})) -> None:
+        """Say that a step is done; see ``Sink``."""
+        step = Finished(
+            key, tuple(Written(key, piece.info.name, piece.begin, piece.end, piece.digest()) for piece in pieces), note
+        )
         with self._guard:
-            for begun, ended in written.pieces:
-                if begun < end and offset < ended and (begun, ended) != (offset, end):
-                    raise OutputError(f"{where}: bytes {offset} .. {end} of {name!r} overlap {begun} .. {ended}")
-        digest = xxhash.xxh3_128_digest(view)
-        with disk_errors(where):
-            write_at(self._fds[info.shard], view, info.begin + offset)
-        with self._guard:
-            written.pieces[offset, end] = digest
+            self._add_step(step)
+        self._running()[0].commit(step)
 
     def finish(self, extra: Extra = MappingProxyType({})) -> dict[str, str]:
-        """Check completeness, make the files durable, read every byte back, add ``extra`` and the index, publish.
-
-        Returns:
-            xxh3-128 of every tensor's bytes as read back.
+        """Wait until all is durable and has been read back, add ``extra`` and the index, publish.
 
         Raises:
             OutputError: a tensor is incomplete or reads back differently, a name of ``extra`` is taken or not plain,
-                or the disk refuses. Nothing is left behind.
+                or the disk refuses. Nothing has appeared then.
             SourceError: a file to copy cannot be read.
         """
-        try:
-            self._check_complete()
-            for shard, fd in self._fds.items():
-                with disk_errors(self._folder.out / shard):
-                    os.fsync(fd)
-                    _forget(fd)
-            hashes = {name: self._read_back(written) for name, written in self._written.items()}
-            self._close()
-            for name, content in chain(self._index().items(), extra.items()):
-                self._add(name, content(hashes) if callable(content) else content)
-            self._folder.publish()
-        except BaseException:
-            self.abort()
-            raise
+        self._check_complete()
+        committer, read_back = self._running()
+        committer.flush()
+        read_back.join()
+        hashes = {name: self._hash(info) for name, info in self._tensors.items()}
+        self._stop()
+        added: set[str] = set()
+        for name, content in chain(self._index().items(), extra.items()):
+            if not plain_name(name) or name in added or name in self._files:
+                raise OutputError(f"{self._folder.out}: cannot add a file {name!r}: its name is taken or not plain")
+            added.add(name)
+            self._add(name, content(hashes) if callable(content) else content)
+        self._folder.publish()
         return hashes
 
+    def suspend(self) -> bool:
+        """Keep what is durable for a run that goes on, or remove it where that is nothing; whether it is kept.
+
+        Steps that read back differently are not kept. Without effect after ``finish``.
+        """
+        return keep(self._folder, self._stop())
+
     def abort(self) -> None:
-        """Remove everything that was written; without effect after ``finish``."""
-        self._close()
+        """Remove everything that was written; without effect after ``finish`` and ``suspend``."""
+        self._stop()
         self._folder.discard()
 
     def __enter__(self) -> ShardWriter:
@@ -155,101 +170,130 @@ class ShardWriter:
     ) -> None:
         self.abort()
 
-    def _check_room(self, needed: int) -> None:
+    def _create_files(self, headers: Mapping[str, bytes]) -> None:
+        """Every file at its full size with its header; what is there already stays, and nothing else does."""
+        sizes = {shard: infos[-1].end for shard, infos in self._files.items()}
         with disk_errors(self.path):
+            there = {entry.name: entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(self.path)}
+            for name in there.keys() - sizes.keys():
+                (self.path / name).unlink()
             free = shutil.disk_usage(self.path).free
+        needed = sum(max(0, size - there.get(shard, 0)) for shard, size in sizes.items())
         if needed > free:
             raise OutputError(
                 f"disk full: {self._folder.out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
                 "free some space or choose another disk"
             )
+        for shard, header in headers.items():
+            path = self.path / shard
+            with disk_errors(path):
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = self._fds[shard] = os.open(path, flags, 0o644)
+                os.ftruncate(fd, sizes[shard])
+                write_at(fd, memoryview(header), 0)
+        with disk_errors(self.path):
+            sync_folder(self.path)
 
-    def _create(self, shard: str, header: bytes, size: int) -> None:
-        path = self.path / shard
-        with disk_errors(path):
-            fd = self._fds[shard] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            os.ftruncate(fd, size)
-            write_at(fd, memoryview(header), 0)
+    def _put(self, info: TensorInfo, data: memoryview, offset: int) -> None:
+        with disk_errors(self.path / info.shard):
+            write_at(self._fds[info.shard], data, info.begin + offset)
+        self._running()[0].wrote(info.shard, len(data))
+
+    def _place(self, name: str) -> tuple[int, TensorInfo, Path]:
+        info = self._tensors[name]
+        return self._fds[info.shard], info, self.path / info.shard
+
+    def _add_step(self, step: Finished) -> None:
+        for piece in step.pieces:
+            others = self._pieces.setdefault(piece.name, [])
+            for other in others:
+                if other.begin < piece.end and piece.begin < other.end:
+                    raise OutputError(
+                        f"{self._folder.out}: bytes {piece.begin} .. {piece.end} of {piece.name!r} overlap "
+                        f"{other.begin} .. {other.end}"
+                    )
+            others.append(piece)
 
     def _check_complete(self) -> None:
-        for name, written in self._written.items():
+        for name, info in self._tensors.items():
             position = 0
-            for begin, end in sorted(written.pieces):
-                if begin != position:
+            for piece in sorted(self._pieces.get(name, ()), key=lambda piece: piece.begin):
+                if piece.begin != position:
                     break
-                position = end
-            if position != written.info.nbytes:
+                position = piece.end
+            if position != info.nbytes:
                 raise OutputError(
-                    f"{self._folder.out / written.info.shard}: {name!r} is incomplete, "
-                    f"{position} of {written.info.nbytes} bytes were written without a gap"
+                    f"{self._folder.out / info.shard}: {name!r} is incomplete, "
+                    f"{position} of {info.nbytes} bytes were written without a gap"
                 )
 
-    def _read_back(self, written: _Written) -> str:
-        info = written.info
-        where = self._folder.out / info.shard
-        whole = xxhash.xxh3_128()
-        buffer = bytearray(min(_READ_BYTES, info.nbytes))
-        for (begin, end), expected in sorted(written.pieces.items()):
-            piece = xxhash.xxh3_128()
-            for position in range(begin, end, _READ_BYTES):
-                part = memoryview(buffer)[: min(_READ_BYTES, end - position)]
-                with disk_errors(where):
-                    count = os.preadv(self._fds[info.shard], [part], info.begin + position)
-                piece.update(part[:count])
-                whole.update(part[:count])
-            if piece.digest() != expected:
-                raise OutputError(
-                    f"{where}: bytes {begin} .. {end} of {info.name!r} read back differently from what was written; "
-                    "the disk is failing or somebody else writes to it"
-                )
+    def _hash(self, info: TensorInfo) -> str:
+        pieces = self._pieces.get(info.name, [])
+        if len(pieces) == 1:
+            return pieces[0].digest
+        whole = new_hash(self.algorithm)
+        buffer = memoryview(bytearray(min(_READ_BYTES, info.nbytes)))
+        hash_range(self._fds[info.shard], info.begin, info.end, whole, buffer, self.path / info.shard)
         return whole.hexdigest()
 
     def _index(self) -> dict[str, bytes]:
         if list(self._files) == [SINGLE_FILE]:
             return {}
-        infos = [written.info for written in self._written.values()]
         index = {
-            "metadata": {"total_size": sum(info.nbytes for info in infos)},
-            "weight_map": {info.name: info.shard for info in sorted(infos, key=lambda info: info.name)},
+            "metadata": {"total_size": sum(info.nbytes for info in self._tensors.values())},
+            "weight_map": {name: self._tensors[name].shard for name in sorted(self._tensors)},
         }
         return {INDEX_FILE: (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")}
 
-    def _add(self, name: str, content: bytes | Path) -> None:
+    def _add(self, name: str, content: bytes | Path | Iterable[bytes]) -> None:
         path = self.path / name
-        if not plain_name(name) or os.path.lexists(path):
-            raise OutputError(f"{self._folder.out}: cannot add a file {name!r}: its name is taken or not plain")
-        source = None if isinstance(content, bytes) else open_regular(content)
-        try:
-            with disk_errors(path), path.open("xb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                elif source is not None:
-                    while part := _read_part(source, content):
-                        file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            if source is not None:
-                os.close(source)
+        parts = [content] if isinstance(content, bytes) else content
+        with disk_errors(path), path.open("wb") as file:
+            for part in _file_parts(parts) if isinstance(parts, Path) else parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def _close(self) -> None:
+    def _running(self) -> tuple[Committer, ReadBack]:
+        if self._background is None:
+            raise OutputError(f"{self._folder.out}: nothing can be written after the end")
+        return self._background
+
+    def _stop(self) -> set[str]:
+        """End what goes on in the background and close the files; steps that have read back differently so far."""
+        damaged: set[str] = set()
+        if self._background is not None:
+            committer, read_back = self._background
+            committer.stop()
+            read_back.stop()
+            damaged = read_back.damaged
+            self._background = None
         while self._fds:
             os.close(self._fds.popitem()[1])
+        return damaged
 
 
-def _bytes_of(data: Tensor | Bytes, info: TensorInfo, where: Path) -> memoryview:
-    if not isinstance(data, Tensor):
-        return memoryview(data).cast("B")
-    if data.dtype != info.dtype.torch_dtype:
-        raise OutputError(f"{where}: {info.name!r} is planned as {info.dtype}, but {data.dtype} was to be written")
-    flat = data.detach().contiguous().view(-1)
-    return byte_view(flat.view(torch.uint8))
+def _check_layout(layout: Layout, headers: Mapping[str, bytes]) -> None:
+    for shard, infos in layout.by_file().items():
+        if infos[0].begin != len(headers[shard]):
+            raise PlanError(
+                f"{shard}: its first tensor is planned at byte {infos[0].begin}, "
+                f"but its header ends at {len(headers[shard])}"
+            )
+        if not plain_name(shard) or not shard.endswith(WEIGHTS_SUFFIX):
+            raise PlanError(f"the output layout has a file {shard!r}; expected a plain name ending in {WEIGHTS_SUFFIX}")
+    if len({info.name for info in layout.tensors}) != len(layout.tensors):
+        raise PlanError("the output layout names a tensor twice")
 
 
-def _forget(fd: int) -> None:
-    """Drop clean pages from the cache: what is read back then comes from the disk."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+def _file_parts(path: Path) -> Iterator[bytes]:
+    """The file's bytes; closed when the last one is taken, or dropped."""
+    fd = open_regular(path)
+    try:
+        while part := _read_part(fd, path):
+            yield part
+    finally:
+        os.close(fd)
 
 
 def _read_part(fd: int, path: Path) -> bytes:

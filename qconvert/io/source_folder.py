@@ -29,6 +29,7 @@ _DESCRIBES_SOURCE = {
     "quant_config.json": "describes the source's quantization",
     "hf_quant_config.json": "describes the source's quantization",
     "recipe.yaml": "describes the source's quantization",
+    "manifest.json": "describes how the source was made",
 }
 
 

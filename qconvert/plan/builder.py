@@ -52,7 +52,8 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
     """Decide every tensor of ``checkpoint`` and place every byte of the output; reads headers only.
 
     Stacked experts are split where any of them is quantized, and stay stacked otherwise. Steps and outputs come in
-    the order of the source's bytes.
+    the order of names, numbers in them by value and experts of one projection together: how the source is cut into
+    files changes nothing.
 
     Raises:
         SourceError: another architecture, tensors missing, unknown or misshapen, or quantized already.
@@ -72,6 +73,7 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
         for matrix in _matrices(census.tensors[name], role, policy, used)
     ]
     _check_rules(policy, used)
+    decided.sort(key=_order)
     modules = [one.module for one in decided if one.module is not None]
     if not any(module.scheme is not None for module in modules):
         raise PlanError("the policy quantizes nothing: no rule with a scheme matches a tensor")
@@ -84,6 +86,13 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
         side_files=tuple(file.name for file in checkpoint.side_files),
         left_out=tuple(sorted(checkpoint.left_out.items())),
     )
+
+
+def _order(decided: _Decided) -> tuple[list[tuple[int, str]], int]:
+    expert = decided.step.role.expert
+    name = decided.step.outputs[0].replace(f".experts.{expert}.", ".experts.")
+    words = [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
+    return words, -1 if expert is None else expert
 
 
 def _check_rules(policy: Policy, used: set[Rule]) -> None:

@@ -96,7 +96,7 @@ def test_a_policy_decides(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"
-    record = json.loads((tmp_path / "out" / "qconvert.json").read_text())
+    record = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert "eight bits here" in {line["reason"] for line in record["decisions"]}
 
 

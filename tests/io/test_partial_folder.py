@@ -19,6 +19,12 @@ EXISTS = "exists already"
 FILES = ("one", "two", "three")
 
 
+def started(out: Path) -> PartialFolder:
+    folder = PartialFolder(out)
+    folder.start()
+    return folder
+
+
 def fill(folder: PartialFolder, writer: str) -> None:
     for name in FILES:
         with (folder.path / name).open("x") as file:
@@ -39,13 +45,13 @@ def names(folder: Path) -> list[str]:
 
 def leave_behind(out: Path) -> None:
     """What a killed run leaves: the kernel closes its lock."""
-    folder = PartialFolder(out)
+    folder = started(out)
     fill(folder, "killed")
     os.close(folder._lock)
 
 
 def publish(out: Path, writer: str = "next") -> None:
-    folder = PartialFolder(out)
+    folder = started(out)
     fill(folder, writer)
     folder.publish()
 
@@ -59,7 +65,7 @@ def out(tmp_path: Path) -> Path:
 def test_it_appears_whole_or_not_at_all(out: Path, stale: bool) -> None:
     if stale:
         leave_behind(out)
-    folder = PartialFolder(out)
+    folder = started(out)
     fill(folder, "me")
     assert not out.exists()
     folder.publish()
@@ -69,7 +75,7 @@ def test_it_appears_whole_or_not_at_all(out: Path, stale: bool) -> None:
 
 
 def test_discarded_it_takes_its_new_parents_along(tmp_path: Path) -> None:
-    folder = PartialFolder(tmp_path / "a" / "b" / "out")
+    folder = started(tmp_path / "a" / "b" / "out")
     fill(folder, "me")
     folder.discard()
     folder.discard()
@@ -78,7 +84,7 @@ def test_discarded_it_takes_its_new_parents_along(tmp_path: Path) -> None:
 
 def test_of_what_was_there_before_it_takes_nothing(out: Path) -> None:
     leave_behind(out)
-    PartialFolder(out).discard()
+    started(out).discard()
     assert names(out.parent) == []
 
 
@@ -98,13 +104,13 @@ def test_an_existing_output_is_left_alone(out: Path, kind: str, stale: bool) -> 
             (out / "mine").touch()
     before = out.lstat()
     with pytest.raises(OutputError, match=EXISTS):
-        PartialFolder(out)
+        started(out)
     assert names(out.parent) == ["out"]
     assert out.lstat() == before
 
 
 def test_an_output_that_appears_meanwhile_is_left_alone(out: Path) -> None:
-    folder = PartialFolder(out)
+    folder = started(out)
     out.mkdir()
     with pytest.raises(OutputError, match="appeared while"):
         folder.publish()
@@ -129,7 +135,7 @@ def test_a_stranger_in_the_way_is_left_alone(out: Path, tmp_path: Path, kind: st
         (stranger / "mine").touch()
     before = stranger.lstat()
     with pytest.raises(OutputError, match=r"/deep/\.out\.partial"):
-        PartialFolder(out)
+        started(out)
     assert names(out.parent) == [name]
     assert (stranger.lstat().st_ino, stranger.lstat().st_mtime) == (before.st_ino, before.st_mtime)
     assert names(target) == ["mine"] if kind == "link to a folder" else not target.exists()
@@ -142,7 +148,7 @@ def test_a_stranger_that_replaced_what_a_killed_run_left_is_left_alone(out: Path
     stranger.mkdir()
     (stranger / "mine").touch()
     with pytest.raises(OutputError, match="not made by qconvert"):
-        PartialFolder(out)
+        started(out)
     assert names(stranger) == ["mine"]
 
 
@@ -157,7 +163,7 @@ def test_a_disk_that_refuses_is_one_error_and_leaves_nothing(
     folder: PartialFolder | None = None
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="out"):
         patch.setattr(fcntl if call == "flock" else os, call, refuse)
-        folder = PartialFolder(out)
+        folder = started(out)
         folder.publish()
     if folder is not None:
         folder.discard()
@@ -168,28 +174,28 @@ def test_what_cannot_be_removed_is_left_to_the_next_run(out: Path, monkeypatch: 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    folder = PartialFolder(out)
+    folder = started(out)
     fill(folder, "me")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse)
         folder.discard()
         with pytest.raises(OutputError, match="cannot write"):
-            PartialFolder(out)
+            started(out)
     publish(out)
     assert writers(out) == whole("next")
     assert names(out.parent) == ["out"]
 
 
 def test_a_lock_that_somebody_removed_publishes_nothing_and_removes_nothing(out: Path) -> None:
-    first = PartialFolder(out)
+    first = started(out)
     fill(first, "first")
     out.with_name(".out.partial.lock").unlink()
     with pytest.raises(OutputError, match="not made by qconvert"):
-        PartialFolder(out)
+        started(out)
     with pytest.raises(OutputError, match="its lock was removed"):
         first.publish()
     shutil.rmtree(first.path)
-    second = PartialFolder(out)
+    second = started(out)
     with pytest.raises(OutputError, match="its lock was removed"):
         first.publish()
     first.discard()

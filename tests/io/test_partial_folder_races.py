@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from qconvert.core.errors import OutputError
-from qconvert.io.partial_folder import PartialFolder
-from tests.io.test_partial_folder import BUSY, EXISTS, fill, leave_behind, names, publish, whole, writers
+from tests.io.test_partial_folder import BUSY, EXISTS, fill, leave_behind, names, publish, started, whole, writers
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def is_writing(out: Path) -> Callable[[], None]:
-    folder = PartialFolder(out)
+    folder = started(out)
     fill(folder, "first")
     return folder.publish
 
@@ -36,12 +35,12 @@ def has_published(out: Path) -> Callable[[], None]:
 
 
 def has_given_up(out: Path) -> Callable[[], None]:
-    PartialFolder(out).discard()
+    started(out).discard()
     return lambda: None
 
 
 def has_been_followed(out: Path) -> Callable[[], None]:
-    PartialFolder(out).discard()
+    started(out).discard()
     return is_writing(out)
 
 
@@ -81,7 +80,7 @@ def test_another_run_between_any_two_calls(
     monkeypatch.setattr(owner, call, preempted)
     refusal = None
     try:
-        second = PartialFolder(out)
+        second = started(out)
     except OutputError as error:
         refusal = str(error)
     if ends:
@@ -120,7 +119,7 @@ def killed_before(call: int, work: Callable[[], None]) -> bool:
 
 
 def write_and_discard(out: Path) -> None:
-    folder = PartialFolder(out)
+    folder = started(out)
     fill(folder, "killed")
     folder.discard()
 
@@ -143,7 +142,7 @@ def test_killed_between_any_two_calls_the_next_run_works(
         if out.exists():
             assert writers(out) == whole("killed")
             with pytest.raises(OutputError, match=EXISTS):
-                PartialFolder(out)
+                started(out)
         else:
             publish(out)
             assert writers(out) == whole("next")
@@ -175,7 +174,7 @@ def churn(root: Path, writer: str, barrier: Barrier) -> list[str]:
     barrier.wait(60)
     while found.count("published") < ROUNDS and len(found) < 50_000:
         try:
-            folder = PartialFolder(root / "out")
+            folder = started(root / "out")
             fill(folder, writer)
             if chance.random() < 0.5:
                 folder.discard()

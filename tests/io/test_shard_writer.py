@@ -28,6 +28,7 @@ from qconvert.core.errors import OutputError, PlanError, QconvertError, SourceEr
 from qconvert.core.plan import Layout
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.piece import Bytes
 from qconvert.io.safetensors_header import serialize_header
 from qconvert.io.shard_writer import PYTORCH_METADATA, ShardWriter
 from qconvert.io.sink import Sink
@@ -67,9 +68,17 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def write(sink: Sink, name: str, *parts: Tensor | Bytes, begin: int = 0, end: int | None = None) -> None:
+    """A step of one piece."""
+    piece = sink.piece(name, begin, end)
+    for part in parts:
+        piece.append(part)
+    sink.commit(f"{name} {begin}", [piece], {})
+
+
 def write_all(sink: Sink, tensors: dict[str, Tensor] = TENSORS) -> None:
     for name, tensor in tensors.items():
-        sink.write(name, tensor)
+        write(sink, name, tensor)
 
 
 def loaded(out: Path) -> dict[str, Tensor]:
@@ -132,14 +141,20 @@ def test_any_order_any_pieces_any_thread_give_the_same_bytes(
 ) -> None:
     out = tmp_path_factory.mktemp("any") / "out"
     jobs = [
-        (name, data[offset : offset + piece], offset)
+        (name, offset, data[offset : offset + piece])
         for name, data in ((name, raw(tensor)) for name, tensor in TENSORS.items())
         for offset in range(0, len(data), piece)
     ]
     random.Random(seed).shuffle(jobs)
+
+    def work(job: tuple[str, int, bytes]) -> None:
+        name, offset, data = job
+        half = len(data) // 2
+        write(writer, name, data[:half], data[half:], begin=offset, end=offset + len(data))
+
     with ShardWriter(out, lay_out(TENSORS)) as writer:
         with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda job: writer.write(*job), jobs))
+            list(pool.map(work, jobs))
         hashes = writer.finish()
     assert_holds(out, TENSORS)
     assert hashes == {name: xxhash.xxh3_128_hexdigest(raw(tensor)) for name, tensor in TENSORS.items()}
@@ -148,7 +163,7 @@ def test_any_order_any_pieces_any_thread_give_the_same_bytes(
 def test_tensors_are_written_in_row_major_order_whatever_their_strides(out: Path) -> None:
     turned = {"w": torch.arange(12.0).view(3, 4).t()}
     with ShardWriter(out, lay_out(turned, 1)) as writer:
-        writer.write("w", turned["w"])
+        write(writer, "w", turned["w"])
         writer.finish()
     assert load_file(out / "model.safetensors")["w"].equal(turned["w"])
 
@@ -156,41 +171,41 @@ def test_tensors_are_written_in_row_major_order_whatever_their_strides(out: Path
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_buffers_are_taken_as_they_are(out: Path, kind: Callable[[bytes], memoryview]) -> None:
     with ShardWriter(out, lay_out({"a": TENSORS["a.weight"]}, 1)) as writer:
-        writer.write("a", kind(raw(TENSORS["a.weight"])))
+        write(writer, "a", kind(raw(TENSORS["a.weight"])))
         writer.finish()
     assert_holds(out, {"a": TENSORS["a.weight"]})
 
 
-def test_the_same_piece_may_be_written_again(out: Path) -> None:
-    with ShardWriter(out, lay_out(TENSORS)) as writer:
-        writer.write("a.weight", torch.full((5, 7), 9.0))
-        write_all(writer)
-        writer.finish()
-    assert_holds(out, TENSORS)
-
-
-def too_far(writer: ShardWriter) -> None:
-    writer.write("a.weight", torch.zeros(5, 7), 4)
-
-
 WRONG: dict[str, tuple[Callable[[ShardWriter], object], str]] = {
-    "past the end": (too_far, r"safetensors: bytes 4 .. 144 do not fit into 'a.weight', which has 140"),
-    "before the start": (lambda w: w.write("a.weight", torch.zeros(1), -4), "do not fit into 'a.weight'"),
-    "unknown": (lambda w: w.write("z", torch.zeros(1)), "'z' is not in the plan's layout"),
-    "another type": (lambda w: w.write("a.weight", torch.zeros(5, 7).half()), "planned as F32, but torch.float16"),
+    "past the end": (
+        lambda w: write(w, "a.weight", torch.zeros(6, 7)),
+        r"safetensors: 'a.weight' has 140 bytes left, not 168",
+    ),
+    "past the end of the tensor": (lambda w: w.piece("a.weight", 4, 144), "4 .. 144 do not fit into 'a.weight'"),
+    "before the start": (lambda w: w.piece("a.weight", -4), "do not fit into 'a.weight'"),
+    "unknown": (lambda w: w.piece("z"), "'z' is not in the plan's layout"),
+    "another type": (lambda w: write(w, "a.weight", torch.zeros(5, 7).half()), "planned as F32, but torch.float16"),
+    "a piece too short": (
+        lambda w: write(w, "a.weight", bytes(8)),
+        "'a.weight' is incomplete, it was written up to byte 8 of 140",
+    ),
     "overlapping": (
-        lambda w: (w.write("a.weight", bytes(8), 0), w.write("a.weight", bytes(8), 4)),
+        lambda w: (write(w, "a.weight", bytes(8), end=8), write(w, "a.weight", bytes(8), begin=4, end=12)),
         r"bytes 4 .. 12 of 'a.weight' overlap 0 .. 8",
     ),
     "nothing at all": (lambda w: w.finish(), "'c' is incomplete, 0 of 8"),
     "all but a row": (
-        lambda w: (write_all(w, {**TENSORS, "a.weight": torch.zeros(4, 7)}), w.finish()),
+        lambda w: (
+            write(w, "a.weight", torch.zeros(4, 7), end=112),
+            write_all(w, {k: v for k, v in TENSORS.items() if k != "a.weight"}),
+            w.finish(),
+        ),
         "'a.weight' is incomplete, 112 of 140",
     ),
     "a gap": (
         lambda w: (
-            w.write("a.weight", bytes(40), 0),
-            w.write("a.weight", bytes(96), 44),
+            write(w, "a.weight", bytes(40), end=40),
+            write(w, "a.weight", bytes(96), begin=44),
             write_all(w, {k: v for k, v in TENSORS.items() if k != "a.weight"}),
             w.finish(),
         ),
@@ -302,9 +317,9 @@ def test_too_little_room_is_said_before_anything_is_written(out: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.io.test_shard_writer import TENSORS, ShardWriter, lay_out
+from tests.io.test_shard_writer import TENSORS, ShardWriter, lay_out, write
 writer = ShardWriter(Path(sys.argv[1]), lay_out(TENSORS))
-writer.write("a.weight", TENSORS["a.weight"])
+write(writer, "a.weight", TENSORS["a.weight"])
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -338,7 +353,7 @@ def test_side_files_are_copied_through_their_links(out: Path, tmp_path: Path) ->
 def test_a_file_made_from_the_hashes_gets_those_of_the_bytes_on_disk(out: Path) -> None:
     with ShardWriter(out, lay_out(TENSORS)) as writer:
         write_all(writer)
-        hashes = writer.finish({"hashes.json": lambda found: json.dumps(dict(found)).encode()})
+        hashes = writer.finish({"hashes.json": lambda found: [json.dumps(dict(found)).encode()]})
     assert json.loads((out / "hashes.json").read_text()) == hashes
 
 
@@ -383,7 +398,7 @@ def test_transformers_loads_a_rewritten_checkpoint(tmp_path: Path, shards: int) 
         tensors = {name: source.read(name) for name in source.tensors}
         with ShardWriter(tmp_path / "out", lay_out(tensors, shards)) as writer:
             for name in tensors:
-                writer.write(name, source.read(name))
+                write(writer, name, source.read(name))
             writer.finish({"config.json": tmp_path / "source" / "config.json"})
     model, report = Qwen3_5MoeForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
