@@ -95,10 +95,12 @@ def _vision_json(c: VisionConfig) -> dict[str, Any]:
 
 def fill(writer: ShardWriter, info: TensorInfo, *, std: float, seed: int) -> None:
     """Draw a tensor and write it."""
+    whole = writer.piece(info.name)
     for begin in range(0, info.numel, PIECE):
         gen = torch.Generator().manual_seed(zlib.crc32(f"{seed} {info.name} {begin}".encode()))
         piece = torch.empty(min(PIECE, info.numel - begin), dtype=torch.bfloat16)
-        writer.write(info.name, piece.normal_(0.0, std, generator=gen), begin * piece.itemsize)
+        whole.append(piece.normal_(0.0, std, generator=gen))
+    writer.commit(info.name, [whole])
 
 
 def make(
