@@ -13,10 +13,15 @@ from numba import njit
 
 Function = Callable[..., Any]
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# Python never calls these.
+_INNER: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
 
 def inner(function: Function) -> Function:
     """Compile a function that only kernels of the same file call; it becomes part of each of them."""
-    return njit(nogil=True, error_model="numpy")(function)
+    compiled: Function = njit(**_INNER)(function)
+    return compiled
 
 
 class kernel:  # noqa: N801 - a decorator
@@ -31,9 +36,9 @@ class kernel:  # noqa: N801 - a decorator
         self._function = function
         self.__doc__ = function.__doc__
         try:
-            self._compiled: Function = njit(nogil=True, error_model="numpy", cache=True)(function)
+            self._compiled: Function = njit(cache=True, **_OPTIONS)(function)
         except RuntimeError:  # No folder that can be written.
-            self._compiled = inner(function)
+            self._compiled = njit(**_OPTIONS)(function)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the kernel; arguments are arrays, numpy scalars and whole numbers."""
@@ -41,5 +46,5 @@ class kernel:  # noqa: N801 - a decorator
             return self._compiled(*arguments)
         except (OSError, EOFError, ValueError, UnpicklingError):
             # A kernel raises none of these: the cache is damaged, full or gone.
-            self._compiled = inner(self._function)
+            self._compiled = njit(**_OPTIONS)(self._function)
             return self._compiled(*arguments)

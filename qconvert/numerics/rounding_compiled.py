@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,27 +32,20 @@ def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rou
         ValueError: the group does not divide K.
     """
     rows, cols = w.shape
-    tall, wide = _block_shape(scheme, cols)
     rule = Rule(scheme=scheme)
+    setting = _setting(scheme, cols, search)
+    _, tall, *_ = setting
     codes = torch.empty(rows, cols, dtype=rule.code_dtype)
     scale = torch.empty(scheme.scale_shape(rows, cols), dtype=torch.float32)
     zero_point = torch.empty((0, 0) if scheme.symmetric else scale.shape, dtype=torch.uint8)
+    codes_NK, scale_NG, zero_NG = codes.view(torch.uint8).numpy(), scale.numpy(), zero_point.numpy()
     sums = np.zeros(2, np.float64)
-    setting = (
-        _grid(scheme),
-        tall,
-        wide,
-        np.float32(rule.steps),
-        *np.array(rule.code_range, np.float32),
-        _stored(rule),
-        np.array(SEARCH_FACTORS if search else SEARCH_FACTORS[:1], np.float32),
-    )
-    for begin, end, kernel, bits in _pieces(w.detach(), tall):
-        first, last = begin // tall, -(-end // tall)
-        to = codes[begin:end].view(torch.uint8).numpy(), scale[first:last].numpy(), zero_point[first:last].numpy()
-        if not kernel(bits, *setting, *to, sums):
+    for begin, kernel, bits in _pieces(w.detach(), tall):
+        first = begin // tall
+        if not kernel(bits, *setting, codes_NK[begin:], scale_NG[first:], zero_NG[first:], sums):
             raise DataError(describe_not_finite(w))
-    if not all(1e-20 < total < 1e30 for total in sums):
+    squared_error, signal = sums.tolist()
+    if not (1e-20 < squared_error < 1e30 and 1e-20 < signal < 1e30):
         # Squares left the range of float32, or there is no error at all.
         return quantize_with_torch(w, scheme, search=search)
     quantized = QuantizedTensor(
@@ -61,7 +55,20 @@ def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rou
         scheme=scheme,
         shape=(rows, cols),
     )
-    return Rounded(quantized=quantized, squared_error=float(sums[0]), signal=float(sums[1]))
+    return Rounded(quantized=quantized, squared_error=squared_error, signal=signal)
+
+
+@cache
+def _setting(scheme: Scheme, cols: int, search: bool) -> tuple[Any, ...]:
+    """What the kernels are told about a scheme; see ``rounding_kernels._quantize``."""
+    rule = Rule(scheme=scheme)
+    if isinstance(scheme.grid, Float):
+        grid = kernels.E4M3
+    else:
+        grid = kernels.SYMMETRIC if scheme.symmetric else kernels.ASYMMETRIC
+    low, high = np.array(rule.code_range, np.float32)
+    factors = np.array(SEARCH_FACTORS if search else SEARCH_FACTORS[:1], np.float32)
+    return grid, *_block_shape(scheme, cols), np.float32(rule.steps), low, high, _stored(rule), factors
 
 
 def _block_shape(scheme: Scheme, cols: int) -> tuple[int, int]:
@@ -75,12 +82,6 @@ def _block_shape(scheme: Scheme, cols: int) -> tuple[int, int]:
     return 1, cols
 
 
-def _grid(scheme: Scheme) -> int:
-    if isinstance(scheme.grid, Float):
-        return kernels.E4M3
-    return kernels.SYMMETRIC if scheme.symmetric else kernels.ASYMMETRIC
-
-
 def _stored(rule: Rule) -> Any:
     """The type of stored scales as ``kernels._stored_scales`` wants it: limits, subnormals, mantissa bits dropped."""
     info = torch.finfo(rule.scheme.scale.dtype.torch_dtype)
@@ -89,18 +90,18 @@ def _stored(rule: Rule) -> Any:
     return np.array([*rule.scale_limits, info.smallest_normal, to_subnormal, dropped], np.float32)
 
 
-def _pieces(w: Tensor, tall: int) -> Iterator[tuple[int, int, Any, Any]]:
-    """Row ranges, each with its kernel and the bits of its numbers."""
+def _pieces(w: Tensor, tall: int) -> Iterator[tuple[int, Any, Any]]:
+    """Runs of rows: where each begins, its kernel and the bits of its numbers."""
     rows, cols = w.shape
     in_place = w.is_contiguous() and w.data_ptr() % w.itemsize == 0
     if in_place and w.dtype == torch.bfloat16:
-        yield 0, rows, kernels.quantize_bf16, w.view(torch.uint16).numpy()
+        yield 0, kernels.quantize_bf16, w.view(torch.uint16).numpy()
     elif in_place and w.dtype == torch.float32:
-        yield 0, rows, kernels.quantize_f32, w.view(torch.uint32).numpy()
+        yield 0, kernels.quantize_f32, w.view(torch.uint32).numpy()
     else:
         # Whole blocks and whole strips, so that sums do not depend on the pieces.
         step = math.lcm(tall, kernels.STRIP)
         step *= max(1, PIECE_ELEMENTS // (cols * step))
         for begin in range(0, rows, step):
             piece = w[begin : begin + step].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            yield begin, begin + piece.shape[0], kernels.quantize_f32, piece.view(torch.uint32).numpy()
+            yield begin, kernels.quantize_f32, piece.view(torch.uint32).numpy()

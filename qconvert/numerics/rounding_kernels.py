@@ -149,12 +149,15 @@ def _zeros(down, scale, factor, low, high, zero):
 
 
 @inner
+def _fill(numbers, value):
+    for k in range(numbers.size):
+        numbers[k] = value
+
+
+@inner
 def _spread(per_block, wide, per_column):
     for g in range(per_block.size):
-        run = per_column[g * wide : (g + 1) * wide]
-        value = per_block[g]
-        for k in range(run.size):
-            run[k] = value
+        _fill(per_column[g * wide : (g + 1) * wide], per_block[g])
 
 
 @inner
@@ -252,10 +255,27 @@ def _fold(lanes):
 
 @inner
 def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, scales, zeros, sums):
+    """Round a matrix; false as soon as a number is NaN or infinite.
+
+    Args:
+        w: bits, uint16 or uint32 [N, K].
+        grid: ``SYMMETRIC``, ``ASYMMETRIC`` or ``E4M3``.
+        tall: rows of a block; 1 with zero points.
+        wide: columns of a block.
+        steps: what a block's extent is divided by, float32.
+        low: smallest code as a number around 0, float32.
+        high: largest code, float32.
+        stored: the type of the scales, float32 [5], see ``_stored_scales``.
+        factors: what scales are multiplied by to find the best, float32; one is no search.
+        codes: bytes, uint8 [at least N, K], written.
+        scales: float32 [at least ceil(N / tall), ceil(K / wide)], written.
+        zeros: with zero points uint8 [at least N, ceil(K / wide)], written.
+        sums: squared error and signal, float64 [2], added to.
+    """
     rows, cols = w.shape
     across = scales.shape[1]
     extent, down = np.empty(across, float32), np.empty(across, float32)
-    scale, zero = np.empty(across, float32), np.zeros(across, float32)
+    zero = np.zeros(across, float32)
     trial, trial_zero = np.empty(across, float32), np.zeros(across, float32)
     least = np.empty(across, float64)
     errors = np.empty(across * wide if factors.size > 1 else 0, float64)
@@ -267,7 +287,7 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
         last = min(rows, first + tall)
         top = w[first]
         if tall > 1:
-            tallest[:] = 0
+            _fill(tallest, 0)
             for n in range(first, last):
                 _heighten(w[n], tallest)
             top = tallest
@@ -280,6 +300,7 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
                 extent[g] = _largest(run)
             if not extent[g] < _INFINITE:
                 return False
+        scale = scales[first // tall]
         for f in range(factors.size):
             _stored_scales(extent, steps, factors[f], stored, trial)
             if grid == ASYMMETRIC:
@@ -287,14 +308,13 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
             if factors.size > 1:
                 _spread(trial, wide, wide_scale)
                 _spread(trial_zero, wide, wide_zero)
-                errors[:] = 0.0
+                _fill(errors, 0.0)
                 for n in range(first, last):
                     _add_errors(grid, w[n], wide_scale, wide_zero, low, high, errors)
             for g in range(across):
                 trial_error = _fold(errors[g * wide : (g + 1) * wide]) if factors.size > 1 else 0.0
                 if f == 0 or trial_error < least[g]:
                     least[g], scale[g], zero[g] = trial_error, trial[g], trial_zero[g]
-        scales[first // tall] = scale
         _spread(scale, wide, wide_scale)
         if grid == ASYMMETRIC:
             _spread(zero, wide, wide_zero)
@@ -314,8 +334,8 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
             if n % STRIP == STRIP - 1 or n == rows - 1:
                 sums[0] += _fold(error)
                 sums[1] += _fold(signal)
-                error[:] = _ZERO
-                signal[:] = _ZERO
+                _fill(error, _ZERO)
+                _fill(signal, _ZERO)
     return True
 
 
