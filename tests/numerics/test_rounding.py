@@ -15,6 +15,7 @@ from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Block, Codebook, Flat, Float, Group, Int, Scheme, int4
 from qconvert.numerics import rounding_compiled, rounding_torch
 from qconvert.numerics.error import sqnr_db
+from qconvert.numerics.packing import pack_int32
 from qconvert.numerics.rounding import quantize
 from tests.numerics import textbook
 from tests.numerics.matrices import SCHEMES, matrices, quick
@@ -254,3 +255,16 @@ def test_int4_uses_all_sixteen_codes() -> None:
     q = quantize(w, int4(32)).quantized
     assert set(q.codes.unique().tolist()) == set(range(-8, 8))
     assert isinstance(q.scheme.blocking, Group)
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["plain", "search"])
+@each_scheme
+def test_all_stays_on_the_device_of_the_matrix(scheme: Scheme, search: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The device without memory stands for a GPU: it refuses to be mixed with a CPU's, and holds no numbers.
+    for convert, number in (("__bool__", True), ("__int__", 1), ("__float__", 1.0)):
+        monkeypatch.setattr(Tensor, convert, lambda _, number=number: number)
+    q = quantize(torch.empty(16, 48, dtype=torch.bfloat16, device="meta"), scheme, search=search).quantized
+    parts = [q.codes, q.scale, *([] if q.zero_point is None else [q.zero_point])]
+    if isinstance(scheme.grid, Int):
+        parts.append(pack_int32(q.codes, scheme.weight_bits))
+    assert {part.device.type for part in parts} == {"meta"}
