@@ -1,12 +1,15 @@
-"""How much memory the process holds now."""
+"""How much memory the process holds now, and how much more it could have."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
+_MEMINFO = Path("/proc/meminfo")
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def resident_bytes() -> int:
@@ -15,3 +18,16 @@ def resident_bytes() -> int:
         return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int:
+    """Memory that the process could take without others having to swap, within the limit of its container.
+
+    Half of the machine's where the system does not tell.
+    """
+    free = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() // 2
+    if _MEMINFO.exists():
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
+    return free if limit == "max" else max(0, min(free, int(limit) - resident_bytes()))

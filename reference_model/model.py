@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,13 @@ from reference_model.layer import DecoderLayer
 from reference_model.moe import Routing
 from reference_model.mtp import MtpOutput, MultiTokenPredictor
 from reference_model.norm import RMSNorm
-from reference_model.span import Span, last_real, place_tokens
+from reference_model.span import Span, check_ids, last_real, place_tokens
 
 HEAD_ROWS = 256
 """Tokens whose logits are computed at once: 254 MB in fp32 at the public vocabulary."""
+
+HEAD_COLUMNS = 16_384
+"""Entries of the vocabulary that one product scores: 134 MB of the public head in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,7 @@ class CausalLM(nn.Module):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden [B, T, D], a few rows at a time: [B, T, V]."""
+        """Logits of hidden [B, T, D]: [B, T, V]."""
         return head_logits(hidden, self.head_weight)
 
     def forward(
@@ -100,8 +104,9 @@ class CausalLM(nn.Module):
             rewindable: makes a cache that can be rewound to before these tokens or to any of them.
 
         Raises:
-            ValueError: the mask has another shape.
+            ValueError: ids are not of the vocabulary, not [B, T] or none, or something else does not fit them.
         """
+        check_ids(self.config, input_ids, embeddings)
         x = self.embed_tokens(input_ids) if embeddings is None else embeddings
         span = self._span(x, attention_mask, position_ids, cache, rewindable)
         states, routings, caches = [x], [], []
@@ -135,7 +140,18 @@ class CausalLM(nn.Module):
         ``hidden`` [B, T, D] is ``Output.hidden`` at positions t, or that of the last draft; ``next_ids`` [B, T] are the
         tokens at t + 1, and ``embeddings`` [B, T, D] theirs, where some are not of the table. ``position_ids``
         [3, B, T] (by default counted on from the cache) and ``attention_mask`` [B, T] are those of the positions t.
+
+        Raises:
+            ValueError: the model has no prediction head, or shapes do not fit; the message says which.
         """
+        if not self.config.mtp_num_hidden_layers:
+            raise ValueError("the model has no prediction head to draft with: mtp_num_hidden_layers is 0")
+        check_ids(self.config, next_ids, embeddings)
+        if hidden.shape != (*next_ids.shape, self.config.hidden_size):
+            raise ValueError(
+                f"hidden is {list(hidden.shape)}, expected {[*next_ids.shape, self.config.hidden_size]}: one state for "
+                "each of next_ids"
+            )
         x = self.embed_tokens(next_ids) if embeddings is None else embeddings
         out: MtpOutput = self.mtp(x, hidden, self._span(hidden, attention_mask, position_ids, cache), cache)
         return out
@@ -160,10 +176,25 @@ class CausalLM(nn.Module):
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``hidden weight^T`` over at most HEAD_ROWS rows at once; hidden [..., D], weight [V, D], result [..., V].
+    """``hidden weight^T`` for hidden [..., D] and weight [V, D], some rows and some columns at a time: [..., V].
 
-    Fixed row blocks make the whole-model run and the layer-wise run the same products, bit for bit.
+    Fixed blocks make the whole-model run and the layer-wise run the same products, bit for bit.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = [functional.linear(part, weight) for part in torch.split(flat, HEAD_ROWS)]
-    return torch.cat(rows).view(*hidden.shape[:-1], weight.shape[0])
+    blocks = torch.split(weight, HEAD_COLUMNS)
+    parts = [row_logits(rows, blocks) for rows in torch.split(hidden.reshape(-1, hidden.shape[-1]), HEAD_ROWS)]
+    return _joined(parts, 0).view(*hidden.shape[:-1], weight.shape[0])
+
+
+def row_logits(rows: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    """Logits [rows, V] of at most HEAD_ROWS rows, from the output matrix in blocks of HEAD_COLUMNS rows."""
+    return _joined([functional.linear(rows, block) for block in blocks], -1)
+
+
+def vocabulary_blocks(size: int) -> list[tuple[int, int]]:
+    """First and one past the last entry of each block of the output matrix."""
+    return [(begin, min(begin + HEAD_COLUMNS, size)) for begin in range(0, size, HEAD_COLUMNS)]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` that does not copy a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

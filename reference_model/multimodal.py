@@ -17,6 +17,7 @@ from reference_model.config import ModelConfig
 from reference_model.config_fields import ConfigError
 from reference_model.model import CausalLM, Output
 from reference_model.positions import IMAGE, VIDEO, check_count, prompt_positions, token_kinds
+from reference_model.span import check_ids
 from reference_model.vision import Grid, VisionTower
 
 
@@ -54,7 +55,9 @@ class MultimodalLM(CausalLM):
         Raises:
             VisionInputError: pictures and their tokens do not agree in number, or pixels and grids contradict each
                 other.
+            ValueError: ids are not of the vocabulary or not [B, T].
         """
+        check_ids(self.config, input_ids)
         kinds = token_kinds(self.model_config, input_ids)
         embeddings: Tensor = self.embed_tokens(input_ids)
         for kind, pictures in ((IMAGE, images), (VIDEO, videos)):

@@ -116,9 +116,18 @@ def place_tokens(
         rewindable: handed on.
 
     Raises:
-        ValueError: the mask is not of the new tokens' shape.
+        ValueError: there are no tokens, or mask, positions or what came before do not fit them.
     """
     batch, tokens = x.shape[:2]
+    if not batch or not tokens:
+        raise ValueError(f"{batch} rows of {tokens} tokens: expected at least one token to run")
+    if position_ids is not None and position_ids.shape != (3, batch, tokens):
+        raise ValueError(
+            f"position_ids is {list(position_ids.shape)}, expected {[3, batch, tokens]}: time, height and width of "
+            "each new token"
+        )
+    if starts is not None and starts.shape != (batch,):
+        raise ValueError(f"the cache is of a batch of {len(starts)} rows, the new tokens are of {batch}")
     zero = torch.zeros(batch, dtype=torch.int64, device=x.device)
     starts = zero if starts is None else starts
     next_position = zero if next_position is None else next_position
@@ -141,6 +150,20 @@ def place_tokens(
         next_position=next_position.maximum(counted.amax((0, 2)) + 1),
         rewindable=rewindable,
     )
+
+
+def check_ids(config: TextConfig, ids: Tensor, embeddings: Tensor | None = None) -> None:
+    """Raise ``ValueError`` unless ids are whole numbers [B, T], and are of the vocabulary or have ``embeddings``."""
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ValueError(f"token ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [rows, tokens]")
+    if embeddings is None:
+        beyond = (ids < 0) | (ids >= config.vocab_size)
+        if bool(beyond.any()):
+            raise ValueError(f"token id {int(ids[beyond][0])} is not of the vocabulary, 0 to {config.vocab_size - 1}")
+    elif embeddings.shape != (*ids.shape, config.hidden_size):
+        raise ValueError(
+            f"embeddings is {list(embeddings.shape)}, expected {[*ids.shape, config.hidden_size]}: one a token id"
+        )
 
 
 def text_positions(batch: int, tokens: int, first: Tensor, real: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from torch.nn import functional
 
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import Activation
+from qconvert.memory import available_bytes
 from qconvert.numerics.activations import quantize_activations
 from qconvert.parity.logits import TokenScores, VocabularyScan
 from qconvert.parity.tensors import Progress
 from qconvert.weights.source import CheckpointWeights
-from reference_model.layerwise import InputRounding, LayerRecord, leave_inputs, run_layers
+from qconvert.weights.spill import SpillStore
+from reference_model.layerwise import HiddenStates, InputRounding, LayerRecord, leave_inputs, run_layers
+from reference_model.load import ActivationStore
 
 HEAD_SLAB = 8192
 """Vocabulary entries whose logits are in memory at once, of both models, for ``HEAD_ROWS`` tokens."""
@@ -46,36 +50,45 @@ def compare_models(
     converted: CheckpointWeights,
     batches: Sequence[Tensor],
     progress: Progress = lambda phase, done, total: None,
+    memory: int | None = None,
 ) -> tuple[ModelComparison, ModelComparison]:
     """Run both in float32 over token windows [B, T] and score every position that has a next token.
 
-    Gives ``weights only`` and ``as served``; they are one run where no activation is rounded.
+    Gives ``weights only`` and ``as served``; they are one run where no activation is rounded. ``memory`` is in bytes
+    for what there is of every token, by default half of what is available: a quarter of it for the hidden states of
+    either model, which otherwise wait on disk, a quarter for the tokens that enter experts together.
+
+    Raises:
+        OutputError: hidden states cannot be written to disk.
     """
-    experts: list[list[Tensor]] = [[] for _ in original.config.text.layer_types]
+    quarter = (available_bytes() // 2 if memory is None else memory) // 4
+    with SpillStore(quarter) as store:
 
-    def remember(record: LayerRecord) -> None:
-        experts[record.layer].append(record.routing.experts.to(torch.int32))
+        def remember(record: LayerRecord) -> None:
+            store.put(f"experts.{record.layer}.{record.batch}", record.routing.experts.to(torch.int16))
 
-    hidden = _run(original, batches, leave_inputs, _Ticks(progress, "original", original, batches, remember))
+        hidden = _run(original, batches, leave_inputs, "original", remember, progress, store, quarter)
 
-    def score(mode: str, rounding: InputRounding) -> ModelComparison:
-        overlaps: list[list[Tensor]] = [[] for _ in experts]
+        def score(mode: str, rounding: InputRounding) -> ModelComparison:
+            shared = [0] * original.config.text.num_hidden_layers
 
-        def meet(record: LayerRecord) -> None:
-            known = experts[record.layer][record.batch]
-            shared = (known.unsqueeze(2) == record.routing.experts.unsqueeze(1)).any(2)
-            overlaps[record.layer].append(shared.to(torch.float32))
+            def meet(record: LayerRecord) -> None:
+                known = store.get(f"experts.{record.layer}.{record.batch}")
+                shared[record.layer] += int((known.unsqueeze(2) == record.routing.experts.unsqueeze(1)).sum())
 
-        theirs = _run(converted, batches, rounding, _Ticks(progress, mode, converted, batches, meet))
-        scores = _score(original, converted, batches, hidden, theirs, rounding, partial(progress, f"{mode}: logits"))
-        shares = tuple(float(torch.cat(layer).mean()) for layer in overlaps)
-        return ModelComparison(mode=mode, scores=scores, router_overlap=shares)
+            with SpillStore(quarter) as other:
+                theirs = _run(converted, batches, rounding, mode, meet, progress, other, quarter)
+                scores = _score(
+                    original, converted, batches, hidden, theirs, rounding, partial(progress, f"{mode}: logits")
+                )
+            choices = sum(ids.numel() for ids in batches) * original.config.text.num_experts_per_tok
+            return ModelComparison(mode=mode, scores=scores, router_overlap=tuple(n / choices for n in shared))
 
-    plain = score("weights only", leave_inputs)
-    rounding = served_rounding(converted)
-    if rounding is None:
-        return plain, ModelComparison(mode="as served", scores=plain.scores, router_overlap=plain.router_overlap)
-    return plain, score("as served", rounding)
+        plain = score("weights only", leave_inputs)
+        rounding = served_rounding(converted)
+        if rounding is None:
+            return plain, ModelComparison(mode="as served", scores=plain.scores, router_overlap=plain.router_overlap)
+        return plain, score("as served", rounding)
 
 
 def served_rounding(source: CheckpointWeights) -> InputRounding | None:
@@ -105,33 +118,34 @@ def served_rounding(source: CheckpointWeights) -> InputRounding | None:
     return of
 
 
-class _Ticks:
-    """Tells ``progress`` after each layer of each batch, then passes the record on."""
-
-    def __init__(
-        self,
-        progress: Progress,
-        phase: str,
-        source: CheckpointWeights,
-        batches: Sequence[Tensor],
-        then: Callable[[LayerRecord], None],
-    ) -> None:
-        self._progress, self._phase, self._then = progress, phase, then
-        self._done, self._total = 0, len(batches) * source.config.text.num_hidden_layers
-
-    def __call__(self, record: LayerRecord) -> None:
-        self._then(record)
-        self._done += 1
-        self._progress(self._phase, self._done, self._total)
-
-
 def _run(
     source: CheckpointWeights,
     batches: Sequence[Tensor],
     rounding: InputRounding,
+    phase: str,
     on_layer: Callable[[LayerRecord], None],
-) -> list[Tensor]:
-    return run_layers(source.config.text, source, batches, torch.float32, on_layer=on_layer, input_rounding=rounding)
+    progress: Progress,
+    store: ActivationStore,
+    rows_bytes: int,
+) -> HiddenStates:
+    """One model over all batches; tells ``progress`` after each layer of each batch."""
+    config = source.config.text
+    done = count(1)
+
+    def tick(record: LayerRecord) -> None:
+        on_layer(record)
+        progress(phase, next(done), len(batches) * config.num_hidden_layers)
+
+    return run_layers(
+        config,
+        source,
+        batches,
+        torch.float32,
+        on_layer=tick,
+        input_rounding=rounding,
+        store=store,
+        rows_bytes=rows_bytes,
+    )
 
 
 @torch.no_grad()
@@ -139,25 +153,25 @@ def _score(
     original: CheckpointWeights,
     converted: CheckpointWeights,
     batches: Sequence[Tensor],
-    ours: Sequence[Tensor],
-    theirs: Sequence[Tensor],
+    ours: HiddenStates,
+    theirs: HiddenStates,
     rounding: InputRounding,
     progress: Callable[[int, int], None],
 ) -> TokenScores:
     """Scores of all positions but the last of each window, one slab of both heads at a time."""
-    ours_TD, theirs_TD = (torch.cat([x[:, :-1].flatten(0, 1) for x in hidden]) for hidden in (ours, theirs))
     before = rounding("lm_head")
-    if before is not None:
-        theirs_TD = before(theirs_TD)
     scan = VocabularyScan(torch.cat([ids[:, 1:].flatten() for ids in batches]))
     vocabulary = original.config.text.vocab_size
     for (first, ours_VD), (_, theirs_VD) in zip(_head(original), _head(converted), strict=True):
         progress(first, vocabulary)
-        for row in range(0, ours_TD.shape[0], HEAD_ROWS):
-            rows = slice(row, row + HEAD_ROWS)
-            scan.add(
-                row, first, functional.linear(ours_TD[rows], ours_VD), functional.linear(theirs_TD[rows], theirs_VD)
-            )
+        row = 0
+        for b in range(len(batches)):
+            ours_TD, theirs_TD = (hidden[b][:, :-1].flatten(0, 1) for hidden in (ours, theirs))
+            if before is not None:
+                theirs_TD = before(theirs_TD)
+            for z_TD, y_TD in zip(torch.split(ours_TD, HEAD_ROWS), torch.split(theirs_TD, HEAD_ROWS), strict=True):
+                scan.add(row, first, functional.linear(z_TD, ours_VD), functional.linear(y_TD, theirs_VD))
+                row += len(z_TD)
     progress(vocabulary, vocabulary)
     return scan.scores()
 

@@ -53,12 +53,13 @@ def compare(
 ) -> ParityReport:
     """Compare the checkpoint in ``converted`` with the one that it was made from.
 
-    Memory: one matrix of each for the weights; one layer without its experts, one expert, and the hidden states of
-    all tokens for the models; for the logits one slab of both heads.
+    Memory: one matrix of each for the weights; one layer without its experts, one expert, and what there is of every
+    token within half of the available memory, the rest on disk, for the models; for the logits one slab of both heads.
 
     Raises:
         SourceError: one of the folders is no checkpoint that can be read, or the original contradicts itself.
         UsageError: the text cannot be read, or limits on the models are given although they are not to be run.
+        OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
     useless = options.limits.of_model()

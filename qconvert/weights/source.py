@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -15,10 +15,9 @@ from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.transform.experts import stacked_role
 from qconvert.weights.quantized_view import Problem, QuantizedView, Stored, view
 from reference_model.config import ModelConfig
-from reference_model.load import ExpertWeights
+from reference_model.load import ExpertWeights, WeightSpec
 
 _SHOWN = 20
 
@@ -165,9 +164,15 @@ class CheckpointWeights:
         values = self.quantized(role, begin, end).dequantize()
         return values if self._round_to is None else values.to(self._round_to).to(torch.float32)
 
-    def names(self) -> Collection[str]:
-        """All names that the reference model could ask for; of the vision tower only on request."""
-        return {_model_name(role) for role in self.stored if self._of_model(role)}
+    def specs(self) -> Mapping[str, WeightSpec]:
+        """All that the reference model could ask for, routed experts one matrix each; of the tower only on request."""
+        return {
+            name_of(role, Naming.TEXT).removeprefix(Naming.TEXT.value): WeightSpec(
+                shape=stored.shape, dtype=self._given_dtype(stored)
+            )
+            for role, stored in self.stored.items()
+            if self._of_model(role)
+        }
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the reference model that is not a routed expert's, as stored or dequantized to float32.
@@ -175,10 +180,21 @@ class CheckpointWeights:
         Raises:
             KeyError: it is not stored.
         """
-        role = _role(name)
-        if role not in self.stored or not self._of_model(role):
-            raise KeyError(name)
+        role = self._model_role(name)
         return self.raw(role) if self.stored[role].plain is not None else self.matrix(role)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows of a matrix of the reference model that is not a routed expert's, as ``tensor`` gives them.
+
+        Raises:
+            KeyError: it is not stored.
+        """
+        role = self._model_role(name)
+        if self.stored[role].plain is not None:
+            return self.raw(role, begin, end)
+        block, height = self.row_block(role), self.stored[role].shape[0]
+        first = begin - begin % block
+        return self.matrix(role, first, min(end + -end % block, height))[begin - first : end - first]
 
     def expert(self, experts: str, index: int) -> ExpertWeights:
         """Expert ``index`` of a block of the reference model such as ``layers.0.mlp.experts``.
@@ -209,16 +225,21 @@ class CheckpointWeights:
         except KeyError:
             raise KeyError(f"{self.checkpoint.path} holds no {role}") from None
 
+    def _model_role(self, name: str) -> TensorRole:
+        role = _role(name)
+        if role not in self.stored or not self._of_model(role):
+            raise KeyError(name)
+        return role
+
+    def _given_dtype(self, stored: Stored) -> torch.dtype:
+        if stored.plain is None or stored.role.kind in EXPERT_KINDS:
+            return torch.float32
+        return self.checkpoint.tensors[stored.plain.tensor].dtype.torch_dtype
+
     def _of_model(self, role: TensorRole) -> bool:
         if role.kind is Kind.HEAD:
             return not self.config.text.tie_word_embeddings
         return self._vision or role.section is not Section.VISION
-
-
-def _model_name(role: TensorRole) -> str:
-    """The reference model's name: without the decoder's prefix, routed experts as the stacked pair."""
-    whole = stacked_role(role) if role.kind in EXPERT_KINDS else role
-    return name_of(whole, Naming.TEXT).removeprefix(Naming.TEXT.value)
 
 
 def _role(name: str) -> TensorRole:

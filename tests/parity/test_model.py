@@ -138,6 +138,15 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
     assert set(plain.router_overlap) == {1.0}
 
 
+def test_what_waits_on_disk_changes_no_score(conversions: Converted) -> None:
+    original, out = conversions(FP8)
+    with CheckpointWeights.open(original) as a, CheckpointWeights.open(out) as b:
+        for roomy, tight in zip(compare_models(a, b, BATCHES), compare_models(a, b, BATCHES, memory=0), strict=True):
+            assert tight.router_overlap == roomy.router_overlap
+            for field in ("kl", "agree", "nll_original", "nll_converted"):
+                assert (getattr(tight.scores, field) == getattr(roomy.scores, field)).all()
+
+
 def test_weight_only_schemes_round_no_activation(conversions: Converted) -> None:
     for scheme, rounds in ((int4(32), False), (INT8, False), (FP8, True), (FP8_BLOCK, True)):
         with CheckpointWeights.open(conversions(scheme)[1]) as source:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
-from reference_model.load import ExpertWeights, TensorDictSource, WeightError, load_weights
+from reference_model.load import ExpertWeights, TensorDictSource, WeightError, WeightSpec, load_weights
 from reference_model.model import CausalLM
 from tests.reference_model import tiny
 
@@ -57,12 +60,14 @@ def test_every_fault_is_named_in_one_error(tensors: dict[str, Tensor]) -> None:
         "not a weight of the model: layers.9.mlp.gate.weight",
         "wrong shape: layers.0.mlp.gate.weight is [96, 7], expected [7, 96]",
         "wrong dtype: norm.weight is torch.int8",
-        "wrong shape: layers.2.mlp.experts expert 3 down is [96, 62], expected [96, 64]",
-        "missing: layers.2.mlp.experts expert 6",
+        "wrong shape: layers.2.mlp.experts.down_proj is [6, 96, 62], expected [7, 96, 64]",
         "missing: mtp.layers.0.mlp.experts.down_proj",
-        "not a weight of the model: layers.3.mlp.experts expert 7",
+        "wrong shape: layers.3.mlp.experts.gate_up_proj is [8, 128, 96], expected [7, 128, 96]",
+        "wrong shape: layers.3.mlp.experts.down_proj is [8, 96, 64], expected [7, 96, 64]",
     ):
         assert line in message, line
+    assert message.startswith("9 weights do not fit")
+    assert len(message.splitlines()) == 10
 
 
 def test_a_faulty_load_leaves_the_model_alone(tensors: dict[str, Tensor]) -> None:
@@ -74,18 +79,69 @@ def test_a_faulty_load_leaves_the_model_alone(tensors: dict[str, Tensor]) -> Non
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-class WithoutExpertFive(TensorDictSource):
+@dataclass(frozen=True, slots=True)
+class OneMatrixEach:
+    """A source whose experts are stored one matrix each."""
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, stacked: dict[str, Tensor]) -> OneMatrixEach:
+        apart = {}
+        for name, tensor in stacked.items():
+            block, _, part = name.rpartition(".")
+            for index, one in enumerate(tensor if part in ("gate_up_proj", "down_proj") else ()):
+                pieces = {"down_proj": one} if part == "down_proj" else dict(zip(PAIR, one.chunk(2), strict=True))
+                apart |= {f"{block}.{index}.{which}.weight": piece for which, piece in pieces.items()}
+            if part not in ("gate_up_proj", "down_proj"):
+                apart[name] = tensor
+        return cls(apart)
+
+    def specs(self) -> Mapping[str, WeightSpec]:
+        return TensorDictSource(self.tensors).specs()
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        return self.tensors[name][begin:end]
+
     def expert(self, experts: str, index: int) -> ExpertWeights:
-        if index == 5:
-            raise KeyError(index)
-        return TensorDictSource(self.tensors).expert(experts, index)
+        gate, up, down = (self.tensors[f"{experts}.{index}.{part}.weight"] for part in (*PAIR, "down_proj"))
+        return ExpertWeights(gate=gate, up=up, down=down)
 
 
-def test_a_missing_expert_is_named(tensors: dict[str, Tensor]) -> None:
+PAIR = ("gate_proj", "up_proj")
+
+
+def test_experts_may_be_stored_one_matrix_each(tensors: dict[str, Tensor]) -> None:
+    model = empty()
+    load_weights(model, OneMatrixEach.of(tensors), torch.float32)
+    assert all(torch.equal(model.state_dict()[name], tensors[name]) for name in tensors)
+
+
+def test_experts_that_do_not_fit_are_named_in_one_line_for_all_of_a_kind(tensors: dict[str, Tensor]) -> None:
+    source = OneMatrixEach.of(tensors)
+    for index in (0, 2, 3, 4):
+        del source.tensors[f"layers.0.mlp.experts.{index}.up_proj.weight"]
+    del source.tensors["layers.1.mlp.experts.6.down_proj.weight"]
+    for index in range(7):
+        for part in (*PAIR, "down_proj"):
+            del source.tensors[f"mtp.layers.0.mlp.experts.{index}.{part}.weight"]
+    source.tensors["layers.2.mlp.experts.7.gate_proj.weight"] = torch.zeros(64, 96)
+    source.tensors["layers.2.mlp.experts.1.gate_proj.weight"] = torch.zeros(64, 95)
+    source.tensors["layers.3.mlp.experts.5.down_proj.weight"] = torch.zeros(96, 64, dtype=torch.uint8)
     with pytest.raises(WeightError) as caught:
-        load_weights(empty(), WithoutExpertFive(tensors), torch.float32)
-    assert "missing: layers.0.mlp.experts expert 5" in str(caught.value)
-    assert "missing: mtp.layers.0.mlp.experts expert 5" in str(caught.value)
+        load_weights(empty(), source, torch.float32)
+    assert str(caught.value).splitlines()[1:] == [
+        "missing: layers.0.mlp.experts.{0,2-4}.up_proj.weight",
+        "missing: layers.1.mlp.experts.6.down_proj.weight",
+        "missing: mtp.layers.0.mlp.experts.down_proj",
+        "missing: mtp.layers.0.mlp.experts.gate_up_proj",
+        "not a weight of the model: layers.2.mlp.experts.7.gate_proj.weight",
+        "wrong dtype: layers.3.mlp.experts.5.down_proj.weight is torch.uint8, expected a floating-point one",
+        "wrong shape: layers.2.mlp.experts.1.gate_proj.weight is [64, 95], expected [64, 96]",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reference_model.attention import AttentionKind
+from reference_model.generate import generate
 from reference_model.model import CausalLM
 from tests.reference_model import textbook, tiny, upstream
 from tests.tolerances import tolerances
@@ -213,3 +215,28 @@ def test_a_model_in_fp64_has_no_narrower_step(ours_fp64: CausalLM, ours: CausalL
     half = tiny.model(tiny.checkpoint(), torch.bfloat16)(tiny.tokens(1, 3))
     assert half.logits.dtype == torch.bfloat16
     assert half.cache.layers[0].recurrent.dtype == torch.float32
+
+
+def test_inputs_that_do_not_fit_are_errors_that_name_the_cause() -> None:
+    model, ids = tiny.model(tiny.checkpoint()), tiny.tokens(2, 5)
+    headless = tiny.model(
+        {name: t for name, t in tiny.checkpoint().items() if not name.startswith("mtp.")}, mtp_num_hidden_layers=0
+    )
+    hidden, cache = torch.zeros(2, 5, 96), model(ids).cache
+    faults: list[tuple[Callable[[], object], str]] = [
+        (lambda: model(ids[:, :0]), "2 rows of 0 tokens: expected at least one"),
+        (lambda: model(ids[:0]), "0 rows of 5 tokens: expected at least one"),
+        (lambda: model(ids[0]), r"token ids are torch.int64 \[5\], expected whole numbers \[rows, tokens\]"),
+        (lambda: model(ids.float()), r"token ids are torch.float32 \[2, 5\]"),
+        (lambda: model(ids - 500), "is not of the vocabulary, 0 to 415"),
+        (lambda: model(ids, embeddings=hidden[:, :4]), r"embeddings is \[2, 4, 96\], expected \[2, 5, 96\]"),
+        (lambda: model(ids, position_ids=ids), r"position_ids is \[2, 5\], expected \[3, 2, 5\]"),
+        (lambda: model(ids[:1], cache=cache), "the cache is of a batch of 2 rows, the new tokens are of 1"),
+        (lambda: model.draft(hidden[:, :4], ids), r"hidden is \[2, 4, 96\], expected \[2, 5, 96\]"),
+        (lambda: model.draft(hidden, ids[0]), r"token ids are torch.int64 \[5\]"),
+        (lambda: headless.draft(hidden, ids), "no prediction head to draft with: mtp_num_hidden_layers is 0"),
+        (lambda: generate(model, ids[:, :0], max_new_tokens=1), "2 rows of 0 tokens"),
+    ]
+    for run, words in faults:
+        with pytest.raises(ValueError, match=words):
+            run()

@@ -11,6 +11,7 @@ from torch import Tensor
 from reference_model.config import ModelConfig
 from reference_model.config_fields import ConfigError
 from reference_model.generate import generate
+from reference_model.layerwise import run_layerwise
 from reference_model.load import TensorDictSource, WeightError, load_weights
 from reference_model.multimodal import MultimodalLM, Pictures
 from reference_model.positions import prompt_positions, token_kinds
@@ -283,6 +284,27 @@ def test_a_model_without_pictures_is_the_text_model(ours_fp64: MultimodalLM, ten
     text_tensors = {name.replace("language_model.", ""): t for name, t in tensors.items() if ".visual." not in name}
     ids = tiny.tokens(2, 20).clamp(max=400)
     assert torch.equal(ours_fp64(ids).logits, tiny.model(text_tensors, torch.float64)(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_with_an_image_runs_layer_by_layer_to_the_same_bits(
+    tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    model = tiny_multimodal.model(tensors, dtype)
+    batch, plain = prompts([[text(5), image(4, 6), text(70)]]), tiny.tokens(2, 11).clamp(max=400)
+    places = prompt_positions(CONFIG, batch.ids, image_grids=batch.grids("image"))
+    run = run_layerwise(
+        CONFIG.text,
+        TensorDictSource.of_checkpoint(tensors),
+        [batch.ids, plain],
+        dtype,
+        position_ids=[places, None],
+        embeddings=[model.embed(batch.ids, images=batch.images), None],
+    )
+    first, second = (part.logits for part in run)
+    expected = model(batch.ids, images=batch.images).logits
+    assert torch.equal(first.view_as(expected), expected)
+    assert torch.equal(second.view(2, 11, -1), model(plain).logits)
 
 
 def test_pictures_and_tokens_must_agree(ours: MultimodalLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from qconvert.numerics.rounding import quantize
 from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Rule, default_policy
 from qconvert.weights.source import CheckpointWeights
-from reference_model.load import load_weights
+from reference_model.layerwise import run_layers
+from reference_model.load import WeightError, load_weights
 from reference_model.model import CausalLM
 from reference_model.multimodal import MultimodalLM
 from tests.checkpoints import make_tiny
@@ -38,7 +40,7 @@ def test_layout_and_naming_do_not_matter(tmp_path: Path) -> None:
     first = found[0]
     for other in found[1:]:
         assert other.stored.keys() == first.stored.keys()
-        assert other.names() == first.names()
+        assert other.specs() == first.specs()
         assert all(torch.equal(first.matrix(role), other.matrix(role)) for role in first.stored)
     for source in found:
         source.close()
@@ -114,13 +116,49 @@ def test_the_whole_model_finds_its_vision_tower_on_request(conversions: Converte
                 model = MultimodalLM(source.config)
             load_weights(model, source, torch.float32)
             state = model.state_dict()
-            assert source.names() == state.keys()
+            assert {stacked(name) for name in source.specs()} == state.keys()
             stored = load_file(next(p for p in sorted(original.glob("*.safetensors")) if _holds_vision(p)))
             assert torch.equal(state["visual.pos_embed.weight"], stored["model.visual.pos_embed.weight"].float())
         with CheckpointWeights.open(path) as source:
-            assert not any(name.startswith("visual.") for name in source.names())
+            assert not any(name.startswith("visual.") for name in source.specs())
             with pytest.raises(KeyError):
                 source.tensor("visual.pos_embed.weight")
+
+
+def stacked(name: str) -> str:
+    """The parameter of the reference model that holds the matrix ``name``."""
+    pair = re.sub(r"experts\.\d+\.(gate|up)_proj\.weight", "experts.gate_up_proj", name)
+    return re.sub(r"experts\.\d+\.down_proj\.weight", "experts.down_proj", pair)
+
+
+@pytest.mark.parametrize("scheme", [None, int4(32), FP8_BLOCK], ids=str)
+def test_a_tensor_is_what_its_spec_says_and_rows_are_its_rows(scheme: Scheme | None, conversions: Converted) -> None:
+    rules = () if scheme is None else (Rule(match="text.attention.output", scheme=scheme, reason="a test"),)
+    original, out = conversions(scheme or INT8, rules=rules)
+    with CheckpointWeights.open(original if scheme is None else out, vision=True) as source:
+        for name, spec in source.specs().items():
+            if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
+                tensor = getattr(source.expert(match[1], int(match[2])), match[3])
+            else:
+                tensor = source.tensor(name)
+            assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), name
+        for name in ("embed_tokens.weight", "lm_head.weight", "layers.1.self_attn.o_proj.weight"):
+            whole = source.tensor(name)
+            for begin, end in ((0, 1), (5, 9), (127, 130), (200, len(whole)), (len(whole) - 1, len(whole))):
+                assert torch.equal(source.rows(name, begin, end), whole[begin:end])
+        with pytest.raises(KeyError):
+            source.rows("layers.9.self_attn.q_proj.weight", 0, 1)
+
+
+def test_a_missing_expert_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny(tmp_path / "c", layout="per-expert")
+    layer = "model.language_model.layers.0.mlp.experts"
+    edit_tensors(tmp_path / "c", lambda t: [t.pop(f"{layer}.{e}.up_proj.weight") for e in (0, 1, 2, 5)])
+    missing = r"^4 weights .*:\nmissing: layers\.0\.mlp\.experts\.{0-2,5}\.up_proj\.weight$"
+    with CheckpointWeights.open(tmp_path / "c") as source:
+        monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("something was read"))
+        with pytest.raises(WeightError, match=missing):
+            run_layers(source.config.text, source, [torch.zeros(1, 1, dtype=torch.int64)], torch.float32)
 
 
 def _holds_vision(path: Path) -> bool:
