@@ -36,15 +36,15 @@ class kernel:  # noqa: N801 - a decorator
         self._function = function
         self.__doc__ = function.__doc__
         try:
-            self._compiled: Function = njit(cache=True, **_OPTIONS)(function)
+            self.compiled: Function = njit(cache=True, **_OPTIONS)(function)
         except RuntimeError:  # No folder that can be written.
-            self._compiled = njit(**_OPTIONS)(function)
+            self.compiled = njit(**_OPTIONS)(function)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the kernel; arguments are arrays, numpy scalars and whole numbers."""
         try:
-            return self._compiled(*arguments)
+            return self.compiled(*arguments)
         except (OSError, EOFError, ValueError, UnpicklingError):
             # A kernel raises none of these: the cache is damaged, full or gone.
-            self._compiled = njit(**_OPTIONS)(self._function)
-            return self._compiled(*arguments)
+            self.compiled = njit(**_OPTIONS)(self._function)
+            return self.compiled(*arguments)

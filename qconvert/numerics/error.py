@@ -54,13 +54,6 @@ class ErrorSums:
             return 1.0 if self.signal == self.approximated else 0.0
         return self.product / (math.sqrt(self.signal) * math.sqrt(self.approximated))
 
-    @property
-    def relative_error(self) -> float:
-        """``sqrt(squared_error / signal)``; 0 for equal matrices, infinite when only the original is zero."""
-        if self.squared_error == 0.0:
-            return 0.0
-        return math.inf if self.signal == 0.0 else math.sqrt(self.squared_error / self.signal)
-
 
 def error_sums(original: Tensor, approximation: Tensor) -> ErrorSums:
     """Compare two tensors of one shape.

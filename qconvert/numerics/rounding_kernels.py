@@ -144,7 +144,6 @@ def _zeros(down, scale, factor, low, high, zero):
     for g in range(zero.size):
         point = float32(float32(float32(down[g] * factor) / scale[g]) + _TO_INTEGER) - _TO_INTEGER
         point = float32(point + low)
-        point = low if point < low else point
         zero[g] = high if point > high else point
 
 
