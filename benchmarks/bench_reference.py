@@ -109,7 +109,7 @@ def moe(config: TextConfig, x: Tensor) -> dict[str, dict[str, float]]:
             continue  # it gathers the weights of every token's experts: 100 GB at 512 tokens
         settings = upstream(config)
         settings._experts_implementation = name
-        other = theirs.Qwen3_5MoeSparseMoeBlock(settings).eval()
+        other = theirs.Qwen3_5MoeSparseMoeBlock(settings).eval()  # type: ignore[no-untyped-call]  # theirs
         other.load_state_dict(ours.state_dict(), assign=True)
         difference = max(difference, (ours(x)[0] - other(x)).abs().max().item())
         candidates[f"transformers {name}"] = partial(other, x)

@@ -75,9 +75,7 @@ def _text_json(c: TextConfig) -> dict[str, Any]:
         "eos_token_id": list(c.eos_token_ids),
         "hidden_act": "silu",
         "rope_parameters": {
-            "rope_type": c.rope.rope_type,
-            "rope_theta": c.rope.rope_theta,
-            "partial_rotary_factor": c.rope.partial_rotary_factor,
+            **{name: value for name in c.rope.__slots__ if (value := getattr(c.rope, name)) is not None},
             "mrope_section": list(c.rope.mrope_section),
             "mrope_interleaved": True,
         },
@@ -88,6 +86,7 @@ def _vision_json(c: VisionConfig) -> dict[str, Any]:
     return {
         "model_type": "qwen3_5_moe_vision",
         **{name: getattr(c, name) for name in c.__slots__ if name != "rope_theta"},
+        "rope_parameters": {"rope_type": "axial", "rope_theta": c.rope_theta},
         "hidden_act": "gelu_pytorch_tanh",
         "deepstack_visual_indexes": [],
     }

@@ -18,7 +18,6 @@ from reference_model.config_fields import (
     ConfigError,
     count,
     flag,
-    is_count,
     mapping,
     number,
     positive,
@@ -26,94 +25,12 @@ from reference_model.config_fields import (
     token_id,
     token_ids,
 )
+from reference_model.config_rope import RopeParameters, whole_rope_block
 
 LayerType = Literal["linear_attention", "full_attention"]
 
 VISION_LANGUAGE_TYPE = "qwen3_5_moe"
 TEXT_TYPE = "qwen3_5_moe_text"
-
-RIGHT_ROPE_BLOCK = """"rope_parameters": {
-  "rope_type": "yarn", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
-  "mrope_section": [11, 11, 10], "mrope_interleaved": true,
-  "factor": 4.0, "original_max_position_embeddings": 262144
-}"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeParameters:
-    """Rotary embedding: base, rotated fraction of a head, interleaved mRoPE sections, YaRN when named.
-
-    Attributes:
-        mrope_section: frequencies given to time, height and width; they sum to half the rotary dimension.
-        factor: YaRN's context extension factor; ``None`` for plain RoPE.
-    """
-
-    rope_type: Literal["default", "yarn"] = "default"
-    rope_theta: float = 10_000_000.0
-    partial_rotary_factor: float = 0.25
-    mrope_section: tuple[int, int, int] = (11, 11, 10)
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    @classmethod
-    def from_dict(cls, block: Mapping[str, Any]) -> RopeParameters:
-        """Read a ``rope_parameters`` block.
-
-        Raises:
-            ConfigError: unknown rope type, theta or sections missing, sections that are not or cannot be interleaved,
-                or YaRN without its factor and original length.
-        """
-        rope_type = block.get("rope_type", block.get("type", "default"))
-        if rope_type not in ("default", "yarn"):
-            raise ConfigError(f"rope_parameters.rope_type is {rope_type!r}; only 'default' and 'yarn' are known")
-        for name in ("rope_theta", "mrope_section"):
-            if name not in block:
-                raise ConfigError(
-                    f"rope_parameters has no {name!r}: engines would silently fall back to another value. "
-                    f"A whole block looks like this:\n{RIGHT_ROPE_BLOCK}"
-                )
-        if block.get("mrope_interleaved", True) is not True:
-            raise ConfigError("rope_parameters.mrope_interleaved is false; this architecture interleaves its sections")
-        section = block["mrope_section"]
-        if not isinstance(section, (list, tuple)) or len(section) != 3 or not all(is_count(n) for n in section):
-            raise ConfigError(f"rope_parameters.mrope_section is {section!r}; expected three counts")
-        if 3 * section[1] - 1 > sum(section) or 3 * section[2] > sum(section):
-            # height takes planes 1, 4, 7, ... and width 2, 5, 8, ...: beyond the last plane, engines drop them silently
-            raise ConfigError(
-                f"rope_parameters.mrope_section is {list(section)}: height and width do not fit between the "
-                f"{sum(section)} frequencies, of which each may take every third"
-            )
-        for name in ("factor", "original_max_position_embeddings"):
-            if rope_type == "yarn" and block.get(name) is None:
-                raise ConfigError(
-                    f"rope_parameters.rope_type is 'yarn' but no {name!r} is given: engines would derive it from "
-                    f"another field. A whole block looks like this:\n{RIGHT_ROPE_BLOCK}"
-                )
-
-        def optional(name: str) -> float | None:
-            return None if block.get(name) is None else positive(block, name, 0.0, "rope_parameters.")
-
-        original = optional("original_max_position_embeddings")
-        return cls(
-            rope_type=rope_type,
-            rope_theta=positive(block, "rope_theta", 0.0, "rope_parameters."),
-            partial_rotary_factor=positive(block, "partial_rotary_factor", 0.25, "rope_parameters."),
-            mrope_section=(section[0], section[1], section[2]),
-            factor=optional("factor"),
-            original_max_position_embeddings=None if original is None else int(original),
-            beta_fast=optional("beta_fast") or 32.0,
-            beta_slow=optional("beta_slow") or 1.0,
-            attention_factor=optional("attention_factor"),
-            mscale=optional("mscale"),
-            mscale_all_dim=optional("mscale_all_dim"),
-            truncate=flag(block, "truncate", True),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,12 +104,9 @@ class TextConfig:
         Raises:
             ConfigError: a field is missing, of the wrong type, or contradicts another.
         """
-        if block.get("rope_scaling") is not None:
-            raise ConfigError(
-                "config has 'rope_scaling': beside rope_parameters it makes engines drop rope_theta and "
-                f"mrope_section silently. Remove it and name everything in one block:\n{RIGHT_ROPE_BLOCK}"
-            )
-        if not isinstance(block.get("rope_parameters"), Mapping):
+        rope = block.get("rope_parameters")
+        _refuse_rope_scaling(block, rope)
+        if not isinstance(rope, Mapping):
             raise ConfigError("text config has no 'rope_parameters' block")
         sizes = {name: size(block, name) for name in _TEXT_SIZES}
         act = block.get("hidden_act", "silu")
@@ -207,7 +121,7 @@ class TextConfig:
         config = cls(
             **sizes,
             layer_types=layer_types_of(block, sizes["num_hidden_layers"]),
-            rope=RopeParameters.from_dict(block["rope_parameters"]),
+            rope=RopeParameters.from_dict(rope),
             rms_norm_eps=positive(block, "rms_norm_eps", 1e-6),
             max_position_embeddings=count(block, "max_position_embeddings", 262_144),
             tie_word_embeddings=flag(block, "tie_word_embeddings", False),
@@ -328,6 +242,7 @@ class ModelConfig:
         text = config.get("text_config")
         if not isinstance(text, Mapping):
             raise ConfigError("config has no 'text_config' block")
+        _refuse_rope_scaling(config, text.get("rope_parameters"))
         if "tie_word_embeddings" in config:
             text = {**text, "tie_word_embeddings": config["tie_word_embeddings"]}
         vision = mapping(config, "vision_config")
@@ -372,6 +287,17 @@ _HINTS = {
     "qwen3_next": " (Qwen3-Next stores its DeltaNet projections in another layout)",
     "qwen3_moe": " (Qwen3-MoE has no DeltaNet layers)",
 }
+
+
+def _refuse_rope_scaling(block: Mapping[str, Any], rope: object) -> None:
+    """Raise ``ConfigError`` with the block that says what ``rope_parameters`` and ``rope_scaling`` mean together."""
+    scaling = block.get("rope_scaling")
+    if scaling is not None:
+        known, more = (part if isinstance(part, Mapping) else {} for part in (rope, scaling))
+        raise ConfigError(
+            "config has 'rope_scaling': beside rope_parameters it makes engines drop rope_theta and mrope_section "
+            f"silently. Remove it and name everything in one block of the text config:\n{whole_rope_block(known, more)}"
+        )
 
 
 def layer_types_of(block: Mapping[str, Any], count: int) -> tuple[LayerType, ...]:

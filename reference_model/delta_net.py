@@ -5,6 +5,19 @@
     x ─ in_proj_b ─ beta (strength) ────────────────┘                  │
     x ─ in_proj_z ─────────────────────────────────────────────────────┘
 
+All that a token does to the memory (``delta_rule``) it decides itself, by projections of its own hidden state x: what
+to ask (q), where to write (k), what (v), how much to believe it (beta), and how much to forget first (g). For g it
+asks for a step ``softplus(in_proj_a(x) + dt_bias)`` > 0, and each head forgets at a rate of its own, ``exp(A_log)``:
+the memory shrinks by ``exp(-rate * step)``, as anything that decays does over a time. Heads of small rates remember
+for long.
+
+The convolution lets q, k and v see the three tokens before: keys such as "what came after this word" need two tokens,
+and the memory has no positions to tell neighbours by. z decides, dimension by dimension, how much of what was read
+gets out; the norm before it makes up for reads whose size depends on how full the memory is.
+
+Between calls a layer keeps the memory and the last inputs of the convolution. Padding must change neither: its g and
+beta are set to zero (``still``), and the convolution's inputs are taken from before it.
+
 Shapes: B batch, T tokens, D hidden, Hk / Hv key and value heads, dk / dv their widths, C = 2 Hk dk + Hv dv channels,
 W width of the convolution.
 """

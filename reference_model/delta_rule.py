@@ -1,19 +1,27 @@
 """The gated delta rule: a memory that is a matrix, forgets by a factor, and is corrected rather than added to.
 
-Each head keeps a state S of shape [dk, dv] that maps keys to values. For token t with query q, key k, value v,
-log decay g <= 0 and writing strength beta in (0, 1):
+Attention keeps every key and value, and looks at all of them again for each token. Here a head keeps one matrix S
+[dk, dv] instead, whatever the number of tokens: asked with a key k of length one, it answers with the value S^T k. A
+value is written under a key by adding the outer product k v^T; keys at right angles do not disturb each other, since
+(k v^T)^T k' = v (k . k'). But dk keys at most are at right angles. Only adding, as linear attention does, a second
+value under the same key would give the sum of both; so what is added is the difference to what the memory says
+already.
 
-    S  <- exp(g_t) S                          forget
+For token t with query q, key k, value v, log decay g <= 0 and writing strength beta in (0, 1):
+
+    S  <- exp(g_t) S                          forget a little of everything
     d  =  beta_t (v_t - S^T k_t)              what the memory gets wrong about k_t, times how much to believe v_t
-    S  <- S + k_t d^T                         correct it: afterwards S^T k_t has moved by beta_t towards v_t
+    S  <- S + k_t d^T                         correct it: S^T k_t has moved by beta_t of the way to v_t
     o_t = S^T q_t / sqrt(dk)                  ask it
 
 where q and k have first been divided by their L2 norms, and S starts at zero. In one line this is
 ``S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T`` (Yang, Kautz and Hatamizadeh 2024, "Gated Delta
-Networks", arXiv 2412.06464, equation 10, transposed: their state is [dv, dk]).
+Networks", arXiv 2412.06464, equation 10, transposed: their state is [dv, dk]). With beta = 1 a value replaces what was
+there, with beta = 0 nothing is written; exp(g) = 0 would clear the memory, g = 0 keeps it.
 
-``recurrent_gated_delta_rule`` is these four lines; ``chunked_gated_delta_rule`` computes the same with matrix
-products over chunks of 64 tokens. They agree to rounding.
+``recurrent_gated_delta_rule`` is these four lines, for decoding. They are T small steps, each of which waits for the
+one before; ``chunked_gated_delta_rule`` computes the same for prefill, 64 tokens at a time in matrix products. They
+agree to rounding.
 
 Shapes: B batch, T tokens, Hk query/key heads, Hv value heads, dk key width, dv value width. Query/key head h serves
 the Hv / Hk consecutive value heads from h * Hv / Hk on. The state is [B, Hv, dk, dv], always in at least fp32, as is
@@ -76,19 +84,30 @@ def chunked_gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """The rule, 64 tokens at a time; arguments and results as ``recurrent_gated_delta_rule``.
 
-    Within a chunk let c_i = g_1 + ... + g_i, and let S be the state before it. Unrolling the recurrence, the state
-    after token i is ``exp(c_i) S + sum_{j <= i} exp(c_i - c_j) k_j d_j^T``. Put into the formula of d_i this is
+    Within a chunk let c_i = g_1 + ... + g_i, and let S be the state before it. A correction d_j that was written
+    under k_j has faded by exp(c_i - c_j) when token i has passed, and S itself by exp(c_i). So token i finds, after
+    it has forgotten and before it writes,
 
-        d_i + sum_{j < i} beta_i exp(c_i - c_j) (k_i . k_j) d_j = beta_i (v_i - exp(c_i) S^T k_i)
+        exp(c_i) S + sum_{j < i} exp(c_i - c_j) k_j d_j^T
 
-    a unit lower triangular system ``(I + A) d = r`` for all corrections of the chunk at once (the WY form of a
-    product of Householder-like factors; section 3.3 of arXiv 2412.06464). With d known:
+    and its own correction, ``beta_i (v_i - what that says about k_i)``, is
+
+        d_i = beta_i (v_i - exp(c_i) S^T k_i  -  sum_{j < i} exp(c_i - c_j) (k_i . k_j) d_j)
+
+    Each d_i needs those before it, but only linearly. With all d_j on one side these are 64 equations (I + A) d = r
+    with A_ij = beta_i exp(c_i - c_j) (k_i . k_j) below the diagonal and zero elsewhere, and r_i = beta_i (v_i -
+    exp(c_i) S^T k_i): one inverse of a triangular matrix gives all corrections of the chunk at once (section 3.3 of
+    arXiv 2412.06464 gets there by products of Householder-like matrices). With d known, outputs and the next state
+    are sums over it:
 
         o_i = (exp(c_i) S^T q_i + sum_{j <= i} exp(c_i - c_j) (q_i . k_j) d_j) / sqrt(dk)
         S  <- exp(c_64) S + sum_j exp(c_64 - c_j) k_j d_j^T
 
+    In the code ``solve`` is (I + A)^-1, ``attend`` holds the factors of d_j in o_i, ``read_q`` and ``read_k`` are
+    exp(c_i) q_i and exp(c_i) k_i, and ``write_k`` is exp(c_64 - c_j) k_j.
+
     Every exponent is <= 0, so nothing overflows. A, its inverse and the q . k products need no state: they are
-    computed for all chunks together, and only the last three formulas run chunk after chunk.
+    computed for all chunks together. Only d = solve r and the last two formulas run chunk after chunk.
     """
     dtype, tokens = v.dtype, v.shape[1]
     q, k, v, g, beta = (_chunks(widen(x)) for x in (q, k, v, g, beta))

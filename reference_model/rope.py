@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reference_model.config import RopeParameters, TextConfig
+from reference_model.config import TextConfig
 from reference_model.config_fields import ConfigError
+from reference_model.config_rope import RopeParameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 BUFFER = 16 << 20
@@ -32,7 +32,8 @@ def read_all(files: Sequence[Path]) -> int:
 
 def write_all(path: Path, nbytes: int) -> None:
     """Write ``nbytes`` bytes, which do not compress, to a new file, and fsync it and its folder."""
-    buffer, begin, flushes = memoryview(os.urandom(BUFFER)), 0, []
+    buffer, begin = memoryview(os.urandom(BUFFER)), 0
+    flushes: list[Future[None]] = []
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as flusher:
         while begin < nbytes:
             begin += file.write(buffer[: nbytes - begin]) or 0
@@ -59,8 +60,9 @@ def main() -> None:
     files = sorted(source.glob("*.safetensors"))
     start = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(write_all, out, nbytes), pool.submit(read_all, files)]:
-            done.result()
+        writing, reading = pool.submit(write_all, out, nbytes), pool.submit(read_all, files)
+        writing.result()
+        reading.result()
     print(json.dumps({"seconds": time.perf_counter() - start}))
 
 

@@ -59,7 +59,7 @@ def _pack_compiled(raw: Tensor, bits: int, flip: int) -> Tensor:
     # Here, because importing numba takes a quarter of a second, and most commands pack nothing.
     from qconvert.numerics.packing_kernels import pack_bytes, pack_nibbles
 
-    # A kernel has code for arguments of one type, which says how they lie in memory.
+    # Kernels may take for granted that numbers lie on their own boundaries.
     if raw.data_ptr() % 8:
         raw = raw.clone()
     words = torch.empty(raw.numel() * bits // 32, dtype=torch.int32)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,8 +92,8 @@ def test_a_source_without_experts_cannot_be_compared() -> None:
         experts_found(SOURCE[2:], SOURCE)
 
 
-def timed(candidate: str, number: int, wall: float, cpu: float, **other: object) -> Run:
-    return Run(candidate=candidate, scheme="fp8", round=number, wall=wall, cpu=cpu, **other)  # type: ignore[arg-type]
+def timed(candidate: str, number: int, wall: float, cpu: float, **other: Any) -> Run:
+    return Run(candidate=candidate, scheme="fp8", round=number, wall=wall, cpu=cpu, **other)
 
 
 RUNS = [

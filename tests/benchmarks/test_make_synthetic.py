@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +51,19 @@ def test_it_fits_its_configuration(tmp_path: Path, script: ModuleType, per_exper
         head = checkpoint.read("lm_head.weight").float()
         assert abs(head.std() - 0.02) < 0.001
         assert abs(head.mean()) < 0.001
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("yarn", [False, True])
+def test_every_field_of_a_configuration_reads_back(script: ModuleType, name: str, yarn: bool) -> None:
+    config = PRESETS[name]
+    if yarn:
+        long = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262_144, "rope_theta": 5e6}
+        rare = {"beta_fast": 30.0, "beta_slow": 2.0, "attention_factor": 1.2, "mscale": 0.9, "mscale_all_dim": 0.8}
+        rope = replace(config.text.rope, **long, **rare, truncate=False)
+        vision = replace(config.vision, rope_theta=5e3)
+        config = replace(config, text=replace(config.text, rope=rope), vision=vision)
+    assert ModelConfig.from_dict(json.loads(json.dumps(script.config_json(config)))) == config
 
 
 def test_the_same_options_give_the_same_bytes(tmp_path: Path, script: ModuleType) -> None:

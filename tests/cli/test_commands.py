@@ -162,7 +162,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "lying": (lambda f: edit_config(f, lambda c: c["text_config"].update(num_experts=7)), "misshapen"),
     "yarn trap": (
         lambda f: edit_config(f, lambda c: c["text_config"].update(rope_scaling={"type": "yarn"})),
-        "rope_scaling",
+        '"rope_type": "yarn"',
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),

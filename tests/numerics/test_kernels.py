@@ -153,8 +153,7 @@ def test_refuses_what_the_plain_expression_refuses(scheme: Scheme, dtype: torch.
         assert str(ours.value) == str(plain.value)
 
 
-def test_numbers_that_do_not_lie_on_their_own_boundaries_need_no_code_of_their_own() -> None:
-    # Two processes that compile one kernel for two types of arguments at once could mix them up on disk.
+def test_numbers_need_not_lie_on_their_own_boundaries_and_need_no_code_of_their_own() -> None:
     w = torch.randn(3, 64, generator=torch.Generator().manual_seed(9)).bfloat16()
     file = bytearray(b"\0" + w.view(torch.uint8).numpy().tobytes())
     odd = torch.frombuffer(memoryview(file)[1:], dtype=torch.bfloat16).view(3, 64)
@@ -166,5 +165,6 @@ def test_numbers_that_do_not_lie_on_their_own_boundaries_need_no_code_of_their_o
     assert all_finite(odd) and all_finite(w)
     for bits in (4, 8):
         assert torch.equal(pack_int32(codes, bits), pack_int32(codes.clone(), bits))
+    # Two processes that compile one kernel for two types of arguments at once could mix them up on disk.
     for kernel in (quantize_bf16, quantize_f32, pack_nibbles, pack_bytes, all_below_16):
         assert len(kernel.compiled.signatures) == 1

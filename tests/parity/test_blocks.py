@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from qconvert.core.scheme import Block, Blocking, Channel, Flat, Group, PerTensor, ScaleSpec, Scheme, int4
 from qconvert.numerics.error import error_sums
 from qconvert.parity.blocks import block_sums, describe_block
+from tests.tolerances import tolerances
+
+LIMITS = tolerances("parity")
 
 
 def block_of(row: int, col: int, cols: int, blocking: Blocking | None) -> tuple[int, ...]:
@@ -53,16 +56,17 @@ def test_sums_equal_loops(rows: int, cols: int, blocking: Blocking | None, seed:
     if blocking is not None:
         scheme = Scheme(grid=int4().grid, blocking=blocking, scale=ScaleSpec(dtype=int4().scale.dtype))
         assert tuple(found.signal.shape) == scheme.scale_shape(rows, cols)
+    close = LIMITS["block_products"]
     for index, (signal, approximated, product, squared) in sums.items():
-        assert float(found.signal[index]) == pytest.approx(signal, rel=1e-5)
-        assert float(found.approximated[index]) == pytest.approx(approximated, rel=1e-5)
-        assert float(found.product[index]) == pytest.approx(product, rel=1e-4, abs=1e-5)
-        assert float(found.squared_error[index]) == pytest.approx(squared, rel=1e-5)
-        assert float(found.ratio[index]) == pytest.approx(product / signal, rel=1e-4, abs=1e-5)
+        assert float(found.signal[index]) == pytest.approx(signal, rel=LIMITS["block_sums"])
+        assert float(found.approximated[index]) == pytest.approx(approximated, rel=LIMITS["block_sums"])
+        assert float(found.product[index]) == pytest.approx(product, rel=close, abs=close)
+        assert float(found.squared_error[index]) == pytest.approx(squared, rel=LIMITS["block_sums"])
+        assert float(found.ratio[index]) == pytest.approx(product / signal, rel=close, abs=close)
     whole = error_sums(w, v)
-    assert found.total.sqnr_db == pytest.approx(whole.sqnr_db, abs=1e-4)
-    assert found.total.cosine == pytest.approx(whole.cosine, abs=1e-6)
-    assert found.total.max_error == pytest.approx(whole.max_error, rel=1e-6)
+    assert found.total.sqnr_db == pytest.approx(whole.sqnr_db, abs=LIMITS["block_sqnr_db"])
+    assert found.total.cosine == pytest.approx(whole.cosine, abs=LIMITS["block_totals"])
+    assert found.total.max_error == pytest.approx(whole.max_error, rel=LIMITS["block_totals"])
 
 
 def test_vectors_and_convolutions_have_one_block_a_row() -> None:
@@ -71,7 +75,7 @@ def test_vectors_and_convolutions_have_one_block_a_row() -> None:
         w, v = torch.randn(shape, generator=gen), torch.randn(shape, generator=gen)
         found = block_sums(w, v, None)
         assert found.signal.numel() == blocks
-        assert found.total.sqnr_db == pytest.approx(error_sums(w, v).sqnr_db, abs=1e-4)
+        assert found.total.sqnr_db == pytest.approx(error_sums(w, v).sqnr_db, abs=LIMITS["block_sqnr_db"])
 
 
 def test_a_nan_reaches_the_maximum() -> None:

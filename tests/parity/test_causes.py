@@ -17,6 +17,10 @@ from qconvert.weights.source import CheckpointWeights
 from tests.checkpoints import make_tiny
 from tests.conftest import Converted
 from tests.edits import edit_tensors
+from tests.tolerances import tolerances
+
+LIMITS = tolerances("parity")
+
 
 SCHEMES = [int4(32), int4(128), int4(128, symmetric=False), INT8, FP8, FP8_BLOCK]
 LAYER = "model.language_model.layers.2.mlp."
@@ -312,7 +316,7 @@ def test_comparing_in_runs_of_rows_changes_nothing(
     assert len(parts.causes) == 1
     for a, b in zip(whole.tensors, parts.tensors, strict=True):
         assert (a.role, a.outcome, a.sums.max_error) == (b.role, b.outcome, b.sums.max_error)
-        assert b.sums.squared_error == pytest.approx(a.sums.squared_error, rel=1e-9)
+        assert b.sums.squared_error == pytest.approx(a.sums.squared_error, rel=LIMITS["runs_of_rows"])
 
 
 def test_a_head_that_holds_the_embedding(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:

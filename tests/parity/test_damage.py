@@ -40,6 +40,10 @@ from qconvert.weights.source import CheckpointWeights
 from tests.conftest import Converted
 from tests.edits import edit_tensors
 from tests.parity.test_faults import SCHEMES, weights_of_shape
+from tests.tolerances import tolerances
+
+LIMITS = tolerances("parity")
+
 
 ROLE = TensorRole(section=Section.TEXT, kind=Kind.EXPERT_UP, layer=0, expert=0)
 UP = "model.language_model.layers.2.mlp.experts.3.up_proj."
@@ -158,7 +162,7 @@ def test_a_scale_that_is_wrong_by_half_is_a_factor(scheme: Scheme, factor: float
     assert found.kind is CauseKind.SCALE_FACTOR
     assert "row 0" in found.evidence
     said = float(found.evidence.partition("values are ")[2].split()[0])
-    assert said == pytest.approx(factor, rel=0.05)
+    assert said == pytest.approx(factor, rel=LIMITS["scale_factor"])
 
 
 def test_a_zero_row_that_holds_numbers() -> None:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from qconvert.parity.limits import Limits
 from qconvert.parity.logits import TokenScores, VocabularyScan, score, summarize
+from tests.tolerances import tolerances
+
+LIMITS = tolerances("parity")
 
 
 def textbook(original: Tensor, converted: Tensor, targets: Tensor) -> tuple[np.ndarray, ...]:
@@ -50,10 +53,10 @@ def test_a_scan_in_any_pieces_equals_the_textbook(
             scan.add(row, first, original[part], converted[part])
     found = scan.scores()
     kl, agree, nll_original, nll_converted = textbook(original, converted, targets)
-    # fp32 logits near 300 are 3e-5 apart
-    np.testing.assert_allclose(found.kl, kl, atol=2e-6 + 1e-7 * abs(shift), rtol=1e-5)
-    np.testing.assert_allclose(found.nll_original, nll_original, atol=1e-5, rtol=1e-6)
-    np.testing.assert_allclose(found.nll_converted, nll_converted, atol=1e-5, rtol=1e-6)
+    atol = LIMITS["scan_kl"] + LIMITS["scan_kl_shift"] * abs(shift)
+    np.testing.assert_allclose(found.kl, kl, atol=atol, rtol=LIMITS["scan"])
+    np.testing.assert_allclose(found.nll_original, nll_original, atol=LIMITS["scan"], rtol=LIMITS["scan_nll_rel"])
+    np.testing.assert_allclose(found.nll_converted, nll_converted, atol=LIMITS["scan"], rtol=LIMITS["scan_nll_rel"])
     assert (found.agree == agree).all()
 
 
@@ -94,16 +97,15 @@ def test_summary_equals_numpy() -> None:
     assert found["top1_agreement"].value == pytest.approx(scores.agree.mean())
     assert found["perplexity_original"].value == pytest.approx(np.exp(scores.nll_original.mean()))
     assert found["perplexity_ratio"].value == pytest.approx(np.exp(0.1))
-    assert found["perplexity_ratio"].high - found["perplexity_ratio"].low < 1e-9
+    assert found["perplexity_ratio"].high - found["perplexity_ratio"].low <= LIMITS["same_draws"]
 
 
 def test_the_interval_of_independent_tokens_is_the_normal_one() -> None:
     scores = scores_of(np.random.default_rng(0).exponential(1.0, 20000))
     mean = {m.name: m for m in summarize(scores, "model", Limits())}["kl_mean"]
     half = 1.96 * scores.kl.std() / len(scores.kl) ** 0.5
-    # 2,000 sampled interval ends of 313 blocks: within a tenth
-    assert mean.value - mean.low == pytest.approx(half, rel=0.15)
-    assert mean.high - mean.value == pytest.approx(half, rel=0.15)
+    assert mean.value - mean.low == pytest.approx(half, rel=LIMITS["bootstrap"])
+    assert mean.high - mean.value == pytest.approx(half, rel=LIMITS["bootstrap"])
 
 
 def test_tokens_that_go_together_widen_the_interval() -> None:

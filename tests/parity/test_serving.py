@@ -14,7 +14,8 @@ from qconvert.core.scheme import INT8
 from qconvert.parity.causes import Cause, CauseKind, Severity
 from qconvert.parity.run import ParityOptions, compare
 from qconvert.parity.serving import OTHER_FILES, config_causes, serving_causes
-from reference_model.config import ModelConfig, RopeParameters, TextConfig, VisionConfig
+from reference_model.config import ModelConfig, TextConfig, VisionConfig
+from reference_model.config_rope import RopeParameters
 from tests.checkpoints import tiny_config
 from tests.conftest import Converted
 

@@ -15,7 +15,7 @@ import torch
 
 from reference_model.config import ModelConfig
 from reference_model.config_fields import ConfigError
-from reference_model.model import CausalLM
+from reference_model.multimodal import MultimodalLM
 from reference_model.presets import PRESETS
 from tests.checkpoints import tiny_config
 from tests.reference_model import tiny
@@ -25,16 +25,16 @@ from tests.reference_model import tiny
     ("name", "total", "active"), [("35b-a3b", 35, 3), ("122b-a10b", 122, 10), ("397b-a17b", 397, 17)]
 )
 def test_public_sizes_have_the_advertised_parameters(name: str, total: int, active: int) -> None:
-    """Billions of the text model: 34.7 in all and 3.5 for one token is sold as 35B-A3B; a vision tower adds 0.5."""
-    text = replace(PRESETS[name].text, mtp_num_hidden_layers=0)
+    """Billions, rounded: of the decoder without its prediction head, or of decoder and tower; 122 only the former."""
+    config = PRESETS[name]
+    text = replace(config.text, mtp_num_hidden_layers=0)
     with torch.device("meta"):
-        model = CausalLM(text)
-    sizes = {key: weight.numel() for key, weight in model.named_parameters()}
+        sizes = {key: weight.numel() for key, weight in MultimodalLM(replace(config, text=text)).named_parameters()}
+    tower = sum(size for key, size in sizes.items() if key.startswith("visual."))
     routed = sum(size for key, size in sizes.items() if ".experts." in key)
-    whole = sum(sizes.values())
-    used = whole - routed + routed * text.num_experts_per_tok / text.num_experts
-    assert abs(whole / 1e9 - total) < 0.7
-    assert round(used / 1e9) == active
+    decoder = sum(sizes.values()) - tower
+    assert total in {round(decoder / 1e9), round((decoder + tower) / 1e9)}
+    assert round((decoder - routed + routed * text.num_experts_per_tok / text.num_experts) / 1e9) == active
 
 
 def test_the_nested_and_the_flat_form_say_the_same() -> None:
@@ -59,6 +59,30 @@ def test_an_interval_says_which_layers_attend() -> None:
 
 
 ROPE = tiny.config_json()["rope_parameters"]
+
+
+@pytest.mark.parametrize("where", ["text", "top"])
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_the_block_that_replaces_rope_scaling_says_everything(where: str, kind: str) -> None:
+    config = tiny_config(naming="vl")
+    yarn = {"factor": 3.0, "original_max_position_embeddings": 1000}
+    (config if where == "top" else config["text_config"])["rope_scaling"] = {kind: "yarn", **yarn}
+    with pytest.raises(ConfigError, match="rope_scaling") as caught:
+        ModelConfig.from_dict(config)
+    block = json.loads("{" + str(caught.value).partition("\n")[2] + "}")["rope_parameters"]
+    assert block == {**config["text_config"]["rope_parameters"], "rope_type": "yarn", **yarn}
+    text = {name: value for name, value in config["text_config"].items() if name != "rope_scaling"}
+    config = {**config, "text_config": {**text, "rope_parameters": block}, "rope_scaling": None}
+    assert ModelConfig.from_dict(config).text.rope.factor == 3.0
+
+
+def test_a_block_without_theta_or_sections_is_completed_by_the_public_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny.text_config(rope_parameters={"rope_type": "yarn", "factor": 2.0})
+    block = json.loads("{" + str(caught.value).partition("\n")[2] + "}")["rope_parameters"]
+    assert (block["rope_theta"], block["mrope_section"], block["factor"]) == (10_000_000, [11, 11, 10], 2.0)
+    assert block["original_max_position_embeddings"] == 262_144
+
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3_5"}, "'qwen3_5'.*dense"),

@@ -22,6 +22,7 @@ from tests.tolerances import tolerances
 DEMO = Path(reference_model.__file__).parent / "demo"
 WINDOW, COUNT = 256, 3
 LIMITS = tolerances("reference_model")
+DEMO_LIMITS = tolerances("demo")
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +94,15 @@ def test_the_demo_sees_an_image_as_transformers_does(windows: Tensor) -> None:
 
 
 def test_the_demo_has_learned(windows: Tensor) -> None:
-    """Far below the entropy of single tokens, about 6 nats."""
     logits = ours(windows, torch.float32)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-    assert float(loss) < 4.5
+    assert float(loss) < DEMO_LIMITS["loss"]
 
 
 def test_most_drafts_of_a_trained_head_are_right_and_change_nothing(windows: Tensor) -> None:
-    """One token at a time, as the head was trained; 86% were accepted when this was written."""
+    """One token at a time, as the head was trained."""
     model, prompts = load(torch.float64), windows[::2, :50]
     plain = generate(model, prompts, max_new_tokens=40, stop_ids=())
     drafted = generate(model, prompts, max_new_tokens=40, stop_ids=(), draft=1)
     assert torch.equal(drafted.tokens, plain.tokens)
-    assert drafted.acceptance_rate > 0.6
+    assert drafted.acceptance_rate > DEMO_LIMITS["acceptance_rate"]
