@@ -145,7 +145,7 @@ class Bar:
     def advance(self, description: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` is done in the phase ``description``."""
         if description not in self._tasks:
-            self._tasks[description] = self._progress.add_task(description, total=total)
+            self._tasks[description] = self._progress.add_task(description, total=total, completed=done)
         self._progress.update(self._tasks[description], completed=done, total=total)
 
     def __enter__(self) -> Bar:
