@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-engines lint format demo-checkpoint clean
+.PHONY: help demo test test-engines soak lint format demo-checkpoint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,6 +31,9 @@ test: $(VENV)/.dev  ## the test suite
 test-engines: $(VENV)/.dev  ## slow tests: converted checkpoints in real inference engines
 	PYTHON=$(PYTHON) bash tests/engines/setup.sh
 	$(BIN)/python -m pytest -m engines tests/engines
+
+soak: $(VENV)/.dev  ## kill conversions two hundred times and compare what comes out
+	QCONVERT_KILLS=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_resume.py -k killed
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

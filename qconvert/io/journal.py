@@ -34,9 +34,10 @@ class Journal:
         position = 0
         while (end := raw.find(b"\n", position)) >= 0:
             line = raw[position:end]
-            if line[:_HASH_DIGITS] != _hash(line[_HASH_DIGITS + 1 :]):
+            text = line[_HASH_DIGITS + 1 :]
+            if line[: _HASH_DIGITS + 1] != _hash(text) + b" ":
                 break
-            found.append(json.loads(line[_HASH_DIGITS + 1 :]))
+            found.append(json.loads(text))
             position = end + 1
         self._end = self._start + position
         return found
