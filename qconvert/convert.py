@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from qconvert import __version__
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
 from qconvert.core.plan import Plan
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
@@ -55,7 +56,7 @@ def plan_conversion(
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
-    check_memory(plan, _working_memory(max_memory))
+    check_memory(plan, working_memory(max_memory))
     return plan
 
 
@@ -97,7 +98,7 @@ def convert(
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
-        left = _working_memory(max_memory)
+        left = working_memory(max_memory)
         check_memory(plan, left)
         identity = {
             "qconvert version": __version__,
@@ -108,12 +109,24 @@ def convert(
         with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
             try:
                 outcomes = run(plan, checkpoint, sink, jobs=jobs, memory=left, device=device, progress=progress)
-                record = summary(plan, outcomes, algorithm=algorithm, config_hash=checkpoint.config_hash)
+                record = summary(
+                    plan,
+                    outcomes,
+                    policy=policy.entries(),
+                    algorithm=algorithm,
+                    config_hash=checkpoint.config_hash,
+                    device=device.type,
+                )
+
+                def manifest(hashes: Mapping[str, str]) -> Iterator[bytes]:
+                    beside = record_folder(sink.path, algorithm, without=MANIFEST_FILE)
+                    yield from manifest_parts(record, beside, plan, outcomes, hashes)
+
                 sink.finish(
                     {
                         **{name: source / name for name in plan.side_files},
                         "config.json": plan.config_bytes,
-                        MANIFEST_FILE: lambda hashes: manifest_parts(record, plan, outcomes, hashes),
+                        MANIFEST_FILE: manifest,  # last: it speaks of all others
                     }
                 )
             except (PlanError, FormatError, DataError):
@@ -134,7 +147,7 @@ def _explain(error: BaseException, out: Path) -> None:
         raise type(error)(f"{error}\n{hint}") from error
 
 
-def _working_memory(limit: int | None) -> int:
+def working_memory(limit: int | None) -> int:
     """What a conversion may hold: what remains of a limit for the whole process, or the default.
 
     Raises:

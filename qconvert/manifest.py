@@ -1,31 +1,51 @@
-"""`manifest.json` beside the converted weights: what was decided, what it cost, and the hash of every tensor."""
+"""`manifest.json` beside the converted weights: what was decided, what it cost, and the hash of every tensor.
+
+The last line is a seal over all lines before it: a manifest that was damaged or edited by hand vouches for nothing.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import log10
 from typing import Any
 
 from qconvert import __version__
 from qconvert.core.plan import Plan, Quantize
+from qconvert.io.file_record import FileRecord
 from qconvert.io.hashing import new_hash
 from qconvert.run import Loss, Outcome
 
 MANIFEST_FILE = "manifest.json"
 
 
-def summary(plan: Plan, outcomes: Mapping[str, Outcome], *, algorithm: str, config_hash: str) -> dict[str, Any]:
+def summary(
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    *,
+    policy: Sequence[Mapping[str, Any]],
+    algorithm: str,
+    config_hash: str,
+    device: str,
+) -> dict[str, Any]:
     """What a manifest says of the whole; the same input and options give the same, however the input is sharded.
 
-    ``algorithm`` is that of the tensors' hashes, ``config_hash`` the xxh3-128 of the source's ``config.json``.
+    Args:
+        plan: what was done.
+        outcomes: what is known of its steps.
+        policy: the rules that decided, as ``Policy.entries`` gives them.
+        algorithm: of the hashes of tensors and files.
+        config_hash: xxh3-128 of the source's ``config.json``.
+        device: type of the device that rounded.
     """
     return {
         "qconvert": __version__,
         "hash": algorithm,
+        "device": device,
         "config_hash": config_hash,
         "source_hash": _source_hash(plan, outcomes, algorithm),
         "policy_hash": plan.policy_hash,
+        "policy": [dict(rule) for rule in policy],
         "decisions": [
             {"role": role, "action": action, "reason": reason, "tensors": tensors, "bytes": nbytes}
             for role, action, reason, tensors, nbytes in plan.decisions()
@@ -36,16 +56,48 @@ def summary(plan: Plan, outcomes: Mapping[str, Outcome], *, algorithm: str, conf
 
 
 def manifest_parts(
-    head: Mapping[str, Any], plan: Plan, outcomes: Mapping[str, Outcome], hashes: Mapping[str, str]
+    head: Mapping[str, Any],
+    files: Mapping[str, FileRecord],
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    hashes: Mapping[str, str],
 ) -> Iterator[bytes]:
-    """The file's content: ``summary`` and then every output tensor on a line of its own.
+    """The file's content: ``summary``, the other files, then every output tensor on a line of its own, and the seal.
 
-    A tensor has its hash, the number of its decision, which gives scheme and reason, and the source rows that it was
-    made from with their hash.
+    A tensor has its hash, type and shape, the number of its decision, which gives scheme and reason, and the source
+    rows that it was made from with their hash.
     """
+    seal = new_hash(head["hash"])
+    for part in _unsealed(head, files, plan, outcomes, hashes):
+        seal.update(memoryview(part))
+        yield part
+    yield seal_line(seal.hexdigest())
+
+
+TENSORS_LINE = b' "tensors": {\n'
+"""What stands between the whole and the tensors."""
+
+END_LINE = b" },\n"
+"""What stands between the tensors and the seal."""
+
+
+def seal_line(digest: str) -> bytes:
+    """The end of the file, not sealed itself."""
+    return f' "seal": "{digest}"\n}}\n'.encode()
+
+
+def _unsealed(
+    head: Mapping[str, Any],
+    files: Mapping[str, FileRecord],
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    hashes: Mapping[str, str],
+) -> Iterator[bytes]:
     numbers = {(one["role"], one["action"], one["reason"]): n for n, one in enumerate(head["decisions"])}
-    yield json.dumps(head, indent=1)[:-2].encode() + b',\n "tensors": {'
-    separator = b"\n"
+    infos = {info.name: info for info in plan.layout.tensors}
+    whole = {**head, "files": {name: record.line() for name, record in files.items()}}
+    yield json.dumps(whole, indent=1)[:-2].encode() + b",\n" + TENSORS_LINE
+    separator = b""
     for step in plan.steps:
         part = step.inputs[0]
         entry = {
@@ -55,9 +107,10 @@ def manifest_parts(
             "source_hash": outcomes[step.key].source_hash,
         }
         for name in step.outputs:
-            yield separator + f"  {json.dumps(name)}: {json.dumps({'hash': hashes[name], **entry})}".encode()
+            stored = {"hash": hashes[name], "dtype": infos[name].dtype.value, "shape": list(infos[name].shape)}
+            yield separator + f"  {json.dumps(name)}: {json.dumps({**stored, **entry})}".encode()
             separator = b",\n"
-    yield b"\n }\n}\n"
+    yield b"\n" + END_LINE
 
 
 def sqnr_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, float | None]:

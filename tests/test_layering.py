@@ -37,7 +37,16 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.numerics.finite",
     },
     "qconvert.memory": set(),
-    "qconvert.manifest": {"qconvert.core", "qconvert.io.hashing", "qconvert.run"},
+    "qconvert.manifest": {"qconvert.core", "qconvert.io", "qconvert.run"},
+    "qconvert.manifest_reader": {"qconvert.core", "qconvert.io", "qconvert.manifest"},
+    "qconvert.verify": {
+        "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.manifest", "qconvert.manifest_reader",
+        "qconvert.convert", "qconvert.verify_source",
+    },
+    "qconvert.verify_source": {
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest",
+        "qconvert.manifest_reader",
+    },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
     },

@@ -11,6 +11,7 @@ from qconvert.cli.demo import demo
 from qconvert.cli.inspect import inspect
 from qconvert.cli.parity import parity
 from qconvert.cli.quantize import quantize
+from qconvert.cli.verify import verify
 
 EXIT_CODES = """Exit codes: 0 done; 1 a parity limit is exceeded or a fault was found; 2 wrong options;
 3 the source is damaged or not supported; 4 the conversion is impossible as asked; 5 the output cannot be written;
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (inspect, quantize, parity, demo):
+for command in (inspect, quantize, verify, parity, demo):
     app.command()(command)
 
 

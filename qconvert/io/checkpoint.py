@@ -18,12 +18,11 @@ from torch import Tensor
 
 from qconvert.core.errors import SourceError
 from qconvert.core.tensor_info import TensorInfo
-from qconvert.io.safetensors_header import LENGTH_BYTES, Header, header_length, parse_header
+from qconvert.io.shard_file import open_shard
 from qconvert.io.source_folder import (
     CONFIG_FILE,
     INDEX_FILE,
     SideFile,
-    open_regular,
     read_whole,
     survey,
 )
@@ -68,10 +67,11 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         try:
             for shard in folder.shards:
-                header, raw, size = self._open_shard(shard)
-                times.update(_framed(str(os.fstat(self._fds[shard]).st_mtime_ns).encode()))
-                digest.update(_framed(shard.encode()) + size.to_bytes(8, "little") + _framed(raw))
-                for info in header.tensors:
+                file = open_shard(path / shard)
+                self._fds[shard] = file.fd
+                times.update(_framed(str(os.fstat(file.fd).st_mtime_ns).encode()))
+                digest.update(_framed(shard.encode()) + file.nbytes.to_bytes(8, "little") + _framed(file.raw))
+                for info in file.header.tensors:
                     if info.name in tensors:
                         raise SourceError(f"{path}: {info.name!r} is in {tensors[info.name].shard} and in {shard}")
                     tensors[info.name] = info
@@ -150,14 +150,6 @@ class Checkpoint:
         except KeyError:
             raise SourceError(f"{self.path}: no tensor {name!r}") from None
 
-    def _open_shard(self, shard: str) -> tuple[Header, bytes, int]:
-        path = self.path / shard
-        fd = self._fds[shard] = open_regular(path)
-        size = os.fstat(fd).st_size
-        length = header_length(_read_at(fd, LENGTH_BYTES, 0, path), size, str(path))
-        raw = _read_at(fd, length, LENGTH_BYTES, path)
-        return parse_header(raw, size, shard=shard, where=str(path)), raw, size
-
     def _fill(self, info: TensorInfo, target: memoryview, offset: int) -> None:
         where = f"{self.path / info.shard}: {info.name!r}"
         fd = self._fds[info.shard]
@@ -184,19 +176,6 @@ def byte_view(data: Tensor) -> memoryview:
 def _framed(raw: bytes) -> bytes:
     """Length before content, so that no two sequences of parts hash alike."""
     return len(raw).to_bytes(8, "little") + raw
-
-
-def _read_at(fd: int, count: int, offset: int, path: Path) -> bytes:
-    parts = bytearray()
-    while len(parts) < count:
-        try:
-            part = os.pread(fd, count - len(parts), offset + len(parts))
-        except OSError as error:
-            raise SourceError(f"{path}: cannot read: {error.strerror}") from error
-        if not part:
-            break
-        parts += part
-    return bytes(parts)
 
 
 def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:

@@ -14,8 +14,8 @@ A policy file is TOML::
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,21 @@ class Policy:
         return xxhash.xxh3_128_hexdigest(
             repr([(r.match, r.scheme, sorted(r.layers or ()), r.search) for r in self.rules]).encode()
         )
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The rules as a policy file would hold them; a scheme that no file can name appears as it prints."""
+        return [_entry(rule) for rule in self.rules]
+
+    @classmethod
+    def of_entries(cls, entries: Sequence[Any], where: str) -> Policy:
+        """The inverse of ``entries``; ``where`` begins the message of an error.
+
+        Raises:
+            UsageError: an entry is malformed, or names a scheme that no policy file can.
+        """
+        rules = [_rule(entry, f"{where}, rule {i}", search=False) for i, entry in enumerate(entries, start=1)]
+        # They have decided once: a rule that decides nothing is none of the reader's making.
+        return cls(rules=tuple(replace(rule, default=True) for rule in rules))
 
 
 def scheme_named(name: str, *, group: int | None = None, symmetric: bool = True) -> Scheme:
@@ -166,7 +181,9 @@ _TYPES: dict[str, type] = {
 }
 
 
-def _rule(entry: Mapping[str, Any], where: str, search: bool) -> Rule:
+def _rule(entry: Any, where: str, search: bool) -> Rule:
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"{where} is {entry!r}; expected a table")
     for key, value in entry.items():
         if key not in _TYPES:
             raise UsageError(f"{where}: unknown key {key!r}; expected some of {', '.join(_TYPES)}")
@@ -196,7 +213,42 @@ def _rule(entry: Mapping[str, Any], where: str, search: bool) -> Rule:
     )
 
 
+def _entry(rule: Rule) -> dict[str, Any]:
+    entry: dict[str, Any] = {"match": rule.match}
+    if rule.scheme is None:
+        entry["keep"] = True
+    else:
+        entry |= _NAMED.get(rule.scheme, {"scheme": str(rule.scheme)})
+        entry["search"] = rule.search
+    if rule.layers is not None:
+        entry["layers"] = _ranges(rule.layers)
+    return {**entry, "reason": rule.reason}
+
+
+_NAMED: dict[Scheme, dict[str, Any]] = {
+    **{scheme_named(name): {"scheme": name} for name in SCHEME_NAMES if name != "int4"},
+    **{
+        scheme_named("int4", group=group, symmetric=symmetric): {
+            "scheme": "int4", "group": group, "symmetric": symmetric,
+        }
+        for group in (32, 64, 128)
+        for symmetric in (True, False)
+    },
+}  # fmt: skip
+"""What policy files can say, by what it means."""
+
 _LAST_LAYER = 9999
+
+
+def _ranges(layers: frozenset[int]) -> str:
+    """The inverse of ``_layers``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _layers(text: str, where: str) -> frozenset[int]:

@@ -1,0 +1,68 @@
+"""`qconvert verify`: is a converted checkpoint what its manifest says?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qconvert.cli import console
+from qconvert.cli.options import Json, parse_size
+from qconvert.io.hub import resolve
+from qconvert.verify import Verification
+from qconvert.verify import verify as verify_folder
+
+FAULTY = 1
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `qconvert quantize` made.")],
+    deep: Annotated[
+        str | None,
+        typer.Option("--deep", metavar="SRC", help="Convert SRC again without writing and compare every byte."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Steps of --deep that run at once.")] = min(os.cpu_count() or 1, 8),
+    max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
+    json: Json = False,
+) -> None:
+    """Read every byte of a converted checkpoint and compare it with the hashes in its manifest.json.
+
+    All faults are named, file by file and tensor by tensor: other bytes, types or shapes, what is missing and what
+    does not belong there. The manifest vouches for what was written; --deep shows that it is what SRC gives. Exit
+    code 1 when there is a fault, 3 when the manifest is missing or damaged.
+
+    Examples:
+      qconvert verify ./int4
+
+      qconvert verify ./int4 --deep ./Qwen3.5-35B-A3B --json
+    """
+
+    def call() -> int:
+        limit = parse_size(max_memory)
+        source = None if deep is None else resolve(deep)
+        with console.progress(in_bytes=True, quiet=json) as advance:
+            found = verify_folder(out, source, jobs=jobs, max_memory=limit, progress=advance)
+        if json:
+            console.show_json(found.to_json())
+        else:
+            _show(found)
+        return FAULTY if found.faults else 0
+
+    raise typer.Exit(console.guarded(call))
+
+
+def _show(found: Verification) -> None:
+    for fault in found.faults:
+        console.say(str(fault), style="red")
+    if found.faults:
+        for note in found.notes:
+            console.say(f"note: {note}", style="yellow")
+    against = "its manifest" if found.source is None else f"its manifest and {found.source}"
+    verdict = f"faults: {len(found.faults):,}" if found.faults else "no fault"
+    size = console.gigabytes(found.nbytes)
+    console.say(
+        f"{found.out}: {found.tensors:,} tensors, {size}, compared with {against}: {verdict}",
+        style="bold red" if found.faults else "bold green",
+    )
