@@ -12,9 +12,10 @@ import torch
 from qconvert import __version__
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
 from qconvert.core.plan import Plan
+from qconvert.device import check_device
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_folder
-from qconvert.io.hashing import XXH3
+from qconvert.io.hashing import XXH3, new_hash
 from qconvert.io.shard_writer import ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
 from qconvert.memory import resident_bytes
@@ -88,13 +89,16 @@ def convert(
         shard_bytes: largest output file.
         fresh: start over instead of going on from what an earlier run left.
         algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
-        device: where matrices are rounded.
+        device: where matrices are rounded: by compiled kernels on a CPU, by the plain torch expressions elsewhere.
         progress: called with source bytes done and in all.
 
     Raises:
+        UsageError: a device that is not there, or an unknown algorithm.
         SourceError, PlanError, FormatError, OutputError, DataError: see ``plan_conversion`` and ``run``.
         Interrupted: on a ``KeyboardInterrupt`` after which a run can go on.
     """
+    check_device(device)
+    new_hash(algorithm)  # before anything is read
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
         before = sum(info.nbytes for info in checkpoint.tensors.values())

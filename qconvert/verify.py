@@ -14,6 +14,7 @@ from qconvert.convert import working_memory
 from qconvert.core.errors import SourceError
 from qconvert.core.fault import Fault
 from qconvert.core.tensor_info import TensorInfo
+from qconvert.device import check_device
 from qconvert.io.file_record import FileRecord, hash_span, record_file, record_shard
 from qconvert.io.hashing import new_hash
 from qconvert.io.shard_file import ShardFile, open_shard
@@ -82,10 +83,12 @@ def verify(
         progress: called with a phase, bytes done and bytes in all.
 
     Raises:
+        UsageError: a device that is not there.
         SourceError: ``out`` has no manifest or one that vouches for nothing, or ``source`` is no checkpoint that can
             be converted.
         PlanError, FormatError, DataError: ``source`` cannot be converted as the manifest says.
     """
+    check_device(device)
     manifest = read_manifest(out)
     check = _Check(out, manifest, progress)
     try:

@@ -37,11 +37,12 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.numerics.finite",
     },
     "qconvert.memory": set(),
+    "qconvert.device": {"qconvert.core"},
     "qconvert.manifest": {"qconvert.core", "qconvert.io", "qconvert.run"},
     "qconvert.manifest_reader": {"qconvert.core", "qconvert.io", "qconvert.manifest"},
     "qconvert.verify": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.manifest", "qconvert.manifest_reader",
-        "qconvert.convert", "qconvert.verify_source",
+        "qconvert.convert", "qconvert.device", "qconvert.verify_source",
     },
     "qconvert.verify_source": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest",
@@ -49,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
+        "qconvert.device",
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",

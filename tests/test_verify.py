@@ -26,6 +26,7 @@ from qconvert.io.hashing import ALGORITHMS
 from qconvert.plan.policy import Rule, default_policy, scheme_named
 from qconvert.verify import Verification, verify
 from tests.checkpoints import make_tiny
+from tests.cli.test_commands import run
 from tests.edits import edit_tensors
 from tests.manifests import edit_manifest
 from tests.test_convert import POLICIES
@@ -340,3 +341,20 @@ def test_what_is_no_output_is_one_error(tmp_path: Path, where: str) -> None:
         make_tiny(folder, layers=1)
     with pytest.raises(SourceError, match="out"):
         verify(folder)
+
+
+def test_the_command_names_all_faults_and_ends_with_a_code_of_their_own(out: Path, source: Path) -> None:
+    good = run("verify", out, "--deep", source, "--json")
+    assert good.exit_code == 0
+    assert json.loads(good.stdout)["faults"] == []
+    expected = truncate(out) | edit_config(out)
+    bad = run("verify", out)
+    assert bad.exit_code == 1
+    for file, tensor in expected:
+        assert file in bad.stdout and (tensor is None or tensor in bad.stdout)
+    document = json.loads(run("verify", out, "--json").stdout)
+    assert {(fault["file"], fault["tensor"]) for fault in document["faults"]} == expected
+    (out / "manifest.json").unlink()
+    none = run("verify", out)
+    assert none.exit_code == 3
+    assert "no manifest.json" in none.stderr and "Traceback" not in none.output

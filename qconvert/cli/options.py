@@ -1,4 +1,4 @@
-"""What a user types, parsed: sizes and options that several commands share."""
+"""What a user types, parsed: sizes, hashes and options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,28 @@ from typing import Annotated
 import typer
 
 from qconvert.core.errors import UsageError
+from qconvert.io.hashing import SHA256, XXH3
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+Device = Annotated[
+    str, typer.Option(help="Where matrices are rounded: cpu, cuda, or cuda:1 of several. Not run on a GPU yet.")
+]
+
+HASHES = {"xxh3-128": XXH3, "sha256": SHA256}
+
+
+def parse_hash(name: str) -> str:
+    """The algorithm that ``--hash`` names.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name not in HASHES:
+        raise UsageError(f"hash {name!r} is unknown; expected {' or '.join(HASHES)}")
+    return HASHES[name]
 
 
 def parse_size(text: str) -> int:

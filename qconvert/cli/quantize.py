@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 
 from qconvert.cli import console
-from qconvert.cli.options import Json, parse_size
+from qconvert.cli.options import HASHES, Device, Json, parse_hash, parse_size
 from qconvert.convert import Conversion, convert, plan_conversion
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Plan
+from qconvert.device import device_named
 from qconvert.io.hub import resolve
 from qconvert.plan.document import plan_document
-from qconvert.plan.policy import SCHEME_NAMES, Policy, default_policy, read_rules, scheme_named
+from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
 
 
 def quantize(
@@ -41,6 +42,10 @@ def quantize(
         bool, typer.Option("--fresh", help="Start over instead of going on from what an earlier run left.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
+    algorithm: Annotated[
+        str, typer.Option("--hash", help=f"Of tensors and files in manifest.json: {' or '.join(HASHES)}.")
+    ] = "xxh3-128",
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Round a checkpoint to int4, int8 or fp8, tensor by tensor.
@@ -53,6 +58,8 @@ def quantize(
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --scheme int4 --group 128
 
       qconvert quantize ./Qwen3.5-35B-A3B ./mixed --policy attention-int8.toml --dry-run
+
+      qconvert quantize ./Qwen3.5-35B-A3B ./fp8 --scheme fp8 --hash sha256 --device cuda:0
     """
 
     def call() -> int:
@@ -62,6 +69,7 @@ def quantize(
             rules=() if policy is None else read_rules(policy, search=search),
         )
         limit, shard_bytes = parse_size(max_memory), parse_size(max_shard_size)
+        hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)
         if dry_run:
             plan = plan_conversion(folder, rules, max_memory=limit, shard_bytes=shard_bytes)
@@ -72,44 +80,40 @@ def quantize(
             else:
                 _show_plan(plan)
             return 0
-        _convert(folder, out, rules, jobs, limit, shard_bytes, fresh=fresh, json=json)
+        start = time.perf_counter()
+        with console.progress(in_bytes=True, quiet=json) as advance:
+            done = convert(
+                folder, out, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
+                algorithm=hashes, device=place, progress=lambda now, total: advance("rounding", now, total),
+            )  # fmt: skip
+        _report(done, folder, time.perf_counter() - start, json=json)
         return 0
 
     raise typer.Exit(console.guarded(call))
 
 
-def _convert(
-    source: Path, out: Path, policy: Policy, jobs: int, limit: int, shard_bytes: int, *, fresh: bool, json: bool
-) -> Conversion:
-    start = time.perf_counter()
-    with console.progress(in_bytes=True, quiet=json) as advance:
-        done = convert(
-            source, out, policy, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
-            progress=lambda now, total: advance("rounding", now, total),
-        )  # fmt: skip
-    seconds = time.perf_counter() - start
+def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> None:
     if json:
         console.show_json(
             {
-                "out": str(out),
+                "out": str(done.out),
                 "bytes_before": done.bytes_before,
                 "bytes_after": done.bytes_after,
                 "seconds": round(seconds, 3),
                 **{key: done.record[key] for key in ("source_hash", "policy_hash", "decisions", "sqnr_db")},
             }
         )
-        return done
+        return
     _show_plan(done.plan)
     for path, value in done.record["sqnr_db"].items():
         console.say(f"{path}: signal to rounding error {'exact' if value is None else f'{value:.2f} dB'}")
     console.say(
         f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)} in {seconds:.1f} s "
-        f"({done.bytes_before / 1e9 / seconds:.2f} GB/s): {out}"
+        f"({done.bytes_before / 1e9 / seconds:.2f} GB/s): {done.out}"
     )
     for name, reason in done.plan.left_out:
         console.say(f"left out: {name} ({reason})")
-    console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(out)])}")
-    return done
+    console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(done.out)])}")
 
 
 def _show_plan(plan: Plan) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from qconvert.cli import console
-from qconvert.cli.options import Json, parse_size
+from qconvert.cli.options import Device, Json, parse_size
+from qconvert.device import device_named
 from qconvert.io.hub import resolve
 from qconvert.verify import Verification
 from qconvert.verify import verify as verify_folder
@@ -25,6 +26,7 @@ def verify(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Steps of --deep that run at once.")] = min(os.cpu_count() or 1, 8),
     max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Read every byte of a converted checkpoint and compare it with the hashes in its manifest.json.
@@ -40,10 +42,10 @@ def verify(
     """
 
     def call() -> int:
-        limit = parse_size(max_memory)
+        limit, place = parse_size(max_memory), device_named(device)
         source = None if deep is None else resolve(deep)
         with console.progress(in_bytes=True, quiet=json) as advance:
-            found = verify_folder(out, source, jobs=jobs, max_memory=limit, progress=advance)
+            found = verify_folder(out, source, jobs=jobs, max_memory=limit, device=place, progress=advance)
         if json:
             console.show_json(found.to_json())
         else:
