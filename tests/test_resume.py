@@ -21,7 +21,7 @@ from qconvert import convert as convert_module
 from qconvert.convert import convert
 from qconvert.core.errors import DataError, Interrupted, OutputError, QconvertError
 from qconvert.core.scheme import int4
-from qconvert.io import committer
+from qconvert.io import committer, output_file
 from qconvert.io.committer import Finished
 from qconvert.io.journal import Journal
 from qconvert.io.partial_folder import _CLAIM_BYTES, PartialFolder
@@ -53,6 +53,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def commit_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of a few steps, so that there is something to go on from at every moment."""
     monkeypatch.setattr(committer, "GROUP_BYTES", 1 << 14)
+    monkeypatch.setattr(output_file, "DIRECT_BYTES", output_file.PAGE)
 
 
 def finished(out: Path) -> list[Finished]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from qconvert.io.disk import disk_errors
 from qconvert.io.journal import Journal
+from qconvert.io.output_file import OutputFile
 
 GROUP_BYTES = 64 << 20
 """Bytes after which a group is made durable: so few that an interruption never waits long for the disk."""
@@ -62,24 +62,20 @@ class Committer:
     it, so nothing more is committed.
     """
 
-    def __init__(
-        self, folder: Path, files: Mapping[str, int], journal: Journal, durable: Callable[[Finished], None]
-    ) -> None:
+    def __init__(self, folder: Path, journal: Journal, durable: Callable[[Finished], None]) -> None:
         """Begin to work.
 
         Args:
-            folder: where the files are, for messages.
-            files: what steps write to, open.
+            folder: whose steps the journal tells of, for messages.
             journal: nobody else appends to it until ``stop``.
             durable: told of each step that the journal holds, in the thread of this object.
         """
         self._folder = folder
-        self._files = files
         self._journal = journal
         self._durable = durable
         self._changed = threading.Condition()
         self._pending: list[Finished] = []
-        self._dirty: dict[str, int] = {}
+        self._dirty: dict[OutputFile, int] = {}
         self._waiting = 0
         self._since = 0.0
         self._flushing = self._working = self._stopped = False
@@ -87,7 +83,7 @@ class Committer:
         self._work_done = self._pool.submit(self._work)
         self._work_done.add_done_callback(self._wake)
 
-    def wrote(self, file: str, count: int) -> None:
+    def wrote(self, file: OutputFile, count: int) -> None:
         """Say that ``count`` bytes of a file have just been written; waits while too many are not durable yet."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting < WAITING_BYTES or self._ended)
@@ -144,7 +140,7 @@ class Committer:
         while (group := self._next()) is not None:
             self._make_durable(*group)
 
-    def _next(self) -> tuple[list[Finished], dict[str, int]] | None:
+    def _next(self) -> tuple[list[Finished], dict[OutputFile, int]] | None:
         with self._changed:
             while not self._is_due():
                 self._changed.wait(GROUP_SECONDS / 4)
@@ -156,10 +152,9 @@ class Committer:
             self._working = True
             return group
 
-    def _make_durable(self, steps: list[Finished], files: Mapping[str, int]) -> None:
+    def _make_durable(self, steps: list[Finished], files: Mapping[OutputFile, int]) -> None:
         for file in files:
-            with disk_errors(self._folder / file):
-                os.fdatasync(self._files[file])
+            file.sync()
         if steps:
             with disk_errors(self._folder):
                 self._journal.append(step.line() for step in steps)

@@ -15,20 +15,20 @@ from qconvert.core.errors import OutputError, PlanError, SourceError
 from qconvert.core.plan import Layout
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.io.committer import Committer, Finished, Written
-from qconvert.io.disk import disk_errors, sync_folder, write_at
+from qconvert.io.disk import disk_errors, sync_folder
 from qconvert.io.hashing import XXH3, new_hash
+from qconvert.io.output_file import OutputFile, page_memory
 from qconvert.io.partial_folder import PartialFolder
 from qconvert.io.piece import Piece
-from qconvert.io.read_back import ReadBack, hash_range
+from qconvert.io.read_back import READ_BYTES, Place, ReadBack
 from qconvert.io.resume import Identity, begin_line, keep, steps_to_keep
 from qconvert.io.safetensors_header import serialize_header
 from qconvert.io.sink import Extra, Note
 from qconvert.io.source_folder import INDEX_FILE, SINGLE_FILE, WEIGHTS_SUFFIX, open_regular, plain_name
+from qconvert.io.write_behind import WriteBehind
 
 PYTORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 """What engines expect in ``__metadata__``."""
-
-_READ_BYTES = 8 << 20
 
 
 class ShardWriter:
@@ -73,13 +73,13 @@ class ShardWriter:
         files = layout.by_file()
         headers = {shard: serialize_header(infos, metadata) for shard, infos in files.items()}
         _check_layout(layout, headers)
-        self._files = files
+        self._layout = files
         self._tensors = {info.name: info for info in layout.tensors}
         self.algorithm = algorithm
         self._guard = threading.Lock()
         self._pieces: dict[str, list[Written]] = {}
-        self._fds: dict[str, int] = {}
-        self._background: tuple[Committer, ReadBack] | None = None
+        self._open: dict[str, OutputFile] = {}
+        self._background: tuple[WriteBehind, Committer, ReadBack] | None = None
         self._folder = PartialFolder(out)
         try:
             identity = {**identity, "output layout": layout.hash, "hash": algorithm}
@@ -94,8 +94,8 @@ class ShardWriter:
                 with disk_errors(self.path):
                     self._folder.journal.append([begin_line(identity)])
             read_back = ReadBack(self._place, algorithm)
-            committer = Committer(self.path, self._fds, self._folder.journal, read_back.expect)
-            self._background = committer, read_back
+            committer = Committer(self.path, self._folder.journal, read_back.expect)
+            self._background = WriteBehind(committer), committer, read_back
             for step in steps.values():
                 read_back.expect(step)
         except BaseException:
@@ -136,14 +136,15 @@ class ShardWriter:
             SourceError: a file to copy cannot be read.
         """
         self._check_complete()
-        committer, read_back = self._running()
+        write_behind, committer, read_back = self._running()
+        write_behind.flush()
         committer.flush()
         read_back.join()
         hashes = {name: self._hash(info) for name, info in self._tensors.items()}
         self._stop()
         added: set[str] = set()
         for name, content in chain(self._index().items(), extra.items()):
-            if not plain_name(name) or name in added or name in self._files:
+            if not plain_name(name) or name in added or name in self._layout:
                 raise OutputError(f"{self._folder.out}: cannot add a file {name!r}: its name is taken or not plain")
             added.add(name)
             self._add(name, content(hashes) if callable(content) else content)
@@ -172,7 +173,7 @@ class ShardWriter:
 
     def _create_files(self, headers: Mapping[str, bytes]) -> None:
         """Every file at its full size with its header; what is there already stays, and nothing else does."""
-        sizes = {shard: infos[-1].end for shard, infos in self._files.items()}
+        sizes = {shard: infos[-1].end for shard, infos in self._layout.items()}
         with disk_errors(self.path):
             there = {entry.name: entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(self.path)}
             for name in there.keys() - sizes.keys():
@@ -185,23 +186,16 @@ class ShardWriter:
                 "free some space or choose another disk"
             )
         for shard, header in headers.items():
-            path = self.path / shard
-            with disk_errors(path):
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                fd = self._fds[shard] = os.open(path, flags, 0o644)
-                os.ftruncate(fd, sizes[shard])
-                write_at(fd, memoryview(header), 0)
+            self._open[shard] = OutputFile(self.path / shard, sizes[shard], header)
         with disk_errors(self.path):
             sync_folder(self.path)
 
     def _put(self, info: TensorInfo, data: memoryview, offset: int) -> None:
-        with disk_errors(self.path / info.shard):
-            write_at(self._fds[info.shard], data, info.begin + offset)
-        self._running()[0].wrote(info.shard, len(data))
+        self._running()[0].write(self._open[info.shard], data, info.begin + offset)
 
-    def _place(self, name: str) -> tuple[int, TensorInfo, Path]:
+    def _place(self, name: str) -> Place:
         info = self._tensors[name]
-        return self._fds[info.shard], info, self.path / info.shard
+        return self._open[info.shard], info
 
     def _add_step(self, step: Finished) -> None:
         for piece in step.pieces:
@@ -232,12 +226,12 @@ class ShardWriter:
         if len(pieces) == 1:
             return pieces[0].digest
         whole = new_hash(self.algorithm)
-        buffer = memoryview(bytearray(min(_READ_BYTES, info.nbytes)))
-        hash_range(self._fds[info.shard], info.begin, info.end, whole, buffer, self.path / info.shard)
+        for part in self._open[info.shard].read(info.begin, info.end, page_memory(READ_BYTES)):
+            whole.update(part)
         return whole.hexdigest()
 
     def _index(self) -> dict[str, bytes]:
-        if list(self._files) == [SINGLE_FILE]:
+        if list(self._layout) == [SINGLE_FILE]:
             return {}
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in self._tensors.values())},
@@ -254,7 +248,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
 
-    def _running(self) -> tuple[Committer, ReadBack]:
+    def _running(self) -> tuple[WriteBehind, Committer, ReadBack]:
         if self._background is None:
             raise OutputError(f"{self._folder.out}: nothing can be written after the end")
         return self._background
@@ -263,13 +257,14 @@ class ShardWriter:
         """End what goes on in the background and close the files; steps that have read back differently so far."""
         damaged: set[str] = set()
         if self._background is not None:
-            committer, read_back = self._background
+            write_behind, committer, read_back = self._background
+            write_behind.stop()
             committer.stop()
             read_back.stop()
             damaged = read_back.damaged
             self._background = None
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        while self._open:
+            self._open.popitem()[1].close()
         return damaged
 
 
@@ -298,6 +293,6 @@ def _file_parts(path: Path) -> Iterator[bytes]:
 
 def _read_part(fd: int, path: Path) -> bytes:
     try:
-        return os.read(fd, _READ_BYTES)
+        return os.read(fd, READ_BYTES)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error

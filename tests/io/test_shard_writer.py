@@ -28,6 +28,7 @@ from qconvert.core.errors import OutputError, PlanError, QconvertError, SourceEr
 from qconvert.core.plan import Layout
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.output_file import OutputFile
 from qconvert.io.piece import Bytes
 from qconvert.io.safetensors_header import serialize_header
 from qconvert.io.shard_writer import PYTORCH_METADATA, ShardWriter
@@ -239,22 +240,38 @@ def test_leaving_without_finishing_leaves_nothing(out: Path) -> None:
     assert_nothing_left(out)
 
 
-def test_bytes_that_change_on_disk_are_noticed(out: Path) -> None:
+def damage_when_durable(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
+    """Do something to every file as soon as it is synced."""
+    sync = OutputFile.sync
+
+    def sync_and_damage(file: OutputFile) -> None:
+        sync(file)
+        damage(file.path)
+
+    monkeypatch.setattr(OutputFile, "sync", sync_and_damage)
+
+
+def test_bytes_that_change_on_disk_are_noticed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = next(info for info in lay_out(TENSORS).tensors if info.name == "b.weight")
     expected = r"of 'b.weight' read back differently"
+
+    def damage(path: Path) -> None:
+        if path.name == info.shard:
+            with path.open("r+b") as file:
+                file.seek(info.end - 1)
+                file.write(b"\xff")
+
+    damage_when_durable(monkeypatch, damage)
     with pytest.raises(OutputError, match=expected), ShardWriter(out, lay_out(TENSORS)) as writer:
         write_all(writer)
-        with (writer.path / info.shard).open("r+b") as file:
-            file.seek(info.end - 1)
-            file.write(b"\xff")
         writer.finish()
     assert_nothing_left(out)
 
 
-def test_a_shard_that_is_cut_short_is_noticed(out: Path) -> None:
+def test_a_shard_that_is_cut_short_is_noticed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damage_when_durable(monkeypatch, lambda path: os.truncate(path, 300))
     with pytest.raises(OutputError, match="read back differently"), ShardWriter(out, lay_out(TENSORS)) as writer:
         write_all(writer)
-        os.truncate(next(writer.path.glob("*.safetensors")), 300)
         writer.finish()
     assert_nothing_left(out)
 
@@ -292,6 +309,7 @@ def test_a_disk_that_fills_up_half_way(out: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "pwrite", limited)
     with pytest.raises(OutputError, match="disk full"), ShardWriter(out, lay_out(TENSORS)) as writer:
         write_all(writer)
+        writer.finish()
     assert_nothing_left(out)
 
 
