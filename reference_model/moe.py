@@ -80,11 +80,25 @@ def expert_mlp(
 ) -> Tensor:
     """``(silu(x gate^T) * (x up^T)) down^T``; x [rows, D], gate_up [2F, D] gate rows first, down [D, F].
 
-    ``round_x`` and ``round_inner`` stand for engines that round the inputs of gate_up and of down.
+    Computed as ``down (silu(gate x^T) * (up x^T))``, a token a column. ``round_x`` and ``round_inner`` stand for
+    engines that round the inputs of gate_up and of down.
     """
-    gate, up = functional.linear(x if round_x is None else round_x(x), gate_up).chunk(2, dim=-1)
+    rows = x.shape[0]
+    gate, up = (gate_up @ _columns(x if round_x is None else round_x(x))).chunk(2)
     inner = functional.silu(gate) * up
-    return functional.linear(inner if round_inner is None else round_inner(inner), down)
+    if round_inner is not None:
+        inner = _columns(round_inner(inner.t()[:rows]))
+    return (down @ inner).t()[:rows]
+
+
+def _columns(x: Tensor) -> Tensor:
+    """Transpose x [rows, D]; more than 8 columns are filled up with zeros to a multiple of 8: [D, rows or more].
+
+    An expert gets a handful of tokens: with them as columns, in whole vector registers, the same product takes a CPU
+    less time.
+    """
+    rows = x.shape[0]
+    return (functional.pad(x, (0, 0, 0, -rows % 8)) if rows > 8 else x).t()
 
 
 def combine(rows: Tensor, where: Dispatch, weights: Tensor) -> Tensor:

@@ -111,3 +111,21 @@ def test_the_balancing_loss_trains_the_router() -> None:
     load_balancing_loss([logits], 3).backward()
     assert logits.grad is not None
     assert bool(logits.grad.any())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23])
+def test_an_expert_computes_its_formula_for_any_number_of_rows(rows: int) -> None:
+    gen = torch.Generator().manual_seed(rows)
+    x, gate, up, down = (
+        torch.randn(shape, generator=gen, dtype=torch.float64) for shape in ((rows, 5), (3, 5), (3, 5), (5, 3))
+    )
+    seen: list[torch.Size] = []
+
+    def halve(values: Tensor) -> Tensor:
+        seen.append(values.shape)
+        return values / 2
+
+    expected = torch.nn.functional.silu(x / 2 @ gate.T) * (x / 2 @ up.T) / 2 @ down.T
+    out = expert_mlp(x, torch.cat((gate, up)), down, halve, halve)
+    assert torch.allclose(out, expected, rtol=0, atol=LIMITS["moe_fp64"])
+    assert seen == [(rows, 5), (rows, 3)]  # what rounds a token's numbers sees tokens alone, one a row
