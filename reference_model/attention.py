@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from reference_model.rope import rotate
 from reference_model.span import Span
 
 AttentionKind = Literal["sdpa", "plain"]
+
+
+def known_kind(kind: AttentionKind) -> AttentionKind:
+    """The kind itself; ``ValueError`` for a name that is none."""
+    if kind not in get_args(AttentionKind):
+        raise ValueError(f"attention is {kind!r}, expected one of {', '.join(get_args(AttentionKind))}")
+    return kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +79,7 @@ class GatedAttention(nn.Module):
 
     def __init__(self, config: TextConfig, kind: AttentionKind = "sdpa") -> None:
         super().__init__()
-        self.kind: AttentionKind = kind
+        self.kind = known_kind(kind)
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, 2 * config.query_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.key_value_dim, bias=False)

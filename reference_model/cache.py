@@ -34,8 +34,10 @@ class Cache:
         beginning of the last forward, if that was ``rewindable``. Tokens taken back are text, one position each.
 
         Raises:
-            ValueError: a row would grow, or would go back further than its layers remember.
+            ValueError: a row would grow, or would go back further than its layers remember, or rows are missing.
         """
+        if lengths.shape != self.lengths.shape or bool((lengths < 0).any()):
+            raise ValueError(f"lengths is {lengths.tolist()}, expected one count for each of {len(self.lengths)} rows")
         if bool((lengths == self.lengths).all()):
             return self
         if bool((lengths > self.lengths).any()):

@@ -54,7 +54,9 @@ def draft_tokens(
     position_ids: Tensor | None = None,
     cache: Cache | None = None,
 ) -> Drafts:
-    """Guess the ``count`` >= 1 tokens that follow the last of ``next_ids``; arguments as ``CausalLM.draft``."""
+    """Guess the ``count`` >= 1 tokens that follow the last of ``next_ids``; the rest as in ``CausalLM.draft``."""
+    if count < 1:
+        raise ValueError(f"count is {count}, expected at least one token to guess")
     told = model.draft(
         hidden,
         next_ids,

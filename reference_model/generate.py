@@ -85,11 +85,16 @@ def generate(
     where rounding decides between two tokens.
 
     Raises:
-        ValueError: ``draft`` is negative, or not 0 with ``sampling`` or a model without prediction head.
+        ValueError: ``draft`` is negative, or not 0 with ``sampling`` or a model without prediction head; a prompt is
+            padding alone, or does not fit the model.
     """
     if draft < 0 or (draft and (sampling is not None or not model.config.mtp_num_hidden_layers)):
         raise ValueError(f"draft={draft}: drafting needs a prediction head (mtp_num_hidden_layers) and greedy choice")
-    if max_new_tokens < 1:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
+    if attention_mask is not None and not bool(attention_mask.bool().any(-1).all()):
+        raise ValueError("attention_mask leaves a prompt without tokens: there is nothing to go on from")
+    if not max_new_tokens:
         return Generation(tokens=input_ids)
     stops = model.config.eos_token_ids if stop_ids is None else stop_ids
     output = model(

@@ -35,7 +35,7 @@ from reference_model.load import (
 from reference_model.model import HEAD_ROWS, CausalLM, row_logits, vocabulary_blocks
 from reference_model.moe import Dispatch, Routing, combine, dispatch, expert_mlp
 from reference_model.norm import RMSNorm
-from reference_model.span import check_ids, place_tokens
+from reference_model.span import check_ids, check_places, place_tokens
 
 ROWS_BYTES = 1 << 30
 """Memory for the tokens that pass the experts of a layer together: 13,000 tokens of 35B in fp32."""
@@ -192,17 +192,10 @@ def run_layers(
 
     Raises:
         WeightError: weights are missing, left over, or do not fit, all of them named; nothing has been read then.
-        ValueError: ids are not of the vocabulary or not [B, T], or something else does not fit them.
+        ValueError: ids are not of the vocabulary or not [B, T], or something else does not fit them; nothing has been
+            read then either.
     """
-    nothing = [None] * len(batches)
-    inputs = [
-        _Batch(ids=ids, mask=mask, positions=positions, embeddings=ready)
-        for ids, mask, positions, ready in zip(
-            batches, attention_masks or nothing, position_ids or nothing, embeddings or nothing, strict=True
-        )
-    ]
-    for batch in inputs:
-        check_ids(config, batch.ids, batch.embeddings)
+    inputs = _inputs(config, batches, attention_masks, position_ids, embeddings)
     _check_decoder(config, source)
     hidden = HiddenStates(store=MemoryStore() if store is None else store, count=len(batches))
     for b, batch in enumerate(inputs):
@@ -226,6 +219,27 @@ def run_layers(
     for b in range(len(hidden)):
         hidden.put(b, norm(hidden[b]))
     return hidden
+
+
+def _inputs(
+    config: TextConfig,
+    batches: Sequence[Tensor],
+    attention_masks: Sequence[Tensor | None] | None,
+    position_ids: Sequence[Tensor | None] | None,
+    embeddings: Sequence[Tensor | None] | None,
+) -> list[_Batch]:
+    given = {"attention_masks": attention_masks, "position_ids": position_ids, "embeddings": embeddings}
+    for name, entries in given.items():
+        if entries is not None and len(entries) != len(batches):
+            raise ValueError(f"{name} has {len(entries)} entries for {len(batches)} batches, expected one for each")
+    masks, positions, ready = ([None] * len(batches) if entries is None else entries for entries in given.values())
+    inputs = [
+        _Batch(ids=ids, mask=masks[b], positions=positions[b], embeddings=ready[b]) for b, ids in enumerate(batches)
+    ]
+    for batch in inputs:
+        check_ids(config, batch.ids, batch.embeddings)
+        check_places(batch.ids.shape, batch.mask, batch.positions)
+    return inputs
 
 
 def _check_decoder(config: TextConfig, source: WeightSource) -> None:

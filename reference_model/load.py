@@ -174,6 +174,7 @@ def load_weights(
 
     Raises:
         WeightError: see ``check_weights``; the module is then unchanged.
+        ValueError: ``dtype`` is not floating point.
     """
     check_weights(module, source, prefix=prefix, skip=skip)
     fill_weights(module, source, dtype, prefix=prefix, skip=skip)
@@ -211,6 +212,8 @@ def fill_weights(
     module: nn.Module, source: WeightSource, dtype: torch.dtype, *, prefix: str = "", skip: tuple[str, ...] = ()
 ) -> None:
     """``load_weights`` of a source that has been checked already."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"a model cannot compute in {dtype}, expected a floating-point dtype")
     loaded: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if name.startswith(skip) or name.endswith(DOWN):

@@ -14,6 +14,7 @@ from reference_model.config import TextConfig
 from reference_model.model import Output
 from reference_model.moe import load_balancing_loss
 from reference_model.norm import widen
+from reference_model.span import check_places
 
 UNSCORED = -100
 """Label of a token that nothing has to predict: padding, or a prompt."""
@@ -35,7 +36,17 @@ def language_loss(
 
     Logits at t are scored by ``labels`` [B, T] at t + 1, unless that is ``UNSCORED``. Tokens that ``attention_mask``
     [B, T] hides predict nothing, and do not count as visitors of their experts.
+
+    Raises:
+        ValueError: labels are of another shape than the tokens or not of the vocabulary, or the mask does not fit them.
     """
+    batch, tokens, size = output.logits.shape
+    if labels.shape != (batch, tokens):
+        raise ValueError(f"labels is {list(labels.shape)}, the logits are of {[batch, tokens]} tokens")
+    beyond = labels[(labels != UNSCORED) & ((labels < 0) | (labels >= size))]
+    if beyond.numel():
+        raise ValueError(f"label {int(beyond[0])} is not of the vocabulary, 0 to {size - 1}, nor {UNSCORED}")
+    check_places((batch, tokens), attention_mask)
     targets = labels[:, 1:]
     if attention_mask is not None:
         targets = targets.masked_fill(~attention_mask[:, :-1].bool(), UNSCORED)

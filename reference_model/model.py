@@ -107,8 +107,8 @@ class CausalLM(nn.Module):
             ValueError: ids are not of the vocabulary, not [B, T] or none, or something else does not fit them.
         """
         check_ids(self.config, input_ids, embeddings)
-        x = self.embed_tokens(input_ids) if embeddings is None else embeddings
-        span = self._span(x, attention_mask, position_ids, cache, rewindable)
+        x = self.embed_tokens(input_ids) if embeddings is None else self._of_own_dtype("embeddings", embeddings)
+        span = self._span(x, len(self.layers), attention_mask, position_ids, cache, rewindable)
         states, routings, caches = [x], [], []
         for n, layer in enumerate(self.layers):
             x, routing, layer_cache = layer(x, span, None if cache is None else cache.layers[n])
@@ -152,18 +152,33 @@ class CausalLM(nn.Module):
                 f"hidden is {list(hidden.shape)}, expected {[*next_ids.shape, self.config.hidden_size]}: one state for "
                 "each of next_ids"
             )
-        x = self.embed_tokens(next_ids) if embeddings is None else embeddings
-        out: MtpOutput = self.mtp(x, hidden, self._span(hidden, attention_mask, position_ids, cache), cache)
+        x = self.embed_tokens(next_ids) if embeddings is None else self._of_own_dtype("embeddings", embeddings)
+        span = self._span(
+            self._of_own_dtype("hidden", hidden), len(self.mtp.layers), attention_mask, position_ids, cache
+        )
+        out: MtpOutput = self.mtp(x, hidden, span, cache)
         return out
+
+    def _of_own_dtype(self, name: str, x: Tensor) -> Tensor:
+        own = self.embed_tokens.weight.dtype
+        if x.dtype != own:
+            raise ValueError(f"{name} is {x.dtype}, but the model computes in {own}: cast it")
+        return x
 
     def _span(
         self,
         x: Tensor,
+        layers: int,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
         rewindable: bool = False,
     ) -> Span:
+        if cache is not None and len(cache.layers) != layers:
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, expected {layers}: decoder and prediction head have each "
+                "their own"
+            )
         return place_tokens(
             self.config,
             x,

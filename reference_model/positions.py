@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reference_model.config import ModelConfig
+from reference_model.span import check_ids, check_places
 from reference_model.vision import Grid, VisionInputError, check_grids
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
@@ -51,12 +52,17 @@ def prompt_positions(
     Raises:
         VisionInputError: grids that the merger does not divide, an image of several frames, or grids that do not fill
             the image and video tokens exactly.
+        ValueError: ids, mask or ``start`` do not fit each other.
     """
     if config.vision is None:
         raise VisionInputError("the model has no vision tower, so that its prompts are text alone")
     merge = config.vision.spatial_merge_size
-    check_grids(image_grids, merge, one_frame=True)
-    check_grids(video_grids, merge)
+    check_ids(config.text, input_ids)
+    check_places(input_ids.shape, attention_mask)
+    if start is not None and start.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"start is of {len(start)} rows, the prompts are {len(input_ids)}: the cache is of another batch"
+        )
     real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
     kinds = token_kinds(config, input_ids).masked_fill(~real, TEXT)
     frames = {}
@@ -71,7 +77,8 @@ def prompt_positions(
 
 
 def check_count(kinds: Tensor, kind: int, grids: Sequence[Grid], merge: int) -> None:
-    """Raise ``VisionInputError`` unless the prompts have a token of this kind for every embedding of the grids."""
+    """Raise ``VisionInputError`` unless the grids are of this kind, and the prompts have a token for each embedding."""
+    check_grids(grids, merge, one_frame=kind == IMAGE)
     tokens = int((kinds == kind).sum())
     embeddings = sum(frames * (rows // merge) * (columns // merge) for frames, rows, columns in grids)
     if tokens != embeddings:

@@ -104,7 +104,7 @@ def place_tokens(
     next_position: Tensor | None = None,
     rewindable: bool = False,
 ) -> Span:
-    """The span of new tokens x [B, T, D], in the dtype of x.
+    """The span of new tokens x [B, T, D], B and T above 0, in the dtype of x.
 
     Args:
         config: for the rotary embedding.
@@ -116,24 +116,18 @@ def place_tokens(
         rewindable: handed on.
 
     Raises:
-        ValueError: there are no tokens, or mask, positions or what came before do not fit them.
+        ValueError: mask, positions or what came before do not fit the tokens.
     """
     batch, tokens = x.shape[:2]
-    if not batch or not tokens:
-        raise ValueError(f"{batch} rows of {tokens} tokens: expected at least one token to run")
-    if position_ids is not None and position_ids.shape != (3, batch, tokens):
-        raise ValueError(
-            f"position_ids is {list(position_ids.shape)}, expected {[3, batch, tokens]}: time, height and width of "
-            "each new token"
-        )
+    check_places((batch, tokens), attention_mask, position_ids)
     if starts is not None and starts.shape != (batch,):
         raise ValueError(f"the cache is of a batch of {len(starts)} rows, the new tokens are of {batch}")
     zero = torch.zeros(batch, dtype=torch.int64, device=x.device)
     starts = zero if starts is None else starts
     next_position = zero if next_position is None else next_position
-    real = _real_tokens(attention_mask, batch, tokens)
+    real = None if attention_mask is None else attention_mask.bool()
     packing = None
-    if real is not None:
+    if real is not None and not bool(real.all()):
         packing = pack_rows(real, starts)
     elif bool((starts != starts[0]).any()):
         packing = pack_rows(torch.ones(batch, tokens, dtype=torch.bool, device=x.device), starts)
@@ -153,9 +147,13 @@ def place_tokens(
 
 
 def check_ids(config: TextConfig, ids: Tensor, embeddings: Tensor | None = None) -> None:
-    """Raise ``ValueError`` unless ids are whole numbers [B, T], and are of the vocabulary or have ``embeddings``."""
-    if ids.ndim != 2 or ids.is_floating_point():
-        raise ValueError(f"token ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [rows, tokens]")
+    """Raise ``ValueError`` unless ids are int64 or int32 [B, T], not none, and known or beside ``embeddings``."""
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"token ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [rows, tokens] of 32 or 64 bits"
+        )
+    if not ids.numel():
+        raise ValueError(f"{ids.shape[0]} rows of {ids.shape[1]} tokens: expected at least one token to run")
     if embeddings is None:
         beyond = (ids < 0) | (ids >= config.vocab_size)
         if bool(beyond.any()):
@@ -163,6 +161,26 @@ def check_ids(config: TextConfig, ids: Tensor, embeddings: Tensor | None = None)
     elif embeddings.shape != (*ids.shape, config.hidden_size):
         raise ValueError(
             f"embeddings is {list(embeddings.shape)}, expected {[*ids.shape, config.hidden_size]}: one a token id"
+        )
+
+
+def check_places(shape: tuple[int, ...], attention_mask: Tensor | None, position_ids: Tensor | None = None) -> None:
+    """Raise ``ValueError`` unless a mask is zeros and ones of ``shape`` [B, T], positions whole numbers [3, B, T]."""
+    if attention_mask is not None:
+        if attention_mask.shape != shape:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}, expected {list(shape)}: it marks new tokens "
+                "alone, a cache knows its own"
+            )
+        other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if other.numel():
+            raise ValueError(f"attention_mask holds {other[0].item()}, expected 1 at real tokens and 0 at padding")
+    if position_ids is not None and (
+        position_ids.shape != (3, *shape) or position_ids.dtype not in (torch.int64, torch.int32)
+    ):
+        raise ValueError(
+            f"position_ids is {position_ids.dtype} {list(position_ids.shape)}, expected torch.int64 "
+            f"{[3, *shape]}: time, height and width of each new token"
         )
 
 
@@ -181,19 +199,6 @@ def last_real(x: Tensor, attention_mask: Tensor | None) -> Tensor:
         return x[:, -1:]
     last = (attention_mask.bool() * torch.arange(1, x.shape[1] + 1, device=x.device)).argmax(1, keepdim=True)
     return x[_rows(x), last]
-
-
-def _real_tokens(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """The mask as bool, or ``None`` when nothing is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != (batch, tokens):
-        raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}, expected {[batch, tokens]}: it marks new tokens alone, "
-            "a cache knows its own"
-        )
-    real = attention_mask.bool()
-    return None if bool(real.all()) else real
 
 
 def _rows(x: Tensor) -> Tensor:

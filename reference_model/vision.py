@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reference_model.attention import AttentionKind
+from reference_model.attention import AttentionKind, known_kind
 from reference_model.config import VisionConfig
 from reference_model.norm import widen
 from reference_model.rope import Rotation, rotate
@@ -53,7 +53,7 @@ class VisionAttention(nn.Module):
 
     def __init__(self, config: VisionConfig, kind: AttentionKind = "sdpa") -> None:
         super().__init__()
-        self.kind: AttentionKind = kind
+        self.kind = known_kind(kind)
         self.heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -171,20 +171,26 @@ class VisionTower(nn.Module):
 
     def _check(self, pixels: Tensor, grids: Sequence[Grid]) -> None:
         check_grids(grids, self.config.spatial_merge_size)
+        if not grids:
+            raise VisionInputError("there are no grids: without images or videos there is nothing to embed")
         expected = [sum(math.prod(grid) for grid in grids), self.patch_embed.proj.weight[0].numel()]
-        if not grids or list(pixels.shape) != expected:
+        if list(pixels.shape) != expected or not pixels.is_floating_point():
             raise VisionInputError(
-                f"pixels have the shape {list(pixels.shape)}; the {len(grids)} grids {[list(g) for g in grids]} need "
-                f"{expected}: one row a patch, with channels x pictures x height x width in it"
+                f"pixels are {pixels.dtype} {list(pixels.shape)}; the {len(grids)} grids {[list(g) for g in grids]} "
+                f"need floating-point {expected}: one row a patch, with channels x pictures x height x width in it"
             )
 
 
 def check_grids(grids: Sequence[Grid], merge: int, *, one_frame: bool = False) -> None:
-    """Raise ``VisionInputError`` for a grid without frames, or with rows or columns that ``merge`` does not divide.
+    """Raise ``VisionInputError`` for what is no grid, has no frames, or rows or columns that ``merge`` does not divide.
 
     ``one_frame`` refuses several frames as well: an image has one.
     """
     for number, grid in enumerate(grids):
+        if len(grid) != 3 or not all(isinstance(size, int) for size in grid):
+            raise VisionInputError(
+                f"grid {number} is {grid!r}: expected frames, rows and columns as three whole numbers"
+            )
         if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
             raise VisionInputError(
                 f"grid {number} is {list(grid)}: expected at least one frame, and rows and columns of patches "

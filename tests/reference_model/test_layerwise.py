@@ -170,9 +170,17 @@ def test_inputs_that_do_not_fit_are_named_before_a_weight_is_read() -> None:
         (ids[0], None, r"token ids are torch.int64 \[5\], expected whole numbers \[rows, tokens\]"),
         (ids + VOCABULARY, None, "is not of the vocabulary, 0 to"),
         (ids, torch.zeros(1, 4, 96), r"embeddings is \[1, 4, 96\], expected \[1, 5, 96\]"),
+        (ids[:, :0], None, "1 rows of 0 tokens: expected at least one token"),
     ):
         with pytest.raises(ValueError, match=words):
             run_layers(tiny.text_config(), source, [ids, batch], torch.float32, embeddings=[None, ready])
+    for places, words in (
+        ({"attention_masks": [None, torch.ones(1, 4)]}, r"attention_mask is \[1, 4\], expected \[1, 5\]"),
+        ({"position_ids": [None, torch.zeros(1, 5)]}, r"position_ids is .* \[1, 5\], expected .* \[3, 1, 5\]"),
+        ({"attention_masks": [None]}, "attention_masks has 1 entries for 2 batches"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_layers(tiny.text_config(), source, [ids, ids], torch.float32, **places)
     assert not source.asked
     assert not source.read
 

@@ -57,3 +57,15 @@ def test_padding_visits_no_expert() -> None:
     kept = [layer[[0, 2, 4, 5]] for layer in logits]
     assert torch.equal(load_balancing_loss(logits, 3, mask), load_balancing_loss(kept, 3))
     assert not torch.equal(load_balancing_loss(logits, 3, mask), load_balancing_loss(logits, 3))
+
+
+def test_labels_and_masks_that_do_not_fit_are_named() -> None:
+    ids = tiny.tokens(2, 5)
+    model = tiny.model(tiny.checkpoint())
+    output = model(ids)
+    with pytest.raises(ValueError, match=r"labels is \[2, 4\], the logits are of \[2, 5\] tokens"):
+        language_loss(model.config, output, ids[:, 1:])
+    with pytest.raises(ValueError, match="label 417 is not of the vocabulary, 0 to 415, nor -100"):
+        language_loss(model.config, output, ids.masked_fill(ids == ids[0, 1], 417))
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 6\], expected \[2, 5\]"):
+        language_loss(model.config, output, ids, torch.ones(2, 6))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reference_model.attention import AttentionKind
+from reference_model.draft import draft_tokens
 from reference_model.generate import generate
 from reference_model.model import CausalLM
 from tests.reference_model import textbook, tiny, upstream
@@ -228,9 +229,30 @@ def test_inputs_that_do_not_fit_are_errors_that_name_the_cause() -> None:
         (lambda: model(ids[:0]), "0 rows of 5 tokens: expected at least one"),
         (lambda: model(ids[0]), r"token ids are torch.int64 \[5\], expected whole numbers \[rows, tokens\]"),
         (lambda: model(ids.float()), r"token ids are torch.float32 \[2, 5\]"),
+        (lambda: model(ids.bool()), r"token ids are torch.bool \[2, 5\], expected whole numbers"),
+        (lambda: model(ids.short()), r"expected whole numbers \[rows, tokens\] of 32 or 64 bits"),
         (lambda: model(ids - 500), "is not of the vocabulary, 0 to 415"),
+        (lambda: model(ids, embeddings=hidden.double()), "embeddings is torch.float64, but the model computes in"),
+        (lambda: model(ids, position_ids=torch.zeros(3, 2, 5)), "position_ids is torch.float32"),
+        (lambda: model(ids, attention_mask=torch.zeros(2, 5) - 1e9), r"attention_mask holds -1e\+?0?9|-1000000000"),
+        (lambda: model(ids, cache=model.draft(hidden, ids).cache), "the cache has 1 layers, expected 4"),
+        (lambda: model.draft(hidden, ids, cache=cache), "the cache has 4 layers, expected 1"),
+        (lambda: model.draft(hidden.double(), ids), "hidden is torch.float64, but the model computes in"),
+        (lambda: draft_tokens(model, hidden, ids, 0), "count is 0, expected at least one"),
+        (lambda: cache.rewind(torch.tensor([5])), r"lengths is \[5\], expected one count for each of 2 rows"),
+        (lambda: cache.rewind(torch.tensor([5, -1])), "expected one count for each"),
+        (lambda: CausalLM(model.config, "flash"), "attention is 'flash', expected one of sdpa, plain"),
+        (lambda: tiny.model(tiny.checkpoint(), torch.int8), "cannot compute in torch.int8"),
+        (lambda: generate(model, ids, max_new_tokens=-1), "max_new_tokens is -1"),
+        (
+            lambda: generate(model, ids, max_new_tokens=1, attention_mask=torch.tensor([[1] * 5, [0] * 5])),
+            "leaves a prompt without tokens",
+        ),
         (lambda: model(ids, embeddings=hidden[:, :4]), r"embeddings is \[2, 4, 96\], expected \[2, 5, 96\]"),
-        (lambda: model(ids, position_ids=ids), r"position_ids is \[2, 5\], expected \[3, 2, 5\]"),
+        (
+            lambda: model(ids, position_ids=ids),
+            r"position_ids is torch.int64 \[2, 5\], expected torch.int64 \[3, 2, 5\]",
+        ),
         (lambda: model(ids[:1], cache=cache), "the cache is of a batch of 2 rows, the new tokens are of 1"),
         (lambda: model.draft(hidden[:, :4], ids), r"hidden is \[2, 4, 96\], expected \[2, 5, 96\]"),
         (lambda: model.draft(hidden, ids[0]), r"token ids are torch.int64 \[5\]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -316,6 +317,22 @@ def test_pictures_and_tokens_must_agree(ours: MultimodalLM) -> None:
         ours(batch.ids, images=batch.images, videos=batch.images)
     with pytest.raises(VisionInputError, match=r"5 image tokens, but the 2 image grids .* make 6"):
         ours(batch.ids[:, :-2], images=batch.images)
+    faults: list[tuple[Pictures, str]] = [
+        (replace(batch.images, grids=torch.tensor(batch.images.grids)), r"grid 0 is tensor.* three whole numbers"),
+        (replace(batch.images, grids=((4, 4), (2, 4))), r"grid 0 is \(4, 4\): expected frames, rows and columns"),
+        (replace(batch.images, grids=((2, 2, 4), (1, 2, 4))), "2 frames are a video"),
+        (replace(batch.images, grids=((0, 4, 4), (1, 2, 4))), "at least one frame"),
+        (replace(batch.images, pixels=batch.images.pixels.byte()), r"pixels are torch.uint8 .* need floating-point"),
+    ]
+    for images, words in faults:
+        with pytest.raises(VisionInputError, match=words):
+            ours(batch.ids, images=images)
+    with pytest.raises(VisionInputError, match="there are no grids"):
+        ours(tiny.tokens(1, 3), images=Pictures(pixels=torch.zeros(0, 54), grids=()))
+    with pytest.raises(ValueError, match=r"attention_mask is \[1, 4\], expected"):
+        ours(batch.ids, images=batch.images, attention_mask=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="start is of 2 rows, the prompts are 1"):
+        ours(batch.ids, images=batch.images, cache=ours(tiny.tokens(2, 3)).cache)
     with pytest.raises(ValueError, match="both given"):
         ours(batch.ids, images=batch.images, embeddings=ours.embed(batch.ids, images=batch.images))
 
