@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qconvert.io.committer import Committer, Finished
@@ -48,10 +48,12 @@ class WriteBehind:
         self._head = 0
         self._tail = 0
         self._stopped = False
-        self._error: BaseException | None = None
         self._pool = ThreadPoolExecutor(WRITES, thread_name_prefix="write")
-        for _ in range(WRITES):
-            self._pool.submit(self._work)
+        self._workers: list[Future[None]] = []
+        with self._changed:  # they look at each other
+            self._workers += [self._pool.submit(self._work) for _ in range(WRITES)]
+        for worker in self._workers:
+            worker.add_done_callback(self._wake)
 
     def write(self, file: OutputFile, data: memoryview, offset: int) -> None:
         """Take a copy of ``data`` to write it at byte ``offset``; waits while the ring is full.
@@ -114,25 +116,25 @@ class WriteBehind:
 
     @property
     def _ended(self) -> bool:
-        return self._stopped or self._error is not None
+        return self._stopped or any(worker.done() for worker in self._workers)
 
     def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
+        for worker in self._workers:
+            if worker.done():
+                worker.result()
+
+    def _wake(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _work(self) -> None:
-        try:
-            while (write := self._next()) is not None:
-                start = write.begin % RING_BYTES
-                write.file.write(self._ring[start : start + write.end - write.begin], write.offset)
-                self._committer.wrote(write.file, write.end - write.begin)
-                with self._changed:
-                    write.done = True
-                    self._retire()
-        except BaseException as error:  # noqa: BLE001 - whoever gives the next bytes gets it
+        while (write := self._next()) is not None:
+            start = write.begin % RING_BYTES
+            write.file.write(self._ring[start : start + write.end - write.begin], write.offset)
+            self._committer.wrote(write.file, write.end - write.begin)
             with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
+                write.done = True
+                self._retire()
 
     def _next(self) -> _Write | None:
         with self._changed:
