@@ -97,21 +97,37 @@ def _complain(text: str) -> None:
     _err.print(Text.assemble(("error:", "bold red"), f" {text}"), soft_wrap=True)
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    # What goes on now is cleaning up, which a second request must not tear apart; killing is safe at any time.
+    for one in _ENDING:
+        signal.signal(one, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def guarded(call: Callable[[], int]) -> int:
-    """Run a command to its exit code; every failure is printed here and nowhere else.
-
-    A polite request to end (SIGTERM) is an interruption: what was begun is cleaned up.
-    """
+@contextmanager
+def _one_interruption() -> Iterator[None]:
+    """Take the first polite request to end (Ctrl-C, SIGTERM) as an interruption, and no other one until it is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(one, signal.signal(one, _interrupt)) for one in _ENDING]
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)
-        return call()
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place that may
-        return fail(error)
+        yield
+    finally:
+        for one, handler in before:
+            signal.signal(one, handler)
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """Run a command to its exit code; every failure is printed here and nowhere else."""
+    with _one_interruption():
+        try:
+            return call()
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place that may
+            return fail(error)
 
 
 class Quiet:
