@@ -25,7 +25,7 @@ from reference_model.config_fields import (
     token_id,
     token_ids,
 )
-from reference_model.config_rope import RopeParameters, whole_rope_block
+from reference_model.config_rope import RopeParameters, rope_fields_outside, whole_rope_block
 
 LayerType = Literal["linear_attention", "full_attention"]
 
@@ -105,9 +105,10 @@ class TextConfig:
             ConfigError: a field is missing, of the wrong type, or contradicts another.
         """
         rope = block.get("rope_parameters")
-        _refuse_rope_scaling(block, rope)
+        _refuse_rope_scaling(block, block)
+        outside = rope_fields_outside(block)
         if not isinstance(rope, Mapping):
-            raise ConfigError("text config has no 'rope_parameters' block")
+            raise ConfigError(f"text config has no 'rope_parameters' block. {whole_rope_block(outside)}")
         sizes = {name: size(block, name) for name in _TEXT_SIZES}
         act = block.get("hidden_act", "silu")
         if act != "silu":
@@ -121,7 +122,7 @@ class TextConfig:
         config = cls(
             **sizes,
             layer_types=layer_types_of(block, sizes["num_hidden_layers"]),
-            rope=RopeParameters.from_dict(rope),
+            rope=RopeParameters.from_dict(rope, outside),
             rms_norm_eps=positive(block, "rms_norm_eps", 1e-6),
             max_position_embeddings=count(block, "max_position_embeddings", 262_144),
             tie_word_embeddings=flag(block, "tie_word_embeddings", False),
@@ -242,7 +243,12 @@ class ModelConfig:
         text = config.get("text_config")
         if not isinstance(text, Mapping):
             raise ConfigError("config has no 'text_config' block")
-        _refuse_rope_scaling(config, text.get("rope_parameters"))
+        _refuse_rope_scaling(config, text)
+        if config.get("rope_parameters") is not None:
+            raise ConfigError(
+                "config has 'rope_parameters' beside 'text_config', where the decoder does not look. "
+                + whole_rope_block(rope_fields_outside(text), text.get("rope_parameters"), config["rope_parameters"])
+            )
         if "tie_word_embeddings" in config:
             text = {**text, "tie_word_embeddings": config["tie_word_embeddings"]}
         vision = mapping(config, "vision_config")
@@ -289,14 +295,14 @@ _HINTS = {
 }
 
 
-def _refuse_rope_scaling(block: Mapping[str, Any], rope: object) -> None:
+def _refuse_rope_scaling(block: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` with the block that says what ``rope_parameters`` and ``rope_scaling`` mean together."""
     scaling = block.get("rope_scaling")
     if scaling is not None:
-        known, more = (part if isinstance(part, Mapping) else {} for part in (rope, scaling))
         raise ConfigError(
             "config has 'rope_scaling': beside rope_parameters it makes engines drop rope_theta and mrope_section "
-            f"silently. Remove it and name everything in one block of the text config:\n{whole_rope_block(known, more)}"
+            "silently. Remove it and name everything in one block. "
+            + whole_rope_block(rope_fields_outside(text), text.get("rope_parameters"), scaling)
         )
 
 

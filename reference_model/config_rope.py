@@ -19,16 +19,23 @@ _PUBLIC = {
 _PUBLIC_YARN = {"factor": 4.0, "original_max_position_embeddings": 262_144}
 
 
-def whole_rope_block(block: Mapping[str, Any], scaling: Mapping[str, Any] | None = None) -> str:
-    """``rope_parameters`` as JSON with the fields of ``block`` and, over them, ``scaling``, a ``rope_scaling`` block.
+def whole_rope_block(*blocks: object) -> str:
+    """What ``rope_parameters`` should be, as JSON behind a line of words.
 
-    What neither has is taken from the public checkpoints.
+    Every field is that of the last of ``blocks`` that has it, and of the public checkpoints where none has. Whatever is
+    no JSON object is passed over.
     """
-    given = {**block, **(scaling or {})}
+    given = {name: value for block in blocks if isinstance(block, Mapping) for name, value in block.items()}
     if "type" in given:
         given["rope_type"] = given.pop("type")
     whole = {**_PUBLIC, **(_PUBLIC_YARN if given.get("rope_type") == "yarn" else {}), **given}
-    return '"rope_parameters": ' + json.dumps(whole, indent=2)
+    words = "The whole block, where the config says nothing as in the public checkpoints, belongs into the text config:"
+    return f'{words}\n"rope_parameters": {json.dumps(whole, indent=2)}'
+
+
+def rope_fields_outside(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``rope_parameters`` that a text config has beside that block, as older ones do."""
+    return {name: text[name] for name in _PUBLIC if text.get(name) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +61,8 @@ class RopeParameters:
     truncate: bool = True
 
     @classmethod
-    def from_dict(cls, block: Mapping[str, Any]) -> RopeParameters:
-        """Read a ``rope_parameters`` block.
+    def from_dict(cls, block: Mapping[str, Any], outside: Mapping[str, Any] | None = None) -> RopeParameters:
+        """Read a ``rope_parameters`` block; ``outside``, fields that stand beside it, is for messages alone.
 
         Raises:
             ConfigError: unknown rope type, theta or sections missing, sections that are not or cannot be interleaved,
@@ -68,7 +75,7 @@ class RopeParameters:
             if name not in block:
                 raise ConfigError(
                     f"rope_parameters has no {name!r}: engines would silently fall back to another value. "
-                    f"A whole block looks like this:\n{whole_rope_block(block)}"
+                    f"{whole_rope_block(outside, block)}"
                 )
         if block.get("mrope_interleaved", True) is not True:
             raise ConfigError("rope_parameters.mrope_interleaved is false; this architecture interleaves its sections")
@@ -85,7 +92,7 @@ class RopeParameters:
             if rope_type == "yarn" and block.get(name) is None:
                 raise ConfigError(
                     f"rope_parameters.rope_type is 'yarn' but no {name!r} is given: engines would derive it from "
-                    f"another field. A whole block looks like this:\n{whole_rope_block(block)}"
+                    f"another field. {whole_rope_block(outside, block)}"
                 )
 
         def optional(name: str) -> float | None:

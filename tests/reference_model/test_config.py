@@ -76,6 +76,15 @@ def test_the_block_that_replaces_rope_scaling_says_everything(where: str, kind: 
     assert ModelConfig.from_dict(config).text.rope.factor == 3.0
 
 
+def test_a_block_beside_the_text_config_is_refused_and_not_passed_over() -> None:
+    config = tiny_config(naming="vl")
+    own = config["text_config"]["rope_parameters"]
+    with pytest.raises(ConfigError, match="beside 'text_config'") as caught:
+        ModelConfig.from_dict({**config, "rope_parameters": {"rope_type": "yarn", "factor": 3.0}})
+    block = json.loads("{" + str(caught.value).partition("\n")[2] + "}")["rope_parameters"]
+    assert block == {**own, "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 262_144}
+
+
 def test_a_block_without_theta_or_sections_is_completed_by_the_public_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         tiny.text_config(rope_parameters={"rope_type": "yarn", "factor": 2.0})
@@ -92,6 +101,9 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": None}, "None"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.*(?s:.*)original_max_position_embeddings"),
     ({"rope_parameters": None}, "no 'rope_parameters'"),
+    ({"rope_parameters": None, "rope_theta": 5e6}, r"no 'rope_parameters'.*(?s:.*)\"rope_theta\": 5000000.0"),
+    ({"rope_parameters": {"mrope_section": [2, 2, 1]}, "rope_theta": 5e6}, r"no 'rope_theta'(?s:.*): 5000000.0"),
+    ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None, "rope_theta": 5e6}, r"scaling(?s:.*): 5000000.0"),
     ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 1]}}, "no 'rope_theta'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e7}}, "no 'mrope_section'"),
     ({"rope_parameters": {**ROPE, "rope_type": "linear"}}, "'linear'"),
