@@ -13,7 +13,9 @@ for long.
 
 The convolution lets q, k and v see the three tokens before: keys such as "what came after this word" need two tokens,
 and the memory has no positions to tell neighbours by. z decides, dimension by dimension, how much of what was read
-gets out; the norm before it makes up for reads whose size depends on how full the memory is.
+gets out; the norm before it makes up for reads whose size depends on how full the memory is. (The layer
+is that of Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks", arXiv 2412.06464, its decay that of Mamba-2: Dao
+and Gu 2024, arXiv 2405.21060.)
 
 Between calls a layer keeps the memory and the last inputs of the convolution. Padding must change neither: its g and
 beta are set to zero (``still``), and the convolution's inputs are taken from before it.

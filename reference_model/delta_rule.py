@@ -17,7 +17,9 @@ For token t with query q, key k, value v, log decay g <= 0 and writing strength 
 where q and k have first been divided by their L2 norms, and S starts at zero. In one line this is
 ``S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T`` (Yang, Kautz and Hatamizadeh 2024, "Gated Delta
 Networks", arXiv 2412.06464, equation 10, transposed: their state is [dv, dk]). With beta = 1 a value replaces what was
-there, with beta = 0 nothing is written; exp(g) = 0 would clear the memory, g = 0 keeps it.
+there, with beta = 0 nothing is written; exp(g) = 0 would clear the memory, g = 0 keeps it. Keys have to be of length
+one: then ``I - beta k k^T`` shrinks what is stored along k by 1 - beta and leaves the rest alone, so that nothing can
+grow from step to step; a longer key would overshoot.
 
 ``recurrent_gated_delta_rule`` is these four lines, for decoding. They are T small steps, each of which waits for the
 one before; ``chunked_gated_delta_rule`` computes the same for prefill, 64 tokens at a time in matrix products. They
@@ -103,13 +105,15 @@ def chunked_gated_delta_rule(
         o_i = (exp(c_i) S^T q_i + sum_{j <= i} exp(c_i - c_j) (q_i . k_j) d_j) / sqrt(dk)
         S  <- exp(c_64) S + sum_j exp(c_64 - c_j) k_j d_j^T
 
-    In the code ``solve`` is (I + A)^-1, ``attend`` holds the factors of d_j in o_i, ``read_q`` and ``read_k`` are
-    exp(c_i) q_i and exp(c_i) k_i, and ``write_k`` is exp(c_64 - c_j) k_j.
+    In the code 1 / sqrt(dk) is in q from the beginning. ``decay`` is exp(c_i - c_j) for j <= i, ``solve`` (I + A)^-1,
+    ``attend`` holds the factors of d_j in o_i, ``read_q`` and ``read_k`` are exp(c_i) q_i and exp(c_i) k_i, and
+    ``write_k`` is exp(c_64 - c_j) k_j, with tokens as columns.
 
     Every exponent is <= 0, so nothing overflows. A, its inverse and the q . k products need no state: they are
     computed for all chunks together. Only d = solve r and the last two formulas run chunk after chunk.
     """
     dtype, tokens = v.dtype, v.shape[1]
+    # n chunks of 64: q and k [B, Hk, n, 64, dk], v [B, Hv, n, 64, dv], g and beta [B, Hv, n, 64]
     q, k, v, g, beta = (_chunks(widen(x)) for x in (q, k, v, g, beta))
     q, k = l2_normalize(q) / math.sqrt(q.shape[-1]), l2_normalize(k)
     memory = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(v.dtype)
@@ -131,7 +135,7 @@ def chunked_gated_delta_rule(
     strength = beta.unsqueeze(-1)
 
     outputs = []
-    for n in range(v.shape[2]):
+    for n in range(v.shape[2]):  # corrections and outputs are [B, Hv, 64, dv]
         corrections = solve[:, :, n] @ (strength[:, :, n] * (v[:, :, n] - read_k[:, :, n] @ memory))
         outputs.append(read_q[:, :, n] @ memory + attend[:, :, n] @ corrections)
         memory = whole_chunk[:, :, n] * memory + write_k[:, :, n] @ corrections
