@@ -62,13 +62,13 @@ class Committer:
     it, so nothing more is committed.
     """
 
-    def __init__(self, folder: Path, journal: Journal, durable: Callable[[Finished], None]) -> None:
+    def __init__(self, folder: Path, journal: Journal, durable: Callable[[list[Finished]], None]) -> None:
         """Begin to work.
 
         Args:
             folder: whose steps the journal tells of, for messages.
             journal: nobody else appends to it until ``stop``.
-            durable: told of each step that the journal holds, in the thread of this object.
+            durable: told of the steps of each group when the journal holds them, in the thread of this object.
         """
         self._folder = folder
         self._journal = journal
@@ -158,8 +158,7 @@ class Committer:
         if steps:
             with disk_errors(self._folder):
                 self._journal.append(step.line() for step in steps)
-        for step in steps:
-            self._durable(step)
+        self._durable(steps)
         with self._changed:
             self._waiting -= sum(files.values())
             self._working = False

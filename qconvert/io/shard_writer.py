@@ -96,8 +96,7 @@ class ShardWriter:
             read_back = ReadBack(self._place, algorithm)
             committer = Committer(self.path, self._folder.journal, read_back.expect)
             self._background = WriteBehind(committer), committer, read_back
-            for step in steps.values():
-                read_back.expect(step)
+            read_back.expect(list(steps.values()))
         except BaseException:
             self.suspend()
             raise
