@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Annotated
 
 import typer
 
 from qconvert import __version__
-from qconvert.cli import console
 from qconvert.cli.demo import demo
 from qconvert.cli.inspect import inspect
 from qconvert.cli.parity import parity
@@ -48,16 +45,3 @@ def options(
     ] = False,
 ) -> None:
     """Options of all commands."""
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    try:
-        app()
-    except SystemExit as end:
-        if end.code == console.INTERRUPTED:
-            # Everything is closed; taking torch apart would keep whoever interrupts waiting for up to a second more.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(console.INTERRUPTED)
-        raise

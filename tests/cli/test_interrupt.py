@@ -21,7 +21,7 @@ from tests.test_resume import finished
 PAUSE = 0.05
 SLOW = f"""
 import time
-from qconvert.cli.app import main
+from qconvert.cli.entry import main
 from qconvert.io.piece import Piece
 from qconvert.plan import row_blocks
 append = Piece.append
