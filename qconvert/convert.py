@@ -16,7 +16,7 @@ from qconvert.device import check_device
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
-from qconvert.io.shard_writer import ShardWriter
+from qconvert.io.shard_writer import BACKGROUND_BYTES, ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
 from qconvert.memory import resident_bytes
 from qconvert.plan.builder import build_plan
@@ -57,7 +57,7 @@ def plan_conversion(
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
-    check_memory(plan, working_memory(max_memory))
+    check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
 
 
@@ -102,7 +102,7 @@ def convert(
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
-        left = working_memory(max_memory)
+        left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)
         identity = {
             "qconvert version": __version__,
@@ -151,18 +151,18 @@ def _explain(error: BaseException, out: Path) -> None:
         raise type(error)(f"{error}\n{hint}") from error
 
 
-def working_memory(limit: int | None) -> int:
-    """What a conversion may hold: what remains of a limit for the whole process, or the default.
+def working_memory(limit: int | None, beside: int = 0) -> int:
+    """What steps may hold: what remains of a limit for the whole process, or of the default, less what goes beside.
 
     Raises:
         PlanError: nothing remains.
     """
     if limit is None:
-        return DEFAULT_MEMORY
-    held = resident_bytes()
+        return DEFAULT_MEMORY - beside
+    held = resident_bytes() + beside
     if held >= limit:
         raise PlanError(
-            f"the process holds {held / 2**20:.0f} MiB before it starts, more than the limit of "
+            f"the process needs {held / 2**20:.0f} MiB before the first step, more than the limit of "
             f"{limit / 2**20:.0f} MiB: raise --max-memory"
         )
     return limit - held

@@ -25,10 +25,13 @@ from qconvert.io.resume import Identity, begin_line, keep, steps_to_keep
 from qconvert.io.safetensors_header import serialize_header
 from qconvert.io.sink import Extra, Note
 from qconvert.io.source_folder import INDEX_FILE, SINGLE_FILE, WEIGHTS_SUFFIX, open_regular, plain_name
-from qconvert.io.write_behind import WriteBehind
+from qconvert.io.write_behind import RING_BYTES, WriteBehind
 
 PYTORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 """What engines expect in ``__metadata__``."""
+
+BACKGROUND_BYTES = RING_BYTES + READ_BYTES
+"""Memory that writing and reading back take beside the steps."""
 
 
 class ShardWriter:
