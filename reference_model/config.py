@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reference_model.config_fields import (
+    MOST_LAYERS,
     ConfigError,
     count,
     flag,
@@ -110,6 +111,7 @@ class TextConfig:
         if not isinstance(rope, Mapping):
             raise ConfigError(f"text config has no 'rope_parameters' block. {whole_rope_block(outside)}")
         sizes = {name: size(block, name) for name in _TEXT_SIZES}
+        size(block, "num_hidden_layers", most=MOST_LAYERS)
         act = block.get("hidden_act", "silu")
         if act != "silu":
             raise ConfigError(f"hidden_act is {act!r}; this architecture uses 'silu'")
@@ -129,7 +131,7 @@ class TextConfig:
             attention_bias=flag(block, "attention_bias", False),
             router_aux_loss_coef=number(block, "router_aux_loss_coef", 0.001),
             initializer_range=number(block, "initializer_range", 0.02),
-            mtp_num_hidden_layers=count(block, "mtp_num_hidden_layers", 0),
+            mtp_num_hidden_layers=count(block, "mtp_num_hidden_layers", 0, MOST_LAYERS),
             eos_token_ids=token_ids(block, "eos_token_id"),
         )
         config._check()
@@ -196,6 +198,7 @@ class VisionConfig:
         names = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "num_position_embeddings")
         optional = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
         rope = mapping(block, "rope_parameters", "vision_config.")
+        size(block, "depth", "vision_config.", MOST_LAYERS)
         config = cls(
             **{name: size(block, name, "vision_config.") for name in names},
             **{name: size({name: default, **block}, name, "vision_config.") for name, default in optional.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -11,32 +11,39 @@ class ConfigError(ValueError):
     """A ``config.json`` that this model cannot be built from; the message names the field."""
 
 
+MOST_LAYERS = 10_000
+"""A hundred times what there is: every layer is listed, so that more would cost time and memory."""
+
+_LARGEST = 2**31 - 1
+"""What engines can count to."""
+
+
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number of at least zero."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Whether a value is a whole number of at least zero that engines can count to."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
-def size(block: Mapping[str, Any], name: str, where: str = "") -> int:
-    """A whole number of at least one; a field that is not there is an error."""
+def size(block: Mapping[str, Any], name: str, where: str = "", most: int = _LARGEST) -> int:
+    """A whole number from one to ``most``; a field that is not there is an error."""
     value = block.get(name)
-    if not is_count(value) or value == 0:
-        raise ConfigError(f"{where}{name} is {value!r}; expected a positive whole number")
+    if not is_count(value) or not 0 < value <= most:
+        raise ConfigError(f"{where}{name} is {_short(value)}; expected a positive whole number, at most {most}")
     return value
 
 
-def count(block: Mapping[str, Any], name: str, default: int) -> int:
-    """A whole number of at least zero."""
+def count(block: Mapping[str, Any], name: str, default: int, most: int = _LARGEST) -> int:
+    """A whole number from zero to ``most``."""
     value = block.get(name, default)
-    if not is_count(value):
-        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least zero")
+    if not is_count(value) or value > most:
+        raise ConfigError(f"{name} is {_short(value)}; expected a whole number of at least zero, at most {most}")
     return value
 
 
 def number(block: Mapping[str, Any], name: str, default: float, where: str = "") -> float:
     """A finite number of at least zero."""
     value = block.get(name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{where}{name} is {value!r}; expected a finite number of at least zero")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+        raise ConfigError(f"{where}{name} is {_short(value)}; expected a finite number of at least zero")
     return float(value)
 
 
@@ -81,3 +88,8 @@ def token_ids(block: Mapping[str, Any], name: str) -> tuple[int, ...]:
     if not all(is_count(one) for one in listed):
         raise ConfigError(f"{name} is {value!r}; expected a token id or a list of them")
     return tuple(listed)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

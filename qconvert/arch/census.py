@@ -14,6 +14,8 @@ from qconvert.core.tensor_info import TensorInfo
 from reference_model.config import ModelConfig
 
 _LISTED = 30
+_FEW_LAYERS = 1_000
+_FEW_EXPERTS = 10_000
 _GATE_UP = (Kind.EXPERT_GATE_UP, Kind.EXPERT_GATE, Kind.EXPERT_UP)
 
 
@@ -111,6 +113,7 @@ def check(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Census:
             f"{Naming.VISION_LANGUAGE.value!r}, not {naming.value!r}"
         )
     mtp_layers = _mtp_layers(present, config, notes)
+    _check_counts(present, config, mtp_layers)
     expected = set(_expected(present, config, mtp_layers, problems, naming))
     head = TensorRole(section=Section.TEXT, kind=Kind.HEAD)
     if config.text.tie_word_embeddings and head in present:
@@ -151,6 +154,25 @@ def _mtp_layers(present: Mapping[TensorRole, str], config: ModelConfig, notes: l
     if count > asked:
         notes.append(f"the checkpoint has {count} MTP layers, config.json says mtp_num_hidden_layers {asked}")
     return max(count, asked)
+
+
+def _check_counts(present: Mapping[TensorRole, str], config: ModelConfig, mtp_layers: int) -> None:
+    """Refuse counts that these tensors cannot bear out: listing what is missing would take time and memory.
+
+    Raises:
+        SourceError: far more layers or experts than tensors.
+    """
+    layers = len(config.text.layer_types) + mtp_layers + (config.vision.depth if config.vision else 0)
+    if layers > max(len(present), _FEW_LAYERS):
+        raise SourceError(
+            f"config.json and the tensors' names speak of {layers:,} layers, but there are {len(present):,} tensors"
+        )
+    split = {(role.section, role.layer) for role in present if role.kind in EXPERT_KINDS and role.expert is not None}
+    if len(split) * config.text.num_experts > max(len(present), _FEW_EXPERTS):
+        raise SourceError(
+            f"config.json asks for {config.text.num_experts:,} experts in each of {len(split):,} layers that store "
+            f"them one by one, but there are {len(present):,} tensors"
+        )
 
 
 def _expected(

@@ -45,6 +45,8 @@ def read_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
     except (ConfigError, TypeError, ValueError) as error:
         raise SourceError(f"{path / 'config.json'}: {error}") from error
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise SourceError(f"{path / 'config.json'}: architectures is {architectures!r}; expected a list of names")
     other = next((name for name in architectures if name not in SUPPORTED_ARCHITECTURES), None)
     if other is not None:
         raise SourceError(

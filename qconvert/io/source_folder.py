@@ -15,6 +15,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_SUFFIX = ".safetensors"
 
+MAX_JSON_BYTES = 100_000_000
+"""As for headers of weights: a larger file is refused before memory is taken for it."""
+
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LEFT_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
     ((WEIGHTS_SUFFIX,), "weights that the index does not name"),
@@ -98,7 +101,8 @@ def open_regular(path: Path) -> int:
         # A pipe without a writer would block for ever.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        hint = "; its link leads nowhere" if path.is_symlink() and isinstance(error, FileNotFoundError) else ""
+        dangling = isinstance(error, FileNotFoundError) and path.is_symlink()
+        hint = "; its link leads nowhere" if dangling else ""
         raise SourceError(f"cannot read {path}: {error.strerror}{hint}") from error
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
@@ -108,16 +112,19 @@ def open_regular(path: Path) -> int:
 
 
 def read_whole(path: Path) -> bytes:
-    """Bytes of a small file.
+    """Bytes of a file that describes weights.
 
     Raises:
-        SourceError: as ``open_regular``.
+        SourceError: as ``open_regular``, or larger than any description is.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         try:
-            return file.read()
+            raw = file.read(MAX_JSON_BYTES + 1) if os.fstat(file.fileno()).st_size <= MAX_JSON_BYTES else None
         except OSError as error:
             raise SourceError(f"cannot read {path}: {error.strerror}") from error
+    if raw is None or len(raw) > MAX_JSON_BYTES:
+        raise SourceError(f"{path}: larger than {MAX_JSON_BYTES} bytes, so not what its name says")
+    return raw
 
 
 def plain_name(name: object) -> bool:
