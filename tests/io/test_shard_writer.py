@@ -270,7 +270,8 @@ def test_bytes_that_change_on_disk_are_noticed(out: Path, monkeypatch: pytest.Mo
 
 def test_a_shard_that_is_cut_short_is_noticed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage_when_durable(monkeypatch, lambda path: os.truncate(path, 300))
-    with pytest.raises(OutputError, match="cannot be read back, the file ends at 300"), ShardWriter(out, lay_out(TENSORS)) as writer:
+    expected = "cannot be read back, the file ends at 300"
+    with pytest.raises(OutputError, match=expected), ShardWriter(out, lay_out(TENSORS)) as writer:
         write_all(writer)
         writer.finish()
     assert_nothing_left(out)
