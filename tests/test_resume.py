@@ -227,6 +227,26 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     assert went_on > 0
 
 
+def test_a_run_after_one_that_was_killed_before_its_first_step_can_be_interrupted_too(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    child = os.fork()
+    if not child:
+        try:
+            convert(source, out, POLICY, progress=lambda done, total: os._exit(9))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert out.with_name(".out.partial").exists()
+    assert not finished(out)
+    with pytest.raises(Interrupted):
+        convert(source, out, POLICY, progress=stop_after(60, KeyboardInterrupt))
+    assert len(finished(out)) > 10
+    convert(source, out, POLICY)
+    assert digest(out) == expected
+
+
 def run_until_power_fails(source: Path, out: Path, disk: Path, at: int) -> bool:
     """Convert in a process that ends before its ``at``-th sync; whether it did.
 

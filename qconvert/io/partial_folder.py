@@ -72,6 +72,7 @@ class PartialFolder:
         except BaseException:
             self.discard()
             raise
+        self.journal = Journal(self._lock, _CLAIM_BYTES)  # one that was read would go on behind the old lines
         self.left_behind = False
 
     def publish(self) -> None:
@@ -169,6 +170,7 @@ class PartialFolder:
     def _clear(self) -> None:
         """Remove our folder, or an empty one: a run may be killed before it has claimed its own."""
         if self._is_claimed():
+            os.ftruncate(self._lock, _CLAIM_BYTES)  # or, killed meanwhile, it would tell of files that are gone
             shutil.rmtree(self.path)
             return
         try:

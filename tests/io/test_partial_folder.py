@@ -186,6 +186,30 @@ def test_what_cannot_be_removed_is_left_to_the_next_run(out: Path, monkeypatch: 
     assert names(out.parent) == ["out"]
 
 
+def test_killed_while_it_removes_what_was_left_its_journal_tells_of_nothing(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = started(out)
+    fill(folder, "me")
+    folder.journal.append(["one", "two", "three"])
+    folder.leave()
+    again = PartialFolder(out)
+    assert len(again.journal.read()) == 3
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(shutil, "rmtree", lambda path: os._exit(9))
+        try:
+            again.start()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    again.leave()
+    after = PartialFolder(out)
+    assert after.left_behind
+    assert after.journal.read() == []
+    after.discard()
+
+
 def test_a_lock_that_somebody_removed_publishes_nothing_and_removes_nothing(out: Path) -> None:
     first = started(out)
     fill(first, "first")
