@@ -16,8 +16,11 @@ from pathlib import Path
 
 from qconvert.io.disk import disk_errors, write_at
 
-PAGE = 4096
-"""What offsets, lengths and addresses of direct transfers are multiples of."""
+PAGE = max(4096, mmap.PAGESIZE)
+"""What offsets, lengths and addresses of direct transfers are multiples of.
+
+No page of the cache may be written directly and through the cache at once, and there are kernels with pages of 64 KiB.
+"""
 
 DIRECT_BYTES = 1 << 16
 """Fewer whole pages go through the cache: a direct transfer waits for the disk each time."""
@@ -52,6 +55,7 @@ class OutputFile:
                 _reserve(self._fd, nbytes)
                 write_at(self._fd, memoryview(head), 0)
                 self._direct = _open_direct(path)
+                self._writes_directly = self._direct >= 0
             except BaseException:
                 os.close(self._fd)
                 raise
@@ -66,7 +70,7 @@ class OutputFile:
         """
         begin, end = -(-offset // PAGE) * PAGE, (offset + len(data)) // PAGE * PAGE
         with disk_errors(self.path):
-            if self._direct < 0 or end - begin < DIRECT_BYTES:
+            if not self._writes_directly or end - begin < DIRECT_BYTES:
                 write_at(self._fd, data, offset)
                 return
             write_at(self._fd, data[: begin - offset], offset)
@@ -106,7 +110,8 @@ class OutputFile:
 
     def close(self) -> None:
         """No thread may be writing or reading."""
-        self._give_up_direct()
+        if self._direct >= 0:
+            os.close(self._direct)
         os.close(self._fd)
 
     def _write_pages(self, data: memoryview, offset: int) -> None:
@@ -115,7 +120,8 @@ class OutputFile:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._give_up_direct()  # this filesystem wants more than pages
+            # This filesystem wants more than pages. The descriptor stays open: other threads are using it.
+            self._writes_directly = False
             write_at(self._fd, data, offset)
 
     def _read_pages(self, into: memoryview, offset: int) -> int:
@@ -129,11 +135,6 @@ class OutputFile:
             os.posix_fadvise(self._fd, offset, len(into), os.POSIX_FADV_DONTNEED)
         return os.preadv(self._fd, [into], offset)
 
-    def _give_up_direct(self) -> None:
-        if self._direct >= 0:
-            os.close(self._direct)
-            self._direct = -1
-
 
 def _reserve(fd: int, nbytes: int) -> None:
     """Have the filesystem set all blocks aside, where it can.
@@ -143,9 +144,11 @@ def _reserve(fd: int, nbytes: int) -> None:
     """
     if sys.platform != "linux" or not nbytes:
         return
-    if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+    while _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
         code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return
+        if code != errno.EINTR:  # Python repeats only calls of its own
             raise OSError(code, os.strerror(code))
 
 

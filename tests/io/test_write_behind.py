@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import random
+import runpy
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +159,60 @@ def test_a_filesystem_that_wants_more_than_pages_is_written_through_the_cache(
     file.sync()
     assert file.path.read_bytes()[PAGE : 5 * PAGE] == bytes(memory)
     assert b"".join(bytes(part) for part in file.read(PAGE, 5 * PAGE, MEMORY)) == bytes(memory)
+
+
+def test_a_thread_that_gives_direct_writes_up_leaves_others_their_descriptor(
+    file: OutputFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, real, first, given_up = file._direct, os.pwrite, threading.Event(), threading.Event()
+
+    def refuse(fd: int, data: memoryview, offset: int) -> int:
+        if fd != file._fd and not first.is_set():
+            first.set()
+            assert given_up.wait(10)
+            return real(fd, data, offset)
+        if fd == direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    memory = page_memory(2 * PAGE)
+    memory[:] = bytes(range(256)) * (2 * PAGE // 256)
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(file.write, memory[:PAGE], PAGE)
+        assert first.wait(10) or direct < 0
+        file.write(memory[PAGE:], 2 * PAGE)
+        given_up.set()
+        late.result()
+    file.sync()
+    assert file.path.read_bytes()[PAGE : 3 * PAGE] == bytes(memory)
+
+
+def test_a_page_is_never_smaller_than_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a page in the cache that is written to directly meanwhile nobody can say what it holds."""
+    monkeypatch.setattr(mmap, "PAGESIZE", 1 << 16)
+    assert runpy.run_path(output_file.__file__)["PAGE"] == 1 << 16
+
+
+@pytest.mark.parametrize(("code", "fails"), [(errno.EINTR, False), (errno.EOPNOTSUPP, False), (errno.ENOSPC, True)])
+def test_setting_blocks_aside_goes_on_after_a_signal_and_stops_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fails: bool
+) -> None:
+    asked: list[int] = []
+
+    class Libc:
+        def fallocate(self, fd: int, *_: object) -> int:
+            asked.append(fd)
+            ctypes.set_errno(code)
+            return -1 if len(asked) == 1 else 0
+
+    monkeypatch.setattr(output_file, "_LIBC", Libc())
+    if fails:
+        with pytest.raises(OutputError, match="disk full"):
+            OutputFile(tmp_path / "full", SIZE, b"head")
+        return
+    OutputFile(tmp_path / "file", SIZE, b"head").close()
+    assert len(asked) == (2 if code == errno.EINTR else 1)
 
 
 def test_reading_ends_where_the_file_does(file: OutputFile) -> None:
