@@ -190,12 +190,9 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="this machine lets nobody mount a file system of their own")
-@pytest.mark.parametrize("kilobytes", [300, 424])
-def test_a_file_system_that_is_really_full(
-    source: Path, expected: dict[str, str], tmp_path: Path, kilobytes: int
-) -> None:
+def test_a_file_system_that_is_really_full(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    arguments = [source, tmp_path / "disk", f"{kilobytes}k", sys.executable, CONVERT, tmp_path / "kept"]
+    arguments = [source, tmp_path / "disk", "300k", sys.executable, CONVERT, tmp_path / "kept"]
     ended = subprocess.run(
         ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", *map(str, arguments)],
         capture_output=True, text=True, check=False, cwd=ROOT,
