@@ -26,6 +26,7 @@ from qconvert.io.committer import Finished
 from qconvert.io.journal import Journal
 from qconvert.io.partial_folder import _CLAIM_BYTES, PartialFolder
 from qconvert.io.resume import finished_steps
+from qconvert.io.write_behind import WriteBehind
 from qconvert.plan.policy import default_policy
 from tests.checkpoints import make_tiny
 from tests.test_convert import digest
@@ -92,6 +93,23 @@ def test_an_interruption_says_how_to_go_on_and_loses_nothing(
     assert amounts[0] > 0  # what was finished was not done again
     assert digest(out) == expected
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_second_interruption_loses_nothing_either(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, impatience = WriteBehind.stop, [KeyboardInterrupt]
+
+    def stop(self: WriteBehind) -> None:
+        real(self)
+        if impatience:
+            raise impatience.pop()
+
+    monkeypatch.setattr(WriteBehind, "stop", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", POLICY, progress=stop_after(60, KeyboardInterrupt))
+    assert not impatience
+    assert len(finished(tmp_path / "out")) > 10
 
 
 @pytest.mark.parametrize("change", ["policy", "source", "version", "shard size", "hash"])

@@ -90,11 +90,12 @@ class PartialFolder:
                     "written there too; remove what is left of it and convert again"
                 )
             sync_folder(self.path)
-            self.path.rename(self.out)
             try:
+                self.path.rename(self.out)
                 sync_folder(self.out.parent)
-            except OSError:
-                self.out.rename(self.path)
+            except BaseException:  # an interruption too: what is said then is that nothing has appeared
+                if not os.path.lexists(self.path):
+                    self.out.rename(self.path)
                 raise
         self._new_parents = []
         self._release()

@@ -83,6 +83,7 @@ class ShardWriter:
         self._pieces: dict[str, list[Written]] = {}
         self._open: dict[str, OutputFile] = {}
         self._background: tuple[WriteBehind, Committer, ReadBack] | None = None
+        self._keeps = False
         self._folder = PartialFolder(out)
         try:
             identity = {**identity, "output layout": layout.hash, "hash": algorithm}
@@ -158,6 +159,7 @@ class ShardWriter:
 
         Steps that read back differently are not kept. Without effect after ``finish``.
         """
+        self._keeps = True
         return keep(self._folder, self._stop())
 
     def abort(self) -> None:
@@ -171,7 +173,10 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.abort()
+        if self._keeps:
+            self.suspend()  # a second interruption may have cut it short
+        else:
+            self.abort()
 
     def _create_files(self, headers: Mapping[str, bytes]) -> None:
         """Every file at its full size with its header; what is there already stays, and nothing else does."""

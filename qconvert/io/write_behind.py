@@ -7,6 +7,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from qconvert.core.errors import OutputError
 from qconvert.io.committer import Committer, Finished
 from qconvert.io.output_file import PAGE, OutputFile, page_memory
 
@@ -59,7 +60,7 @@ class WriteBehind:
         """Take a copy of ``data`` to write it at byte ``offset``; waits while the ring is full.
 
         Raises:
-            OutputError: an earlier write failed.
+            OutputError: an earlier write failed, or this was stopped.
         """
         for begin in range(0, len(data), WRITE_BYTES):
             self._take(file, data[begin : begin + WRITE_BYTES], offset + begin)
@@ -68,7 +69,7 @@ class WriteBehind:
         """Give a step to the committer when all that came before is written.
 
         Raises:
-            OutputError: an earlier write failed.
+            OutputError: an earlier write failed, or this was stopped.
         """
         with self._changed:
             self._check()
@@ -79,7 +80,7 @@ class WriteBehind:
         """Wait until all is written and the committer knows of it.
 
         Raises:
-            OutputError: a write failed.
+            OutputError: a write failed, or this was stopped.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._order or self._ended)
@@ -119,6 +120,8 @@ class WriteBehind:
         return self._stopped or any(worker.done() for worker in self._workers)
 
     def _check(self) -> None:
+        if self._stopped:
+            raise OutputError("nothing can be written after the end")
         for worker in self._workers:
             if worker.done():
                 worker.result()

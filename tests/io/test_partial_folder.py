@@ -229,6 +229,23 @@ def test_a_lock_that_somebody_removed_publishes_nothing_and_removes_nothing(out:
     assert names(out.parent) == ["out"]
 
 
+def test_interrupted_after_the_rename_it_has_not_appeared(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, real = started(out), os.fsync
+    fill(folder, "me")
+
+    def interrupted(fd: int) -> None:
+        real(fd)
+        if out.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", interrupted)
+        folder.publish()
+    assert not out.exists()
+    folder.publish()
+    assert writers(out) == whole("me")
+
+
 def test_parents_that_vanish_are_made_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 

@@ -140,6 +140,20 @@ def test_a_write_that_fails_comes_out_of_the_next_call(file: OutputFile, monkeyp
         behind.stop()
 
 
+def test_after_the_end_nothing_is_taken(file: OutputFile) -> None:
+    behind = WriteBehind(Told())  # type: ignore[arg-type]
+    behind.stop()
+    before = bytes(behind._ring)
+    for call in (
+        lambda: behind.write(file, memoryview(b"late"), 0),
+        lambda: behind.commit(Finished("step", (), {})),
+        behind.flush,
+    ):
+        with pytest.raises(OutputError, match="after the end"):
+            call()
+    assert bytes(behind._ring) == before
+
+
 def test_a_filesystem_that_wants_more_than_pages_is_written_through_the_cache(
     file: OutputFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
