@@ -25,6 +25,7 @@ SCHEMES: dict[str, Scheme] = {
     "int8": scheme_named("int8"),
     "fp8": scheme_named("fp8"),
     "fp8-block": scheme_named("fp8-block"),
+    "mxfp4": scheme_named("mxfp4"),
 }
 
 

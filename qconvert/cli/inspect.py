@@ -29,6 +29,8 @@ _OFFERED: tuple[tuple[str, int | None], ...] = (
     ("int8", None),
     ("fp8", None),
     ("fp8-block", None),
+    ("w8a8", None),
+    ("mxfp4", None),
 )
 
 

@@ -14,8 +14,10 @@ from qconvert.cli import console
 from qconvert.cli.options import HASHES, Device, Json, parse_hash, parse_size
 from qconvert.convert import Conversion, convert, plan_conversion
 from qconvert.core.errors import OutputError
-from qconvert.core.plan import Plan
+from qconvert.core.plan import Plan, Quantize
+from qconvert.core.role import EXPERT_KINDS
 from qconvert.device import device_named
+from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.io.hub import resolve
 from qconvert.plan.document import plan_document
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
@@ -101,6 +103,7 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
                 "bytes_after": done.bytes_after,
                 "seconds": round(seconds, 3),
                 **{key: done.record[key] for key in ("source_hash", "policy_hash", "decisions", "sqnr_db")},
+                "engine_limits": _limits(done.plan),
             }
         )
         return
@@ -129,3 +132,14 @@ def _show_plan(plan: Plan) -> None:
             what = f"all of {roles[0].partition('.')[0]}"
         table.add_row(action, f"{count:,}", console.gigabytes(size), what, reason)
     console.show(table)
+    for limit in _limits(plan):
+        console.say(f"note: {limit}", style="yellow")
+
+
+def _limits(plan: Plan) -> list[str]:
+    written = {
+        Written(scheme=step.action.scheme, format=step.action.format, experts=step.role.kind in EXPERT_KINDS)
+        for step in plan.steps
+        if isinstance(step.action, Quantize)
+    }
+    return [str(limit) for limit in engine_limits(written)]

@@ -182,3 +182,14 @@ FP8_BLOCK = Scheme(
     activation=Activation(kind="dynamic", grid=Float(kind="e4m3fn"), group=128),
 )
 """FP8 e4m3, one BF16 scale per 128 x 128 tile; engines round activations to FP8 per 128 inputs."""
+
+W8A8 = Scheme(
+    grid=Int(bits=8),
+    blocking=Channel(),
+    scale=ScaleSpec(dtype=DType.BF16),
+    activation=Activation(kind="dynamic", grid=Int(bits=8)),
+)
+"""Eight-bit integers, one BF16 scale per row; engines round activations to eight bits per token."""
+
+MXFP4 = Scheme(grid=Float(kind="e2m1"), blocking=Group(size=32), scale=ScaleSpec(dtype=DType.F8_E8M0))
+"""OCP MX FP4 e2m1, one power of two per 32 inputs, activations in 16 bits (weight-only)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.scheme import Channel, Float, Scheme
 from qconvert.formats.scaled_weight import ScaledWeight
@@ -15,6 +16,7 @@ class FloatQuantized(ScaledWeight):
 
     name: str = "float-quantized"
     quant_method: str = "compressed-tensors"
+    code: DType = DType.F8_E4M3
     scale: str = "weight_scale"
 
     def check_scheme(self, scheme: Scheme) -> None:

@@ -21,6 +21,7 @@ class Fp8Block(ScaledWeight):
 
     name: str = "fp8-block"
     quant_method: str = "fp8"
+    code: DType = DType.F8_E4M3
     scale: str = "weight_scale_inv"
 
     def check_scheme(self, scheme: Scheme) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import PlanError
 from qconvert.core.scheme import Activation, Block, Channel, Float, Grid, Group, Int, PerTensor, Scheme
 from qconvert.formats.engine_rules import (
@@ -83,6 +84,8 @@ def _compressed_tensors(
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
     arguments: dict[str, Any] = {**_grid(scheme.grid), "symmetric": scheme.symmetric, "dynamic": False}
+    if scheme.scale.dtype is DType.F8_E8M0:
+        arguments["scale_dtype"] = arguments["zp_dtype"] = "torch.uint8"
     match scheme.blocking:
         case PerTensor():
             return {**arguments, "strategy": "tensor", "group_size": None}

@@ -1,4 +1,4 @@
-"""What formats of FP8 codes beside one tensor of scales have in common: everything but the blocks and the names."""
+"""What formats of 8-bit codes beside one tensor of scales have in common: everything but the blocks and the names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ WEIGHT = "weight"
 
 
 class ScaledWeight(Protocol):
-    """``weight`` float8_e4m3fn [N, K] and scales of ``scheme.scale_shape(N, K)`` under the suffix ``scale``."""
+    """``weight`` [N, K] of type ``code`` and scales of ``scheme.scale_shape(N, K)`` under the suffix ``scale``."""
 
     __slots__ = ()
+
+    @property
+    def code(self) -> DType:
+        """Element type of the codes."""
 
     @property
     def scale(self) -> str:
@@ -34,7 +38,7 @@ class ScaledWeight(Protocol):
         """Codes and scales; a row of scales covers as many rows of codes as must stay together."""
         self.check(scheme, shape)
         return (
-            PartSpec(suffix=WEIGHT, dtype=DType.F8_E4M3, shape=shape, rows_per_row=1),
+            PartSpec(suffix=WEIGHT, dtype=self.code, shape=shape, rows_per_row=1),
             PartSpec(
                 suffix=self.scale,
                 dtype=scheme.scale.dtype,

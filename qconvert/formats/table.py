@@ -7,9 +7,11 @@ from qconvert.core.scheme import Scheme
 from qconvert.formats.base import Format
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.fp8_block import Fp8Block
+from qconvert.formats.int_quantized import IntQuantized
+from qconvert.formats.mxfp4_packed import Mxfp4Packed
 from qconvert.formats.pack_quantized import PackQuantized
 
-FORMATS: tuple[Format, ...] = (PackQuantized(), FloatQuantized(), Fp8Block())
+FORMATS: tuple[Format, ...] = (PackQuantized(), IntQuantized(), FloatQuantized(), Fp8Block(), Mxfp4Packed())
 
 
 def format_named(name: str) -> Format:

@@ -8,7 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
+from qconvert.core.fp8 import widen_e4m3
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Float, Int, Scheme
 
@@ -17,6 +19,11 @@ SEARCH_FACTORS: tuple[float, ...] = (1.0, 1.06, *(1.0 - step / 32 for step in ra
 
 _LARGEST_BF16 = (2.0 - 2.0**-7) * 2.0**127
 _SMALLEST_NORMAL = 2.0**-126
+_LARGEST_E4M3, _LARGEST_E2M1 = 448.0, 6.0
+_E2M1_EXPONENT = 2
+"""Of the power of two below its largest number."""
+_LARGEST_E8M0 = 127 + 125
+"""The scale that keeps six times itself finite, biased."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +53,10 @@ class Rule:
             case Int(bits=bits):
                 return 2.0 ** (bits - 1) - 0.5
             case Float(kind="e4m3fn"):
-                return 448.0
-        raise FormatError(f"rounding to {self.scheme.grid} is not available; use an integer or the fp8 grid")
+                return _LARGEST_E4M3
+            case Float(kind="e2m1"):
+                return _LARGEST_E2M1
+        raise FormatError(f"rounding to {self.scheme.grid} is not available; use an integer, the fp8 or the fp4 grid")
 
     @cached_property
     def code_range(self) -> tuple[float, float]:
@@ -55,7 +64,7 @@ class Rule:
         match self.scheme.grid:
             case Int(bits=bits):
                 return -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
-        return -448.0, 448.0
+        return -self.steps, self.steps
 
     @cached_property
     def shift(self) -> float:
@@ -65,9 +74,12 @@ class Rule:
     @cached_property
     def code_dtype(self) -> torch.dtype:
         """The element type of codes in a ``QuantizedTensor``."""
-        if isinstance(self.scheme.grid, Float):
-            return torch.float8_e4m3fn
-        return torch.int8 if self.scheme.symmetric else torch.uint8
+        match self.scheme.grid:
+            case Float(kind="e4m3fn"):
+                return torch.float8_e4m3fn
+            case Int() if self.scheme.symmetric:
+                return torch.int8
+        return torch.uint8
 
     @cached_property
     def scale_limits(self) -> tuple[float, float]:
@@ -89,6 +101,8 @@ class Rule:
 
     def scale_from(self, extent: Tensor, factor: float) -> Tensor:
         """Scales in the stored type; an all-zero block gets 1."""
+        if self.scheme.scale.dtype is DType.F8_E8M0:
+            return self._powers_of_two(extent * factor)
         # By a tensor: on a GPU torch multiplies by the reciprocal of a plain number.
         wanted = extent / torch.tensor(self.steps, dtype=torch.float32, device=extent.device)
         if factor != 1.0:
@@ -107,13 +121,51 @@ class Rule:
         if zero is not None:
             scaled.add_(zero)
         scaled.clamp_(*self.code_range)
-        return scaled if isinstance(self.scheme.grid, Float) else scaled.round_()
+        match self.scheme.grid:
+            case Float(kind="e4m3fn"):
+                return scaled  # narrowing rounds it
+            case Float():
+                return _round_to_e2m1(scaled)
+        return scaled.round_()
+
+    def codes(self, values: Tensor) -> Tensor:
+        """What is stored for ``values``."""
+        if self.scheme.grid == Float(kind="e2m1"):
+            return _codes_of_e2m1(values)
+        return (values + self.shift if self.shift else values).to(self.code_dtype)
+
+    def meant(self, values: Tensor) -> Tensor:
+        """The numbers that the codes of ``values`` stand for, around 0."""
+        return widen_e4m3(values.to(self.code_dtype)) if self.code_dtype == torch.float8_e4m3fn else values
 
     def residual(self, blocks: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """``(value - zero) * scale - w`` in float32, in place of ``values``."""
         if zero is not None:
             values.sub_(zero)
         return values.mul_(scale.to(torch.float32)).sub_(blocks)
+
+    def _powers_of_two(self, largest: Tensor) -> Tensor:
+        """The power of two below ``largest``, over that below the grid's largest number.
+
+        What would be cut off by more than rounding moves up one power: a largest number of at least 1.75 in binary
+        scientific notation, which is 7 on a grid that ends at 6 (OCP MX 1.0, 6.3, and compressed-tensors 0.20).
+        """
+        biased = (largest.to(torch.float32).view(torch.int32) + (1 << 21)) >> 23
+        codes = (biased - _E2M1_EXPONENT).clamp_(1, _LARGEST_E8M0).masked_fill_(largest == 0, 127)
+        return codes.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _round_to_e2m1(scaled: Tensor) -> Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, halves to the even mantissa, in place."""
+    size = scaled.abs()
+    step = torch.where(size < 2.0, 0.5, torch.where(size < 4.0, 1.0, 2.0))
+    return scaled.div_(step).round_().mul_(step)
+
+
+def _codes_of_e2m1(values: Tensor) -> Tensor:
+    size = values.abs()
+    index = torch.where(size <= 2.0, size * 2.0, torch.where(size <= 4.0, size + 2.0, 7.0))
+    return index.to(torch.uint8).bitwise_or_(torch.signbit(values).to(torch.uint8) << 3)
 
 
 def describe_not_finite(values: Tensor) -> str:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from qconvert.core.errors import DataError, FormatError
-from qconvert.core.fp8 import widen_e4m3
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import Block, Channel, Float, Group, PerTensor, Scheme
+from qconvert.core.scheme import Block, Channel, Group, PerTensor, Scheme
 from qconvert.numerics.rounding_rule import SEARCH_FACTORS, Rounded, Rule, describe_not_finite
 
 CHUNK_ELEMENTS = 1 << 18
@@ -38,10 +37,8 @@ def quantize_with_torch(w: Tensor, scheme: Scheme, *, search: bool = False) -> R
             raise DataError(describe_not_finite(w))
         block_scale, zero = _choose(rule, blocks, dims, extent, minimum, SEARCH_FACTORS if search else (1.0,))
         values = rule.values(blocks, block_scale, zero)
-        codes[begin:end] = _unblocked(values + rule.shift if rule.shift else values, scheme, end - begin, cols)
-        if isinstance(scheme.grid, Float):
-            values = _blocked(widen_e4m3(codes[begin:end]), scheme)[0]
-        squared_error += sum_of_squares(rule.residual(blocks, values, block_scale, zero))
+        codes[begin:end] = _unblocked(rule.codes(values), scheme, end - begin, cols)
+        squared_error += sum_of_squares(rule.residual(blocks, rule.meant(values), block_scale, zero))
         signal += sum_of_squares(blocks)
         scale[first:last] = block_scale.reshape(last - first, -1)
         if zero_point is not None and zero is not None:
@@ -87,9 +84,7 @@ def _choose(
 
 def _block_error(rule: Rule, blocks: Tensor, dims: tuple[int, ...], scale: Tensor, zero: Tensor | None) -> Tensor:
     """Squared error of every block, summed in float64, which squares of no float32 leave."""
-    values = rule.values(blocks, scale, zero)
-    if isinstance(rule.scheme.grid, Float):
-        values = widen_e4m3(values.to(rule.code_dtype))
+    values = rule.meant(rule.values(blocks, scale, zero))
     residual = rule.residual(blocks, values, scale, zero)
     return _ordered_sum(residual.to(torch.float64).square_(), dims).reshape(scale.shape)
 

@@ -4,7 +4,7 @@ A policy file is TOML::
 
     [[rule]]
     match = "text.shared_expert.*"   # glob over role paths, see `qconvert inspect`
-    scheme = "int8"                  # int4, int8, fp8, fp8-block; or keep = true
+    scheme = "int8"                  # int4, int8, w8a8, fp8, fp8-block, mxfp4; or keep = true
     layers = "0-3,39"                # optional
     reason = "always active"         # optional
 
@@ -25,9 +25,9 @@ from tomlkit.exceptions import TOMLKitError
 
 from qconvert.core.errors import PlanError, UsageError
 from qconvert.core.role import TensorRole
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, Scheme, int4
 
-SCHEME_NAMES = ("int4", "int8", "fp8", "fp8-block")
+SCHEME_NAMES = ("int4", "int8", "w8a8", "fp8", "fp8-block", "mxfp4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ def scheme_named(name: str, *, group: int | None = None, symmetric: bool = True)
         raise UsageError(f"scheme {name!r} has no groups; drop the group of {group}")
     if not symmetric:
         raise UsageError(f"scheme {name!r} is symmetric only")
-    return {"int8": INT8, "fp8": FP8, "fp8-block": FP8_BLOCK}[name]
+    return {"int8": INT8, "w8a8": W8A8, "fp8": FP8, "fp8-block": FP8_BLOCK, "mxfp4": MXFP4}[name]
 
 
 _ALWAYS_ACTIVE = "always active: few bytes, high sensitivity"

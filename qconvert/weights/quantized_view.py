@@ -21,7 +21,7 @@ from qconvert.io.checkpoint import Checkpoint
 from qconvert.transform.experts import unstack
 from reference_model.config import ModelConfig
 
-SCALE_DTYPES = (DType.BF16, DType.F32, DType.F16)
+SCALE_DTYPES = (DType.BF16, DType.F32, DType.F16, DType.F8_E8M0)
 """Element types that stored scales have; a configuration does not name it."""
 
 

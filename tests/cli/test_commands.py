@@ -103,7 +103,7 @@ def test_a_policy_decides(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--scheme", "int3"], 2, "int4, int8, fp8, fp8-block"),
+        (["--scheme", "int3"], 2, "int4, int8, w8a8, fp8, fp8-block, mxfp4"),
         (["--scheme", "int8", "--group", "32"], 2, "no groups"),
         (["--group", "48"], 2, "32, 64 or 128"),
         (["--scheme", "fp8", "--asymmetric"], 2, "symmetric"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, Scheme, int4
 from qconvert.plan.policy import Policy, Rule, default_policy
 from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
 from tests.edits import edit_quantization, edit_tensors, quantization_of
@@ -42,6 +42,14 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
     "int4-g128": (default_policy(int4(128)), {"CompressedTensorsWNA16MoEMethod": 4}),
     "int4-g32-asym": (default_policy(int4(32, symmetric=False)), {"CompressedTensorsWNA16MoEMethod": 4}),
     "int8": (default_policy(INT8), {"CompressedTensorsWNA16MoEMethod": 4}),
+    "w8a8-everywhere": (
+        default_policy(W8A8, rules=always_active(W8A8, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        {"CompressedTensorsW8A8Int8MoEMethod": 4, "CompressedTensorsW8A8Int8": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
+    "mxfp4-everywhere": (
+        default_policy(MXFP4, rules=always_active(MXFP4, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        {"CompressedTensorsW4A4Mxfp4MoEMethod": 4, "CompressedTensorsW4A4Mxfp4": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
     "fp8": (default_policy(FP8), {"CompressedTensorsW8A8Fp8MoEMethod": 4}),
     "fp8-block": (default_policy(FP8_BLOCK), {"Fp8MoEMethod": 4}),
     "int4-and-int8": (

@@ -13,7 +13,21 @@ from torch import Tensor
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Activation, Block, Channel, Float, Int, ScaleSpec, Scheme, int4
+from qconvert.core.scheme import (
+    FP8,
+    FP8_BLOCK,
+    INT8,
+    MXFP4,
+    W8A8,
+    Activation,
+    Block,
+    Channel,
+    Float,
+    Int,
+    ScaleSpec,
+    Scheme,
+    int4,
+)
 from qconvert.formats.table import FORMATS, format_for, format_named
 from qconvert.numerics.rounding import quantize
 
@@ -25,6 +39,9 @@ SCHEMES: dict[str, tuple[Scheme, str]] = {
     "int8": (INT8, "pack-quantized"),
     "int8-asym": (replace(INT8, symmetric=False), "pack-quantized"),
     "int8-fp16-scale": (replace(INT8, scale=ScaleSpec(dtype=DType.F16)), "pack-quantized"),
+    "w8a8": (W8A8, "int-quantized"),
+    "w8a8-fp32-scale": (replace(W8A8, scale=ScaleSpec(dtype=DType.F32)), "int-quantized"),
+    "mxfp4": (MXFP4, "mxfp4-pack-quantized"),
     "fp8": (FP8, "float-quantized"),
     "fp8-fp32-scale": (replace(FP8, scale=ScaleSpec(dtype=DType.F32)), "float-quantized"),
     "fp8-block": (FP8_BLOCK, "fp8-block"),
@@ -34,9 +51,12 @@ ROWS, COLS = 384, 256
 each_scheme = pytest.mark.parametrize("case", SCHEMES)
 
 
+def weights(case: str) -> Tensor:
+    return (torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(len(case))) * 0.02).bfloat16()
+
+
 def rounded(case: str) -> QuantizedTensor:
-    w = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(len(case))) * 0.02
-    return quantize(w.bfloat16(), SCHEMES[case][0]).quantized
+    return quantize(weights(case), SCHEMES[case][0]).quantized
 
 
 def equal_bytes(a: Tensor, b: Tensor) -> bool:
@@ -101,6 +121,16 @@ UPSTREAM = {
     "int8": {"num_bits": 8, "strategy": "channel"},
     "int8-asym": {"num_bits": 8, "strategy": "channel", "symmetric": False},
     "int8-fp16-scale": {"num_bits": 8, "strategy": "channel"},
+    "w8a8": {"num_bits": 8, "strategy": "channel"},
+    "w8a8-fp32-scale": {"num_bits": 8, "strategy": "channel"},
+    "mxfp4": {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": torch.uint8,
+        "zp_dtype": torch.uint8,
+    },
     "fp8": {"num_bits": 8, "type": "float", "strategy": "channel"},
     "fp8-fp32-scale": {"num_bits": 8, "type": "float", "strategy": "channel"},
 }
@@ -117,7 +147,9 @@ def test_compressed_tensors_writes_the_same_bytes_and_reads_the_same_numbers(cas
     numbers = before.dequantize().to(before.scale.dtype)
     theirs = compressor.decompress(dict(ours), scheme)["weight"]
     assert torch.equal(theirs.to(before.scale.dtype), numbers)
-    state = {"weight": before.dequantize(), "weight_scale": before.scale.float()}
+    # Quotients by powers of two are exact, and theirs keeps the sign of what becomes zero, but not of zero.
+    written_from = weights(case).float() if case == "mxfp4" else before.dequantize()
+    state = {"weight": written_from, "weight_scale": before.scale.float()}
     if before.zero_point is not None:
         half = 2 ** (before.scheme.weight_bits - 1)
         state["weight_zero_point"] = (before.zero_point.to(torch.int16) - half).to(torch.int8)
@@ -145,6 +177,14 @@ REFUSALS = [
     ("pack-quantized", replace(INT8, blocking=Block(rows=128, cols=128)), (128, 128), "per channel or group"),
     ("pack-quantized", replace(INT8, activation=Activation(kind="dynamic", grid=Int(bits=8))), (64, 64), "16-bit"),
     ("pack-quantized", replace(INT8, scale=ScaleSpec(dtype=DType.F8_E8M0)), (64, 64), "BF16, F16 or F32"),
+    ("pack-quantized", W8A8, (64, 64), "16-bit activations"),
+    ("int-quantized", INT8, (64, 64), "dynamic int8 activations per token"),
+    ("int-quantized", replace(W8A8, symmetric=False), (64, 64), "symmetric int8"),
+    ("int-quantized", replace(W8A8, grid=Int(bits=4)), (64, 64), "symmetric int8"),
+    ("int-quantized", replace(W8A8, scale=ScaleSpec(dtype=DType.F8_E8M0)), (64, 64), "BF16, F16 or F32"),
+    ("mxfp4-pack-quantized", MXFP4, (64, 48), "groups of 32 do not divide the 48 columns"),
+    ("mxfp4-pack-quantized", replace(MXFP4, scale=ScaleSpec(dtype=DType.BF16)), (64, 64), "F8_E8M0 scales"),
+    ("mxfp4-pack-quantized", int4(32), (64, 64), "holds fp4-g32 .* not int4-g32-sym"),
     ("float-quantized", INT8, (64, 64), "one scale per channel"),
     ("float-quantized", FP8_BLOCK, (128, 128), "one scale per channel"),
     ("float-quantized", replace(FP8, activation=Activation()), (64, 64), "dynamic fp8 activations per token"),
@@ -185,5 +225,5 @@ def test_names_are_unique_and_unknown_ones_list_the_known() -> None:
     assert len({form.name for form in FORMATS}) == len(FORMATS)
     with pytest.raises(FormatError, match="no format is called 'gguf'; there are pack-quantized"):
         format_named("gguf")
-    with pytest.raises(FormatError, match="no format holds fp4-g32: pack-quantized holds"):
-        format_for(replace(int4(32), grid=Float(kind="e2m1")))
+    with pytest.raises(FormatError, match="no format holds fp4-g64: pack-quantized holds"):
+        format_for(replace(int4(64), grid=Float(kind="e2m1")))

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, int4
 from tests.checkpoints import Naming
 from tests.formats.whole_model import Choice, dense, either, routed_experts, write_quantized
 
@@ -22,6 +22,7 @@ EXPERTS: dict[str, tuple[Choice, int]] = {
     "int8": (routed_experts(INT8, "pack-quantized"), 32),
     "fp8": (routed_experts(FP8, "float-quantized"), 32),
     "fp8-block": (routed_experts(FP8_BLOCK, "fp8-block"), 128),
+    "mxfp4": (routed_experts(MXFP4, "mxfp4-pack-quantized"), 32),
 }
 MORE: dict[str, tuple[Choice, int]] = {
     "int4-experts-and-dense": (either(routed_experts(*INT4), dense(*INT4)), 32),
@@ -32,6 +33,12 @@ MORE: dict[str, tuple[Choice, int]] = {
         either(routed_experts(FP8_BLOCK, "fp8-block"), dense(FP8_BLOCK, "fp8-block", attention=False)),
         128,
     ),
+    "mxfp4-experts-and-dense": (
+        either(routed_experts(MXFP4, "mxfp4-pack-quantized"), dense(MXFP4, "mxfp4-pack-quantized")),
+        32,
+    ),
+    "int4-experts-w8a8-dense": (either(routed_experts(*INT4), dense(W8A8, "int-quantized")), 32),
+    "w8a8-dense-only": (dense(W8A8, "int-quantized"), 32),
     "int8-dense-only": (dense(INT8, "pack-quantized"), 32),
     "int4-two-layers-of-three": (routed_experts(*INT4, layers=(0, 2)), 32),
     "fp8-block-two-layers-of-three": (routed_experts(FP8_BLOCK, "fp8-block", layers=(0, 2)), 128),
@@ -100,6 +107,7 @@ def test_a_text_only_class_reads_a_vision_checkpoint(tmp_path: Path, case: str) 
 
 
 REFUSED: dict[str, tuple[Choice, bool]] = {
+    "w8a8 experts": (routed_experts(W8A8, "int-quantized"), True),
     "asymmetric experts": (routed_experts(int4(32, symmetric=False), "pack-quantized"), True),
     "asymmetric linears": (dense(int4(32, symmetric=False), "pack-quantized"), True),
     "int4 beside experts kept one by one": (routed_experts(*INT4, layers=(0, 2)), False),

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qconvert.core.dtypes import DType
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Block, Channel, Group, Int, PerTensor, ScaleSpec, Scheme, int4
+from qconvert.core.scheme import (
+    FP8,
+    FP8_BLOCK,
+    INT8,
+    MXFP4,
+    Block,
+    Channel,
+    Group,
+    Int,
+    PerTensor,
+    ScaleSpec,
+    Scheme,
+    int4,
+)
 
 quick = settings(deadline=None, max_examples=20)
 """Every property runs once per scheme."""
@@ -32,6 +45,8 @@ SCHEMES: dict[str, Scheme] = {
     "fp8-block": replace(FP8_BLOCK, blocking=Block(rows=4, cols=8)),
     "fp8-block-edges": replace(FP8_BLOCK, blocking=Block(rows=4, cols=6)),
     "fp8-block-fp32-scale": replace(FP8_BLOCK, blocking=Block(rows=4, cols=8), scale=ScaleSpec(dtype=DType.F32)),
+    "mxfp4-g8": replace(MXFP4, blocking=Group(size=8)),
+    "fp4-g8": replace(MXFP4, blocking=Group(size=8), scale=ScaleSpec(dtype=DType.BF16)),
 }
 
 _PATTERNS = st.integers(0, 0x7F7F) | st.integers(0x8000, 0xFF7F)

@@ -14,7 +14,7 @@ from qconvert.core.errors import FormatError
 from qconvert.core.scheme import FP8, FP8_BLOCK, Activation, Float, Int
 from qconvert.numerics.activations import quantize_activations
 from tests.numerics.matrices import matrices, quick
-from tests.numerics.textbook import nearest_e4m3, single
+from tests.numerics.textbook import E4M3, nearest, single
 
 INT8_TOKEN = Activation(kind="dynamic", grid=Int(bits=8))
 FP8_TOKEN = FP8.activation
@@ -37,7 +37,7 @@ def slow(x: Tensor, activation: Activation) -> Tensor:
                 floor = Fraction(1, 448 * 512) if activation.group is None else Fraction(0)
                 largest = max(largest, single(Fraction(1e-10))) if activation.group else largest
                 scale = max(single(largest / 448), single(floor))
-                codes = [Fraction(nearest_e4m3(single(number / scale))) for number in run]
+                codes = [Fraction(nearest(E4M3, single(number / scale))) for number in run]
             out[n, begin : begin + size] = torch.tensor([float(code * scale) for code in codes])
     return out.to(x.dtype)
 

@@ -12,7 +12,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize as upstre
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from qconvert.core.dtypes import DType
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Channel, ScaleSpec, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, Channel, ScaleSpec, Scheme, int4
 from qconvert.numerics.rounding import quantize
 
 CASES: dict[str, tuple[Scheme, QuantizationArgs]] = {
@@ -24,6 +24,7 @@ CASES: dict[str, tuple[Scheme, QuantizationArgs]] = {
     ),
     "int8": (INT8, QuantizationArgs(num_bits=8, strategy="channel")),
     "int8-asym": (replace(INT8, symmetric=False), QuantizationArgs(num_bits=8, strategy="channel", symmetric=False)),
+    "w8a8": (W8A8, QuantizationArgs(num_bits=8, strategy="channel")),
     "fp8": (FP8, QuantizationArgs(num_bits=8, type="float", strategy="channel")),
     "fp8-block": (FP8_BLOCK, QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128])),
 }
@@ -58,3 +59,17 @@ def test_same_scales(case: str) -> None:
     assert torch.equal(q.scale, scale)
     if q.zero_point is not None:
         assert torch.equal(q.zero_point.to(torch.int16) - 8, zero.to(torch.int16))
+
+
+def test_mxfp4_scales_and_numbers() -> None:
+    args = QuantizationArgs(
+        num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8, zp_dtype=torch.uint8
+    )
+    w = torch.randn(256, 384, generator=torch.Generator().manual_seed(9))
+    w *= torch.logspace(-8, 8, 256, base=2.0)[:, None]
+    q = quantize(w, MXFP4).quantized
+    blocks = w.unflatten(1, (-1, 32))
+    scale, _ = calculate_qparams(blocks.amin(dim=2), blocks.amax(dim=2), args)
+    assert torch.equal(q.scale.float(), scale.float())
+    theirs = upstream_quantize(x=w, scale=scale.float(), zero_point=None, args=args)
+    assert torch.equal(q.dequantize(), upstream_dequantize(x_q=theirs, scale=scale.float(), zero_point=None, args=args))

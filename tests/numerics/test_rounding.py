@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qconvert.core.errors import DataError, FormatError
-from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.quantized import E2M1_VALUES, QuantizedTensor
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Block, Codebook, Flat, Float, Group, Int, Scheme, int4
 from qconvert.numerics import rounding_compiled, rounding_torch
 from qconvert.numerics.error import sqnr_db
@@ -30,7 +30,8 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
         a.zero_point is not None and b.zero_point is not None and torch.equal(a.zero_point, b.zero_point)
     )
     codes = torch.equal(a.codes.view(torch.uint8), b.codes.view(torch.uint8))
-    return codes and torch.equal(a.scale, b.scale) and zeros
+    scales = a.scale.dtype == b.scale.dtype and torch.equal(a.scale.view(torch.uint8), b.scale.view(torch.uint8))
+    return codes and scales and zeros
 
 
 def spread(per_block: Tensor, like: QuantizedTensor) -> Tensor:
@@ -51,6 +52,8 @@ def representable(q: QuantizedTensor) -> tuple[Tensor, Tensor]:
         case Int(bits=bits):
             zero = spread(q.zero_point, q).double() if q.zero_point is not None else torch.zeros(1)
             return -zero * scale, (2.0**bits - 1 - zero) * scale
+        case Float(kind="e2m1"):
+            return -6 * scale, 6 * scale
     return -448 * scale, 448 * scale
 
 
@@ -67,7 +70,8 @@ def test_equals_the_textbook(scheme: Scheme, w: Tensor) -> None:
     got = quantize(w, scheme).quantized
     codes, scale, zero = textbook.quantize(w, scheme)
     assert torch.equal(got.scale.float(), scale)
-    assert torch.equal(got.codes.float(), codes)
+    numbers = torch.tensor(E2M1_VALUES)[got.codes.long()] if scheme.grid == Float(kind="e2m1") else got.codes.float()
+    assert torch.equal(numbers, codes)
     if got.zero_point is not None:
         assert torch.equal(got.zero_point.float(), zero)
 
@@ -94,7 +98,10 @@ def test_error_is_half_a_step_or_what_is_cut_off(scheme: Scheme, w: Tensor) -> N
     low, high = representable(q)
     cut = torch.maximum(w.double() - high, low - w.double()).clamp(min=0)
     scale = spread(q.scale, q).double()
-    if isinstance(scheme.grid, Float):
+    if scheme.grid == Float(kind="e2m1"):
+        # Two steps between powers of two, subnormal steps of a half.
+        half_step = torch.maximum(w.double().abs() / 4, scale / 4)
+    elif isinstance(scheme.grid, Float):
         # Sixteen steps between powers of two, subnormal steps of 2**-9.
         half_step = torch.maximum(w.double().abs() / 16, scale * 2.0**-10)
     else:
@@ -109,7 +116,9 @@ def test_no_other_code_is_nearer(scheme: Scheme, w: Tensor) -> None:
     q = quantize(w, scheme).quantized
     error = (q.dequantize().double() - w.double()).abs()
     for move in (-1, 1):
-        if isinstance(scheme.grid, Float):
+        if scheme.grid == Float(kind="e2m1"):
+            other = ((q.codes.to(torch.int16) & 7) + move).clamp(0, 7).to(torch.uint8) | q.codes & 8
+        elif isinstance(scheme.grid, Float):
             bits = (q.codes.view(torch.uint8).to(torch.int16) & 0x7F) + move
             sign = q.codes.view(torch.uint8) & 0x80
             other = (bits.clamp(0, 0x7E).to(torch.uint8) | sign).view(torch.float8_e4m3fn)
@@ -150,7 +159,7 @@ def test_rows_do_not_influence_each_other(scheme: Scheme, w: Tensor, chunk: int)
     joined = replace(
         whole,
         codes=torch.cat([run.codes.view(torch.uint8) for run in runs]).view(whole.codes.dtype),
-        scale=torch.cat([run.scale for run in runs]),
+        scale=torch.cat([run.scale.view(torch.uint8) for run in runs]).view(whole.scale.dtype),
         zero_point=None if whole.zero_point is None else torch.cat([run.zero_point for run in runs]),
     )
     assert same(joined, whole)
@@ -229,7 +238,6 @@ def test_group_must_divide_the_columns() -> None:
 @pytest.mark.parametrize(
     "scheme",
     [
-        replace(int4(32), grid=Float(kind="e2m1")),
         replace(int4(32), grid=Codebook(kind="nf4"), blocking=Flat(size=64)),
         replace(INT8, blocking=Flat(size=64)),
     ],

@@ -8,12 +8,16 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from qconvert.core.dtypes import DType
 from qconvert.core.scheme import Block, Channel, Float, Group, Int, PerTensor, Scheme
 
 E4M3 = sorted(
     (1 + m / 8) * 2.0 ** (e - 7) if e else m / 8 * 2.0**-6 for e in range(16) for m in range(8) if (e, m) != (15, 7)
 )
 """All non-negative e4m3 numbers; even positions have an even mantissa."""
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+"""All non-negative e2m1 numbers, likewise."""
 
 
 def blocks(scheme: Scheme, rows: int, cols: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -52,12 +56,20 @@ def nearest_integer(value: Fraction) -> int:
     return round(value)  # Fractions round halves to even.
 
 
-def nearest_e4m3(value: Fraction) -> float:
-    magnitude = min(abs(value), Fraction(448))
-    above = next(i for i, number in enumerate(E4M3) if Fraction(number) >= magnitude)
+def nearest(numbers: list[float], value: Fraction) -> float:
+    magnitude = min(abs(value), Fraction(numbers[-1]))
+    above = next(i for i, number in enumerate(numbers) if Fraction(number) >= magnitude)
     candidates = [i for i in (above - 1, above) if i >= 0]
-    best = min(candidates, key=lambda i: (abs(Fraction(E4M3[i]) - magnitude), i % 2))
-    return math.copysign(E4M3[best], value)
+    best = min(candidates, key=lambda i: (abs(Fraction(numbers[i]) - magnitude), i % 2))
+    return math.copysign(numbers[best], value)
+
+
+def power_of_two(largest: Fraction) -> float:
+    """An MX scale for e2m1: a quarter of the power of two below ``largest``, of the next from 7/4 of it on."""
+    exponent = math.floor(math.log2(largest))
+    if largest >= Fraction(7, 4) * Fraction(2) ** exponent:
+        exponent += 1
+    return 2.0 ** (exponent - 2)
 
 
 def quantize(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +84,10 @@ def quantize(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
             continue
         largest = max(-low, high)
         match scheme.grid:
+            case Float(kind="e2m1") if scheme.scale.dtype is DType.F8_E8M0:
+                scale[at] = power_of_two(largest)
+            case Float(kind="e2m1"):
+                scale[at] = stored(float(largest / 6), scheme)
             case Float(kind="e4m3fn"):
                 scale[at] = stored(float(largest / 448), scheme)
             case Int(bits=bits) if scheme.symmetric:
@@ -91,6 +107,8 @@ def quantize(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
                     half = 2 ** (bits - 1)
                     code = half + nearest_integer(single(single(number / exact) + int(zero[at].item()) - half))
                     codes[n, k] = min(max(code, 0), 2**bits - 1)
+                case Float(kind="e2m1"):
+                    codes[n, k] = nearest(E2M1, single(number / exact))
                 case _:
-                    codes[n, k] = nearest_e4m3(single(number / exact))
+                    codes[n, k] = nearest(E4M3, single(number / exact))
     return codes, scale, zero

