@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,20 +26,46 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from qconvert.core.errors import QconvertError, SourceError
+from qconvert.core.errors import OutputError, QconvertError, SourceError
 from reference_model.config_fields import ConfigError
 
 INTERRUPTED = 130
 UNFORESEEN = 70
+UNREAD = 141
+"""As if SIGPIPE had ended the program: whoever read what it prints has stopped, such as ``head``."""
+
+
+class _Lines(Console):
+    """Lines for people; rich itself would end the program with the code 1 when their reader has stopped."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on without what is told beside the result; there is no use in a result that nobody reads."""
+        if not self.stderr:
+            raise
+        self.quiet = True
+
 
 # Names of files and tensors may look like markup: nothing is read as such.
-_out = Console(highlight=False, markup=False)
-_err = Console(stderr=True, highlight=False, markup=False)
+_out = _Lines(highlight=False, markup=False)
+_err = _Lines(stderr=True, highlight=False, markup=False)
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    """What cannot be printed is an error like others, but for a reader that has stopped."""
+    try:
+        yield
+        _out.file.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def say(text: str, style: str = "") -> None:
     """Print a line for people."""
-    _out.print(text, style=style, soft_wrap=True)
+    with _standard_output():
+        _out.print(text, style=style, soft_wrap=True)
 
 
 def plain_table(*columns: str) -> Table:
@@ -54,12 +79,15 @@ def plain_table(*columns: str) -> Table:
 
 def show(table: Table) -> None:
     """Print a table."""
-    _out.print(table)
+    with _standard_output():
+        _out.print(table)
 
 
 def show_json(value: Any) -> None:
     """Print one JSON document and nothing else on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    with _standard_output():
+        _out.file.write(text)
 
 
 def gigabytes(count: int) -> str:
@@ -82,6 +110,8 @@ def fail(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _err.print(f"\n{error}" if str(error) else "\nInterrupted: no output has appeared.", soft_wrap=True)
         return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
     if isinstance(error, QconvertError):
         _complain(str(error))
         return error.exit_code
@@ -113,7 +143,8 @@ def _one_interruption() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [(one, signal.signal(one, _interrupt)) for one in _ENDING]
+    asked = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]  # a shell ignores for its jobs
+    before = [(one, signal.signal(one, _interrupt)) for one in asked]
     try:
         yield
     finally:

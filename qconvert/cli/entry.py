@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 
 def main() -> None:
@@ -15,15 +16,23 @@ def main() -> None:
     and whoever interrupts would wait for it.
     """
     gc.disable()  # imports make some 300,000 objects that live for ever; looking through them again and again is vain
-    from qconvert.cli.app import app
-
-    gc.freeze()
-    gc.enable()
     try:
+        from qconvert.cli.app import app
+
+        gc.freeze()
+        gc.enable()
         app()
+    except KeyboardInterrupt:  # before there was a command that could say so
+        with suppress(OSError):
+            os.write(2, b"\nInterrupted: no output has appeared.\n")
+        _end(130)
     except SystemExit as end:
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
-        with suppress(BrokenPipeError):
-            sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else end.code is not None)
+        _end(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def _end(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the command has complained of it
+            if stream is not None:  # closed by whoever started us
+                stream.flush()
+    os._exit(code)
