@@ -21,6 +21,7 @@ from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.io.hub import resolve
 from qconvert.plan.document import plan_document
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
+from qconvert.plan.presets import preset_rules
 
 
 def quantize(
@@ -32,6 +33,12 @@ def quantize(
     search: Annotated[
         bool, typer.Option(help="Choose every scale by least squared error: slower, a little better.")
     ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="mixed: what is always active in 8 bits. fusable: the shared expert like a routed one, for SGLang."
+        ),
+    ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="TOML of ordered rules that are tried before the default ones.")
     ] = None,
@@ -59,16 +66,22 @@ def quantize(
     Examples:
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --scheme int4 --group 128
 
-      qconvert quantize ./Qwen3.5-35B-A3B ./mixed --policy attention-int8.toml --dry-run
+      qconvert quantize ./Qwen3.5-35B-A3B ./mixed --scheme int4 --preset mixed
+
+      qconvert quantize ./Qwen3.5-35B-A3B ./own --policy attention-int8.toml --dry-run
 
       qconvert quantize ./Qwen3.5-35B-A3B ./fp8 --scheme fp8 --hash sha256 --device cuda:0
     """
 
     def call() -> int:
+        chosen = scheme_named(scheme, group=group, symmetric=not asymmetric)
         rules = default_policy(
-            scheme_named(scheme, group=group, symmetric=not asymmetric),
+            chosen,
             search=search,
-            rules=() if policy is None else read_rules(policy, search=search),
+            rules=(
+                *(() if policy is None else read_rules(policy, search=search)),
+                *(() if preset is None else preset_rules(preset, chosen)),
+            ),
         )
         limit, shard_bytes = parse_size(max_memory), parse_size(max_shard_size)
         hashes, place = parse_hash(algorithm), device_named(device)

@@ -18,6 +18,7 @@ from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, Scheme, int4
 from qconvert.plan.policy import Policy, Rule, default_policy
+from qconvert.plan.presets import preset_rules
 from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
 from tests.edits import edit_quantization, edit_tensors, quantization_of
 from tests.engines.engine import Loaded, load_in_vllm
@@ -40,6 +41,10 @@ def always_active(scheme: Scheme, matches: tuple[str, ...]) -> tuple[Rule, ...]:
 POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
     "int4-g32": (default_policy(int4(32)), {"CompressedTensorsWNA16MoEMethod": 4}),
     "int4-g128": (default_policy(int4(128)), {"CompressedTensorsWNA16MoEMethod": 4}),
+    "int4-fusable": (
+        default_policy(int4(32), rules=preset_rules("fusable", int4(32))),
+        {"CompressedTensorsWNA16MoEMethod": 4, "CompressedTensorsWNA16": 4 * 2},
+    ),
     "int4-g32-asym": (default_policy(int4(32, symmetric=False)), {"CompressedTensorsWNA16MoEMethod": 4}),
     "int8": (default_policy(INT8), {"CompressedTensorsWNA16MoEMethod": 4}),
     "w8a8-everywhere": (
@@ -53,7 +58,7 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
     "fp8": (default_policy(FP8), {"CompressedTensorsW8A8Fp8MoEMethod": 4}),
     "fp8-block": (default_policy(FP8_BLOCK), {"Fp8MoEMethod": 4}),
     "int4-and-int8": (
-        default_policy(int4(32), rules=always_active(INT8, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        default_policy(int4(32), rules=preset_rules("mixed", int4(32))),
         {"CompressedTensorsWNA16MoEMethod": 4, "CompressedTensorsWNA16": 4 * 2 + 3 * 2 + 1 * 2},
     ),
     "fp8-everywhere": (
