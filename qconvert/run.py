@@ -103,28 +103,32 @@ def run(
     progress(done, total)
     lock = threading.Lock()
     stop = threading.Event()
-    worker = threading.local()
+    waiting = iter(left)
 
-    def work(step: Step) -> None:
+    def work() -> None:
         nonlocal done
-        with budget.holding(step.peak_bytes, stop):
-            if not hasattr(worker, "reader"):
-                worker.reader = _Reader(source, stop)
-            outcome = execute(step, worker.reader, sink, device)
-        with lock:
-            done += _bytes(source, step)
-            outcomes[step.key] = outcome
-            progress(done, total)
+        reader = _Reader(source, stop)
+        while not stop.is_set():
+            with lock:
+                step = next(waiting, None)
+            if step is None:
+                return
+            with budget.holding(step.peak_bytes, stop):
+                outcome = execute(step, reader, sink, device)
+            with lock:
+                done += _bytes(source, step)
+                outcomes[step.key] = outcome
+                progress(done, total)
 
     with _one_thread_a_step(), ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
-        futures = [pool.submit(work, step) for step in left]
         try:
+            futures = [pool.submit(work) for _ in range(jobs)]  # one for each step would take two kilobytes of each
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
             budget.wake()
-            pool.shutdown(wait=True, cancel_futures=True)
-        for failure in (future.exception() for future in finished if not future.cancelled()):
+            pool.shutdown(wait=True)
+        for failure in (future.exception() for future in finished):
             if failure is not None and not isinstance(failure, _StoppedError):
                 raise failure
     return outcomes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,9 @@ def test_side_files_come_along_and_metadata_is_there(tmp_path: Path) -> None:
     (tmp_path / "src" / "tokenizer.json").write_text("{}")
     (tmp_path / "src" / "chat_template.jinja").write_text("hello")
     (tmp_path / "src" / "code.py").write_text("raise SystemExit")
-    convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    (tmp_path / "src" / "notes: old.txt").write_text("no name on every system")
+    done = convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+    assert {name for name, _ in done.plan.left_out} == {"code.py", "notes: old.txt"}
     names = set(os.listdir(tmp_path / "out"))
     assert {"tokenizer.json", "chat_template.jinja", "config.json", "manifest.json"} <= names
     assert "code.py" not in names
@@ -240,6 +244,21 @@ def test_running_steps_stay_within_the_memory_together(tmp_path: Path, monkeypat
         with ShardWriter(tmp_path / "out", plan.layout) as sink:
             module.run(plan, source, sink, jobs=8, memory=None)
         assert most > limit
+
+
+def test_steps_that_wait_hold_nothing_of_the_executor(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "src")
+    futures: list[int] = []
+    gc.collect()  # other tests' futures
+    convert(
+        tmp_path / "src",
+        tmp_path / "out",
+        default_policy(int4(32)),
+        jobs=3,
+        progress=lambda done, total: futures.append(sum(type(each) is Future for each in gc.get_objects())),
+    )
+    assert len(futures) > 100
+    assert max(futures) < 20  # of threads, not of steps
 
 
 def test_a_side_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:

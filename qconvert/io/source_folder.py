@@ -195,6 +195,8 @@ def _reason(path: Path) -> tuple[str | None, int]:
     name = path.name
     if name.startswith("."):
         return "hidden", 0
+    if not plain_name(name):
+        return "its name is not plain on every system", 0
     if name in _DESCRIBES_SOURCE:
         return _DESCRIBES_SOURCE[name], 0
     for suffixes, reason in _LEFT_OUT:
