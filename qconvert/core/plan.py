@@ -142,13 +142,13 @@ class Plan:
 
     def decisions(self) -> Iterator[tuple[str, str, str, int, int]]:
         """(role path, action, reason, tensors, output bytes), one line per kind of decision, in plan order."""
-        sizes = {info.name: info.nbytes for info in self.layout.tensors}
+        infos = {info.name: info for info in self.layout.tensors}
         count: Counter[tuple[str, str, str]] = Counter()
         total: Counter[tuple[str, str, str]] = Counter()
         for step in self.steps:
             key = (step.role.path, str(step.action), step.action.reason)
             count[key] += 1
-            total[key] += sum(sizes[name] for name in step.outputs)
+            total[key] += sum(infos[name].nbytes for name in step.outputs)
         for key in count:
             yield (*key, count[key], total[key])
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from qconvert.arch.census import check
 from qconvert.arch.families import read_config, reject_quantized
 from qconvert.arch.names import Naming, module_of, name_of
 from qconvert.arch.shapes import STACKED, kept_by_nature
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError, PlanError, SourceError
 from qconvert.core.plan import Keep, Plan, Quantize, Slice, Step
 from qconvert.core.role import Kind, TensorRole
@@ -17,7 +19,7 @@ from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.engine_rules import ModuleDecision
 from qconvert.formats.quantization_config import quantization_config
-from qconvert.formats.table import format_for, format_named
+from qconvert.formats.table import format_for
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy, Rule
@@ -41,11 +43,31 @@ class _Matrix:
         return self.info.shape if whole else (rows, self.info.row_width)
 
 
+_Stored = tuple[tuple[DType, tuple[int, ...]], ...]
+"""Type and shape of each output of a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Storage:
+    """How matrices of one scheme and shape are stored. They share it: a large checkpoint has some 92,000 of them."""
+
+    shape: tuple[int, int]
+    format: str
+    suffixes: tuple[str, ...]
+    stored: _Stored
+    peak_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Decided:
     step: Step
-    outputs: tuple[OutputTensor, ...]
+    stored: _Stored
     module: ModuleDecision | None
+
+    @property
+    def outputs(self) -> tuple[OutputTensor, ...]:
+        pairs = zip(self.step.outputs, self.stored, strict=True)
+        return tuple(OutputTensor(name=name, dtype=dtype, shape=shape) for name, (dtype, shape) in pairs)
 
 
 def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
@@ -73,25 +95,34 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
         for matrix in _matrices(census.tensors[name], role, policy, used)
     ]
     _check_rules(policy, used)
-    decided.sort(key=_order)
+    words: dict[str, _Words] = {}
+    decided.sort(key=lambda one: _order(one.step, words))
     modules = [one.module for one in decided if one.module is not None]
     if not any(module.scheme is not None for module in modules):
         raise PlanError("the policy quantizes nothing: no rule with a scheme matches a tensor")
+    quantization = quantization_config(modules)
+    del modules
     return Plan(
         steps=tuple(one.step for one in decided),
-        layout=lay_out([one.outputs for one in decided], shard_bytes),
+        layout=lay_out((one.outputs for one in decided), shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=policy.hash,
-        config={**checkpoint.config, "quantization_config": quantization_config(modules)},
+        config={**checkpoint.config, "quantization_config": quantization},
         side_files=tuple(file.name for file in checkpoint.side_files),
         left_out=tuple(sorted(checkpoint.left_out.items())),
     )
 
 
-def _order(decided: _Decided) -> tuple[list[tuple[int, str]], int]:
-    expert = decided.step.role.expert
-    name = decided.step.outputs[0].replace(f".experts.{expert}.", ".experts.")
-    words = [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
+_Words = list[tuple[int, str]]
+
+
+def _order(step: Step, known: dict[str, _Words]) -> tuple[_Words, int]:
+    """What steps are sorted by; experts of one projection share the words of their name, which ``known`` holds."""
+    expert = step.role.expert
+    name = step.outputs[0].replace(f".experts.{expert}.", ".experts.")
+    words = known.get(name)
+    if words is None:
+        words = known[name] = [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
     return words, -1 if expert is None else expert
 
 
@@ -144,8 +175,7 @@ def _keep(matrix: _Matrix, name: str) -> _Decided:
         outputs=(name,),
         peak_bytes=peak_bytes(rows, info.row_width, 1, info.dtype.itemsize, rounding=False),
     )
-    outputs = (OutputTensor(name=name, dtype=info.dtype, shape=matrix.shape),)
-    return _Decided(step=step, outputs=outputs, module=_kept_module(matrix, name))
+    return _Decided(step=step, stored=((info.dtype, matrix.shape),), module=_kept_module(matrix, name))
 
 
 def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
@@ -160,23 +190,34 @@ def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
 
 def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> _Decided:
     rule = matrix.rule
-    action = Quantize(
-        reason=rule.reason, module=module, scheme=scheme, format=format_for(scheme).name, search=rule.search
-    )
-    shape = (prod(matrix.shape[:-1]), matrix.shape[-1])
-    form = format_named(action.format)
     try:
-        parts = form.parts(action.scheme, shape)
+        storage = _storage(scheme, prod(matrix.shape[:-1]), matrix.shape[-1], matrix.info.dtype.itemsize)
     except FormatError as error:
-        raise FormatError(f"{module} cannot be stored as {action.scheme}: {error}") from None
-    outputs = tuple(OutputTensor(name=f"{module}.{part.suffix}", dtype=part.dtype, shape=part.shape) for part in parts)
-    multiple = form.row_block(action.scheme)
+        raise FormatError(f"{module} cannot be stored as {scheme}: {error}") from None
     step = Step(
         inputs=(matrix.part,),
         role=matrix.role,
-        action=action,
-        outputs=tuple(output.name for output in outputs),
-        peak_bytes=peak_bytes(*shape, multiple, matrix.info.dtype.itemsize, rounding=True),
+        action=Quantize(reason=rule.reason, module=module, scheme=scheme, format=storage.format, search=rule.search),
+        outputs=tuple(f"{module}.{suffix}" for suffix in storage.suffixes),
+        peak_bytes=storage.peak_bytes,
     )
-    decision = ModuleDecision(name=module, shape=shape, scheme=action.scheme, format=action.format)
-    return _Decided(step=step, outputs=outputs, module=decision)
+    decision = ModuleDecision(name=module, shape=storage.shape, scheme=scheme, format=storage.format)
+    return _Decided(step=step, stored=storage.stored, module=decision)
+
+
+@lru_cache(maxsize=64)
+def _storage(scheme: Scheme, rows: int, cols: int, itemsize: int) -> _Storage:
+    """How a [rows, cols] matrix of elements of ``itemsize`` bytes is stored in ``scheme``.
+
+    Raises:
+        FormatError: no format holds the scheme, or not this shape.
+    """
+    form = format_for(scheme)
+    parts = form.parts(scheme, (rows, cols))
+    return _Storage(
+        shape=(rows, cols),
+        format=form.name,
+        suffixes=tuple(part.suffix for part in parts),
+        stored=tuple((part.dtype, part.shape) for part in parts),
+        peak_bytes=peak_bytes(rows, cols, form.row_block(scheme), itemsize, rounding=True),
+    )

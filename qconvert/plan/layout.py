@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from qconvert.core.dtypes import DType
 from qconvert.core.plan import Layout, dtype_bytes
@@ -28,7 +28,7 @@ class OutputTensor:
         return dtype_bytes(self.dtype, self.shape)
 
 
-def lay_out(groups: Sequence[tuple[OutputTensor, ...]], shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
+def lay_out(groups: Iterable[tuple[OutputTensor, ...]], shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
     """Fill shards of at most ``shard_bytes`` in order; a group (one step's outputs) stays together.
 
     A group larger than ``shard_bytes`` gets a shard of its own. Inside a shard wide element types come first, so
@@ -47,17 +47,17 @@ def lay_out(groups: Sequence[tuple[OutputTensor, ...]], shard_bytes: int = DEFAU
     for i, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         infos.extend(_place(sorted(shard, key=lambda t: -t.dtype.itemsize), name))
+        shard.clear()  # there may be a quarter of a million tensors: none twice
     return Layout(tensors=tuple(infos))
 
 
-def _place(tensors: Sequence[OutputTensor], shard: str) -> list[TensorInfo]:
-    relative: list[TensorInfo] = []
-    offset = 0
+def _place(tensors: Sequence[OutputTensor], shard: str) -> tuple[TensorInfo, ...]:
+    header = len(serialize_header(_side_by_side(tensors, shard, 0), PYTORCH_METADATA))
+    return tuple(_side_by_side(tensors, shard, header))
+
+
+def _side_by_side(tensors: Sequence[OutputTensor], shard: str, begin: int) -> Iterator[TensorInfo]:
     for tensor in tensors:
-        end = offset + tensor.nbytes
-        relative.append(
-            TensorInfo(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, shard=shard, begin=offset, end=end)
-        )
-        offset = end
-    header = len(serialize_header(relative, PYTORCH_METADATA))
-    return [replace(info, begin=info.begin + header, end=info.end + header) for info in relative]
+        end = begin + tensor.nbytes
+        yield TensorInfo(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, shard=shard, begin=begin, end=end)
+        begin = end
