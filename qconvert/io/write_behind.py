@@ -92,6 +92,7 @@ class WriteBehind:
             self._stopped = True
             self._changed.notify_all()
         self._pool.shutdown()
+        self._ring.release()  # now, not when somebody collects garbage: the next conversion counts what is held
 
     def _take(self, file: OutputFile, data: memoryview, offset: int) -> None:
         with self._changed:
