@@ -23,7 +23,7 @@ from qconvert.io.strict_json import parse_object
 from qconvert.manifest import MANIFEST_FILE
 from qconvert.manifest_reader import Manifest, read_manifest
 from qconvert.run import CPU
-from qconvert.verify_source import compare_with_source, unlike_the_conversion
+from qconvert.verify_source import check_repeatable, compare_with_source, unlike_the_conversion
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,6 +90,8 @@ def verify(
     """
     check_device(device)
     manifest = read_manifest(out)
+    if source is not None:
+        check_repeatable(source, out, manifest, working_memory(max_memory))
     check = _Check(out, manifest, progress)
     try:
         check.files()
@@ -174,7 +176,7 @@ class _Check:
             home = self.homes.get(name)
             if home != info.shard:
                 self._fault(INDEX_FILE, name, f"is in {info.shard}, but the index says {home}")
-        for name in self.homes.keys() - self.stored.keys() - self.manifest.tensors.keys():
+        for name in sorted(self.homes.keys() - self.stored.keys() - self.manifest.tensors.keys()):
             self._fault(INDEX_FILE, name, "is in no file")
 
     def missing(self) -> None:

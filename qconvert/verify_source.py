@@ -23,7 +23,7 @@ from qconvert.manifest import MANIFEST_FILE, sqnr_by_role
 from qconvert.manifest_reader import Manifest
 from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Policy
-from qconvert.run import Outcome, Progress, run
+from qconvert.run import Outcome, Progress, check_memory, run
 
 _SAME_DB = 0.01
 """Sums over blocks of another size differ far less, any other rounding far more."""
@@ -56,10 +56,7 @@ def compare_with_source(
         SourceError: ``source`` is no checkpoint that can be converted, or the manifest's policy cannot be repeated.
         PlanError, FormatError, DataError: ``source`` cannot be converted as the manifest says.
     """
-    try:
-        policy = Policy.of_entries(manifest.policy, "policy")
-    except UsageError as error:
-        raise SourceError(f"{out / MANIFEST_FILE}: {error}; the conversion cannot be repeated from it") from None
+    policy = _policy(out, manifest)
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy)
         planned = {info.name: info for info in plan.layout.tensors}
@@ -75,12 +72,25 @@ def compare_with_source(
     return faults
 
 
+def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int) -> None:
+    """Find out what ``compare_with_source`` would refuse before anybody waits for ``out`` to be read; see there."""
+    with Checkpoint.open(source) as checkpoint:
+        check_memory(build_plan(checkpoint, _policy(out, manifest)), memory)
+
+
 def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[str]:
     """Reasons why the conversion may give other bytes when it is repeated here."""
     if manifest.version != __version__:
         yield f"converted by qconvert {manifest.version}, compared by {__version__}: versions may round differently"
     if manifest.device != device.type:
         yield f"rounded on {manifest.device}, compared on {device.type}: devices may round ties differently"
+
+
+def _policy(out: Path, manifest: Manifest) -> Policy:
+    try:
+        return Policy.of_entries(manifest.policy, "policy")
+    except UsageError as error:
+        raise SourceError(f"{out / MANIFEST_FILE}: {error}; the conversion cannot be repeated from it") from None
 
 
 def _of_files(checkpoint: Checkpoint, plan: Plan, policy: Policy, manifest: Manifest) -> Iterator[Fault]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from qconvert import verify as verify_module
 from qconvert import verify_source
 from qconvert.convert import convert
-from qconvert.core.errors import QconvertError, SourceError
+from qconvert.core.errors import PlanError, QconvertError, SourceError
 from qconvert.core.scheme import int4
 from qconvert.io import file_record
 from qconvert.io.file_record import record_file
@@ -249,6 +249,21 @@ def test_a_source_that_changed_is_named(made: Path, source: Path, tmp_path: Path
     assert {fault.tensor for fault in found.faults} == {name, None}
     assert {Path(fault.file).name for fault in found.faults if fault.tensor is None} == {"tokenizer.json"}
     assert all("the source has changed" in str(fault) for fault in found.faults if fault.tensor)
+
+
+@pytest.mark.parametrize("wrong", ["source", "memory"])
+def test_what_cannot_be_repeated_is_said_before_anything_is_read(
+    made: Path, source: Path, tmp_path: Path, wrong: str
+) -> None:
+    seen: list[str] = []
+    with pytest.raises(SourceError if wrong == "source" else PlanError, match=r"no such folder|raise --max-memory"):
+        verify(
+            made,
+            tmp_path / "nowhere" if wrong == "source" else source,
+            max_memory=1 if wrong == "memory" else None,
+            progress=lambda phase, done, total: seen.append(phase),
+        )
+    assert seen == []
 
 
 def forge(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
