@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Int, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, Int, Scheme, int4
 from qconvert.numerics.finite import all_finite
 from qconvert.numerics.packing import pack_int32, pack_with_torch
 from qconvert.numerics.rounding import quantize
@@ -32,6 +32,7 @@ SCHEMES: dict[str, Scheme] = {
     "int8, zero points": replace(INT8, symmetric=False),
     "fp8": FP8,
     "fp8-block": FP8_BLOCK,
+    "mxfp4": MXFP4,
 }
 
 Work = Callable[[Tensor], object]

@@ -13,7 +13,7 @@ from qconvert.core.errors import FormatError
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import MXFP4, Group, Scheme
 from qconvert.formats.base import PartSpec, check_parts
-from qconvert.numerics.packing import pack_pairs, unpack_pairs
+from qconvert.numerics.packing import pack_int32, unpack_pairs
 
 PACKED = "weight_packed"
 SCALE = "weight_scale"
@@ -61,7 +61,7 @@ class Mxfp4Packed:
     def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """See ``Format.pack``."""
         self.check(quantized.scheme, quantized.shape)
-        return {PACKED: pack_pairs(quantized.codes), SCALE: quantized.scale.view(torch.uint8)}
+        return {PACKED: pack_int32(quantized.codes, 4).view(torch.uint8), SCALE: quantized.scale.view(torch.uint8)}
 
     def unpack(
         self,

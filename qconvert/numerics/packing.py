@@ -96,20 +96,8 @@ def unpack_int32(packed: Tensor, bits: int, cols: int, *, signed: bool = True) -
     return (raw.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
-def pack_pairs(codes: Tensor) -> Tensor:
-    """Two 4-bit codes a byte, the first in the low half.
-
-    Args:
-        codes: uint8 [N, K], 0 .. 15, K even.
-
-    Returns:
-        uint8 [N, K / 2].
-    """
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
-
-
 def unpack_pairs(packed: Tensor) -> Tensor:
-    """The exact inverse of ``pack_pairs``: uint8 [N, K / 2] to uint8 [N, K]."""
+    """Two 4-bit codes a byte, the first in the low half, one by one: uint8 [N, K / 2] to uint8 [N, K]."""
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).view(packed.shape[0], -1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qconvert.core.dtypes import DType
 from qconvert.core.scheme import Block, Channel, Float, Group, Int, Scheme
 from qconvert.numerics.rounding_rule import Rounded
 from qconvert.numerics.rounding_torch import quantize_with_torch
@@ -18,10 +19,11 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
     With zero points: ``scale = (max(w, 0) - min(w, 0)) / (2**b - 1)``, ``zero = round(-min(w, 0) / scale)``,
     ``code = clamp(round(w / scale + zero))``; the sum is taken with both counted from the middle of the codes, as
     compressed-tensors does. FP8 e4m3 (OCP 8-bit floating point specification 1.0): ``scale = max|w| / 448``,
-    ``code = e4m3(clamp(w / scale, -448, 448))``. Halves go to even. All is computed in float32, after the scale has
-    been rounded to its stored type, so codes fit the scale that a reader sees. Scales are never zero, infinite or
-    NaN; an all-zero block has scale 1. Rows do not influence each other except inside a ``Block`` and in
-    ``PerTensor``.
+    ``code = e4m3(clamp(w / scale, -448, 448))``. FP4 e2m1 with powers of two for scales (OCP Microscaling Formats 1.0):
+    ``scale = 2**(floor(log2(max|w| * 8/7)) - 2)``, ``code = e2m1(clamp(w / scale, -6, 6))``, where 8/7 stands for moving
+    up from 7/4 of a power of two on. Halves go to even. All is computed in float32, after the scale has been rounded to
+    its stored type, so codes fit the scale that a reader sees. Scales are never zero, infinite or NaN; an all-zero block
+    has scale 1. Rows do not influence each other except inside a ``Block`` and in ``PerTensor``.
 
     On a CPU compiled kernels do it where there are any, with the same codes, scales and zero points as the plain
     torch expression and losses that differ by the order of summation.
@@ -53,4 +55,6 @@ def has_kernel(scheme: Scheme) -> bool:
             return scheme.symmetric
         case Float(kind="e4m3fn"), Channel() | Group() | Block():
             return True
+        case Float(kind="e2m1"), Group():
+            return scheme.scale.dtype is DType.F8_E8M0
     return False

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Block, Float, Group, Scheme
@@ -63,7 +64,7 @@ def _setting(scheme: Scheme, cols: int, search: bool) -> tuple[Any, ...]:
     """What the kernels are told about a scheme; see ``rounding_kernels._quantize``."""
     rule = Rule(scheme=scheme)
     if isinstance(scheme.grid, Float):
-        grid = kernels.E4M3
+        grid = kernels.E4M3 if scheme.grid.kind == "e4m3fn" else kernels.E2M1
     else:
         grid = kernels.SYMMETRIC if scheme.symmetric else kernels.ASYMMETRIC
     low, high = np.array(rule.code_range, np.float32)
@@ -83,7 +84,12 @@ def _block_shape(scheme: Scheme, cols: int) -> tuple[int, int]:
 
 
 def _stored(rule: Rule) -> Any:
-    """The type of stored scales as ``kernels._stored_scales`` wants it: limits, subnormals, mantissa bits dropped."""
+    """The type of stored scales as ``kernels._stored_scales`` wants it: limits, subnormals, mantissa bits dropped.
+
+    Zeros for powers of two, which need none of it.
+    """
+    if rule.scheme.scale.dtype is DType.F8_E8M0:
+        return np.zeros(5, np.float32)
     info = torch.finfo(rule.scheme.scale.dtype.torch_dtype)
     to_subnormal = info.smallest_normal * info.eps * 2.0**23
     dropped = 23 + math.log2(info.eps)

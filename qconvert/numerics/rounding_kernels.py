@@ -19,11 +19,11 @@ from qconvert.numerics.compilation import inner, kernel
 LANES = 512
 STRIP = 8
 
-SYMMETRIC, ASYMMETRIC, E4M3 = 0, 1, 2
+SYMMETRIC, ASYMMETRIC, E4M3, E2M1 = 0, 1, 2, 3
 
 _TO_INTEGER = float32(1.5 * 2**23)
 _ONE, _HALF, _ZERO, _INFINITE = float32(1.0), float32(0.5), float32(0.0), float32(np.inf)
-_LARGEST_E4M3 = float32(448.0)
+_LARGEST_E4M3, _LARGEST_E2M1 = float32(448.0), float32(6.0)
 
 
 def widened(bits):
@@ -139,6 +139,15 @@ def _stored_scales(extent, steps, factor, stored, scale):
 
 
 @inner
+def _powers_of_two(extent, factor, scale):
+    """``Rule.scale_from`` where scales are powers of two and codes e2m1."""
+    for g in range(scale.size):
+        biased = int32(uint32(_bits(extent[g] * factor) + uint32(1 << 21)) >> uint32(23)) - int32(2)
+        biased = min(max(biased, int32(1)), int32(252))
+        scale[g] = _ONE if extent[g] == _ZERO else _number(uint32(biased) << uint32(23))
+
+
+@inner
 def _zeros(down, scale, factor, low, high, zero):
     """``Rule.zero_from``: zero points around 0, whole numbers."""
     for g in range(zero.size):
@@ -183,6 +192,20 @@ def _round_e4m3(number):
 
 
 @inner
+def _round_e2m1(number):
+    """The magnitude of the nearest e2m1 number, and its code: as ``_round_e4m3``, a step is half that power, or 1/2."""
+    bits = _bits(number)
+    size = _number(bits & uint32(0x7FFFFFFF))
+    size = _LARGEST_E2M1 if size > _LARGEST_E2M1 else size
+    power = uint32(max(uint32(_bits(size) & uint32(0x7F800000)), uint32(127 << 23)))
+    magic = uint32(power + uint32(22 << 23))
+    moved = float32(size + _number(magic))
+    steps = uint32(_bits(moved) - magic)
+    code = uint32(uint32(power >> uint32(22)) - uint32(127 << 1)) + steps
+    return float32(moved - _number(magic)), uint32(code | uint32(uint32(bits >> uint32(28)) & uint32(8)))
+
+
+@inner
 def _code_symmetric(bits, scale, low, high, codes, error, signal):
     for k in range(codes.size):
         w = widened(bits[k])
@@ -217,6 +240,17 @@ def _code_e4m3(bits, scale, codes, error, signal):
 
 
 @inner
+def _code_e2m1(bits, scale, codes, error, signal):
+    for k in range(codes.size):
+        w = widened(bits[k])
+        size, code = _round_e2m1(w / scale[k])
+        codes[k] = code
+        off = size * scale[k] - abs(w)
+        error[k] += off * off
+        signal[k] += w * w
+
+
+@inner
 def _add_errors(grid, bits, scale, zero, low, high, errors):
     """Add the squared error of every column, as ``rounding_torch`` computes it: float32, squared in float64."""
     if grid == SYMMETRIC:
@@ -230,6 +264,12 @@ def _add_errors(grid, bits, scale, zero, low, high, errors):
             w = widened(bits[k])
             value = (_clamp(w / scale[k] + zero[k], low, high) + _TO_INTEGER) - _TO_INTEGER
             off = float64((value - zero[k]) * scale[k] - w)
+            errors[k] += off * off
+    elif grid == E2M1:
+        for k in range(bits.size):
+            w = widened(bits[k])
+            size, _ = _round_e2m1(w / scale[k])
+            off = float64(size * scale[k] - abs(w))
             errors[k] += off * off
     else:
         for k in range(bits.size):
@@ -258,7 +298,7 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
 
     Args:
         w: bits, uint16 or uint32 [N, K].
-        grid: ``SYMMETRIC``, ``ASYMMETRIC`` or ``E4M3``.
+        grid: ``SYMMETRIC``, ``ASYMMETRIC``, ``E4M3`` or ``E2M1``, whose scales are powers of two.
         tall: rows of a block; 1 with zero points.
         wide: columns of a block.
         steps: what a block's extent is divided by, float32.
@@ -301,7 +341,10 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
                 return False
         scale = scales[first // tall]
         for f in range(factors.size):
-            _stored_scales(extent, steps, factors[f], stored, trial)
+            if grid == E2M1:
+                _powers_of_two(extent, factors[f], trial)
+            else:
+                _stored_scales(extent, steps, factors[f], stored, trial)
             if grid == ASYMMETRIC:
                 _zeros(down, trial, factors[f], low, high, trial_zero)
             if factors.size > 1:
@@ -328,6 +371,8 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
                     _code_symmetric(bits, by, low, high, to, error, signal)
                 elif grid == ASYMMETRIC:
                     _code_asymmetric(bits, by, wide_zero[begin:end], low, high, to, error, signal)
+                elif grid == E2M1:
+                    _code_e2m1(bits, by, to, error, signal)
                 else:
                     _code_e4m3(bits, by, to, error, signal)
             if n % STRIP == STRIP - 1 or n == rows - 1:

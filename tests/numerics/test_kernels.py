@@ -122,7 +122,7 @@ def test_the_bits_of_the_plain_expression_on_real_shapes(scheme: Scheme, dtype: 
 
 def test_every_scheme_that_is_written_has_a_kernel() -> None:
     assert all(has_kernel(scheme) for scheme in REAL.values())
-    assert {name for name in SCHEMES if name not in WITH_KERNEL} == {"int8-tensor", "fp8-tensor", "mxfp4-g8", "fp4-g8"}
+    assert {name for name in SCHEMES if name not in WITH_KERNEL} == {"int8-tensor", "fp8-tensor", "fp4-g8"}
     assert not has_kernel(replace(INT8, blocking=Block(rows=4, cols=4), symmetric=False))
 
 
