@@ -20,10 +20,10 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
     ``code = clamp(round(w / scale + zero))``; the sum is taken with both counted from the middle of the codes, as
     compressed-tensors does. FP8 e4m3 (OCP 8-bit floating point specification 1.0): ``scale = max|w| / 448``,
     ``code = e4m3(clamp(w / scale, -448, 448))``. FP4 e2m1 with powers of two for scales (OCP Microscaling Formats 1.0):
-    ``scale = 2**(floor(log2(max|w| * 8/7)) - 2)``, ``code = e2m1(clamp(w / scale, -6, 6))``, where 8/7 stands for moving
-    up from 7/4 of a power of two on. Halves go to even. All is computed in float32, after the scale has been rounded to
-    its stored type, so codes fit the scale that a reader sees. Scales are never zero, infinite or NaN; an all-zero block
-    has scale 1. Rows do not influence each other except inside a ``Block`` and in ``PerTensor``.
+    ``scale = 2**(floor(log2(8/7 * max|w|)) - 2)``, ``code = e2m1(clamp(w / scale, -6, 6))``; 8/7 moves up what would
+    be cut off by more than rounding. Halves go to even. All is computed in float32, after the scale has been rounded
+    to its stored type, so codes fit the scale that a reader sees. Scales are never zero, infinite or NaN; an all-zero
+    block has scale 1. Rows do not influence each other except inside a ``Block`` and in ``PerTensor``.
 
     On a CPU compiled kernels do it where there are any, with the same codes, scales and zero points as the plain
     torch expression and losses that differ by the order of summation.
