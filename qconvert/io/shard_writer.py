@@ -80,7 +80,7 @@ class ShardWriter:
         self._tensors = {info.name: info for info in layout.tensors}
         self.algorithm = algorithm
         self._guard = threading.Lock()
-        self._pieces: dict[str, list[Written]] = {}
+        self._pieces: dict[str, tuple[Written, ...]] = {}
         self._open: dict[str, OutputFile] = {}
         self._background: tuple[WriteBehind, Committer, ReadBack] | None = None
         self._keeps = False
@@ -206,14 +206,14 @@ class ShardWriter:
 
     def _add_step(self, step: Finished) -> None:
         for piece in step.pieces:
-            others = self._pieces.setdefault(piece.name, [])
+            others = self._pieces.get(piece.name, ())
             for other in others:
                 if other.begin < piece.end and piece.begin < other.end:
                     raise OutputError(
                         f"{self._folder.out}: bytes {piece.begin} .. {piece.end} of {piece.name!r} overlap "
                         f"{other.begin} .. {other.end}"
                     )
-            others.append(piece)
+            self._pieces[piece.name] = (*others, piece)
 
     def _check_complete(self) -> None:
         for name, info in self._tensors.items():
@@ -229,7 +229,7 @@ class ShardWriter:
                 )
 
     def _hash(self, info: TensorInfo) -> str:
-        pieces = self._pieces.get(info.name, [])
+        pieces = self._pieces.get(info.name, ())
         if len(pieces) == 1:
             return pieces[0].digest
         whole = new_hash(self.algorithm)
@@ -237,14 +237,19 @@ class ShardWriter:
             whole.update(part)
         return whole.hexdigest()
 
-    def _index(self) -> dict[str, bytes]:
-        if list(self._layout) == [SINGLE_FILE]:
-            return {}
-        index = {
-            "metadata": {"total_size": sum(info.nbytes for info in self._tensors.values())},
-            "weight_map": {name: self._tensors[name].shard for name in sorted(self._tensors)},
-        }
-        return {INDEX_FILE: (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")}
+    def _index(self) -> dict[str, Iterable[bytes]]:
+        return {} if list(self._layout) == [SINGLE_FILE] else {INDEX_FILE: self._index_parts()}
+
+    def _index_parts(self) -> Iterator[bytes]:
+        """The index line by line: as one text it would be the largest thing of a run."""
+        total = sum(info.nbytes for info in self._tensors.values())
+        yield f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'.encode()
+        separator = "\n    "
+        for name in sorted(self._tensors):
+            pair = [json.dumps(text, ensure_ascii=False) for text in (name, self._tensors[name].shard)]
+            yield f"{separator}{': '.join(pair)}".encode()
+            separator = ",\n    "
+        yield b"\n  }\n}\n"
 
     def _add(self, name: str, content: bytes | Path | Iterable[bytes]) -> None:
         path = self.path / name

@@ -122,7 +122,9 @@ def test_the_index_names_every_tensor_sorted_with_the_total_size(out: Path) -> N
     with ShardWriter(out, lay_out(TENSORS)) as writer:
         write_all(writer)
         writer.finish()
-    index = json.loads((out / "model.safetensors.index.json").read_text())
+    text = (out / "model.safetensors.index.json").read_text()
+    index = json.loads(text)
+    assert text == json.dumps(index, indent=2) + "\n"
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in TENSORS.values())}
     assert list(index["weight_map"]) == sorted(TENSORS)
     assert all(name in load_file(out / shard) for name, shard in index["weight_map"].items())
