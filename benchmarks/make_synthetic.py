@@ -1,10 +1,11 @@
 """Write a random checkpoint with the layer shapes of a public size: what converters are timed on.
 
-    python benchmarks/make_synthetic.py OUT [--size 35b-a3b] [--layers 2] [--mtp] [--vision] [--per-expert]
+    python benchmarks/make_synthetic.py OUT [--size 35b-a3b] [--layers 2] [--mtp] [--vision] [--per-expert] [--holes]
 
 Weights are Gaussian in BF16, drawn piece by piece from a generator that is seeded by the tensor's name and the
 piece's number: the same options give the same bytes, in a few hundred megabytes of memory. Two layers of 35B are
-5.3 GB, of which embedding and head are 2.0 GB.
+5.3 GB, of which embedding and head are 2.0 GB. ``--holes`` writes true headers over files of holes instead, which take
+no disk: enough to plan with, at any size.
 """
 
 from __future__ import annotations
@@ -24,14 +25,40 @@ from qconvert.arch.names import Naming, name_of
 from qconvert.arch.shapes import expected_roles, expected_shape
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import QconvertError
+from qconvert.core.plan import Layout
 from qconvert.core.tensor_info import TensorInfo
-from qconvert.io.shard_writer import ShardWriter
+from qconvert.io.safetensors_header import serialize_header
+from qconvert.io.shard_writer import PYTORCH_METADATA, ShardWriter
+from qconvert.io.source_folder import INDEX_FILE
 from qconvert.plan.layout import OutputTensor, lay_out
 from reference_model.config import LayerType, ModelConfig, TextConfig, VisionConfig
 from reference_model.presets import PRESETS
 
 PIECE = 1 << 24
 """Elements drawn at once."""
+
+SHARD_BYTES = 1_000_000_000
+
+
+def _tiny(config: ModelConfig, experts: int) -> ModelConfig:
+    """The same kinds of tensors, each as small as a group of 128 inputs lets it be."""
+    text = replace(
+        config.text,
+        vocab_size=512,
+        hidden_size=128,
+        num_attention_heads=2,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=256,
+    )
+    return replace(config, text=text, vision=None)
+
+
+SIZES = {**PRESETS, "tiny": _tiny(PRESETS["35b-a3b"], 8), "many": _tiny(PRESETS["35b-a3b"], 512)}
+"""The public sizes, one to try programs on, and one of many steps that have little to do."""
 
 
 def shrink(config: ModelConfig, layers: int, *, mtp: bool, vision: bool) -> ModelConfig:
@@ -102,12 +129,52 @@ def fill(writer: ShardWriter, info: TensorInfo, *, std: float, seed: int) -> Non
     writer.commit(info.name, [whole])
 
 
+def lay_out_source(config: ModelConfig, *, per_expert: bool = False, shard_bytes: int = SHARD_BYTES) -> Layout:
+    """Every tensor that ``config`` asks for, in BF16."""
+    return lay_out(
+        (
+            (OutputTensor(name=name_of(role, Naming.VISION_LANGUAGE), dtype=DType.BF16, shape=shape),)
+            for role in expected_roles(config, stacked=not per_expert)
+            for shape in (expected_shape(role, config),)
+        ),
+        shard_bytes,
+    )
+
+
+def make_holes(
+    out: Path,
+    config: ModelConfig,
+    config_json: dict[str, Any],
+    *,
+    per_expert: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write headers, index and configuration; weights are holes in files of the right length.
+
+    Raises:
+        FileExistsError: ``out`` is there.
+    """
+    layout = lay_out_source(config, per_expert=per_expert, shard_bytes=shard_bytes)
+    out.mkdir(parents=True)
+    for shard, infos in layout.by_file().items():
+        with (out / shard).open("wb") as file:
+            file.write(serialize_header(infos, PYTORCH_METADATA))
+            file.truncate(infos[-1].end)
+    index = {
+        "metadata": {"total_size": layout.nbytes},
+        "weight_map": {info.name: info.shard for info in layout.tensors},
+    }
+    (out / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(config_json, indent=2), encoding="utf-8")
+    return layout.nbytes
+
+
 def make(
     out: Path,
     config: ModelConfig,
     *,
     per_expert: bool = False,
-    shard_bytes: int = 1_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     std: float = 0.02,
     seed: int = 0,
     jobs: int = 2,
@@ -117,14 +184,7 @@ def make(
     Raises:
         OutputError: ``out`` exists, or the disk refuses.
     """
-    layout = lay_out(
-        [
-            (OutputTensor(name=name_of(role, Naming.VISION_LANGUAGE), dtype=DType.BF16, shape=shape),)
-            for role in expected_roles(config, stacked=not per_expert)
-            for shape in (expected_shape(role, config),)
-        ],
-        shard_bytes,
-    )
+    layout = lay_out_source(config, per_expert=per_expert, shard_bytes=shard_bytes)
     torch.set_num_threads(1)
     with ShardWriter(out, layout) as writer:
         with ThreadPoolExecutor(jobs) as pool:
@@ -138,30 +198,31 @@ def main() -> None:
     """Parse, write, say what it took."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--size", choices=sorted(PRESETS), default="35b-a3b")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--size", choices=sorted(SIZES), default="35b-a3b")
+    parser.add_argument("--layers", type=int, default=2, help="default: %(default)s; 0 for all of the size")
     parser.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--vision", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--per-expert", action="store_true", help="one matrix an expert instead of stacked ones")
-    parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
+    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES)
+    parser.add_argument("--holes", action="store_true", help="true headers over files of holes: to plan with")
     parser.add_argument("--std", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="default: %(default)s; 0 for all of the size")
     options = parser.parse_args()
-    if options.layers < 1:
-        parser.error("--layers should be 1 or more")
-    config = shrink(PRESETS[options.size], options.layers, mtp=options.mtp, vision=options.vision)
+    if options.layers < 0:
+        parser.error("--layers should be 1 or more, or 0 for all")
+    whole = SIZES[options.size]
+    layers = options.layers or whole.text.num_hidden_layers
+    config = shrink(whole, layers, mtp=options.mtp, vision=options.vision)
+    stored = {"per_expert": options.per_expert, "shard_bytes": options.shard_bytes}
     begun = time.perf_counter()
     try:
-        nbytes = make(
-            options.out,
-            config,
-            per_expert=options.per_expert,
-            shard_bytes=options.shard_bytes,
-            std=options.std,
-            seed=options.seed,
-            jobs=options.jobs,
-        )
+        if options.holes:
+            nbytes = make_holes(options.out, config, config_json(config), **stored)
+        else:
+            nbytes = make(options.out, config, std=options.std, seed=options.seed, jobs=options.jobs, **stored)
+    except FileExistsError as error:
+        parser.error(f"{options.out}: {error.strerror}")
     except QconvertError as error:
         parser.exit(error.exit_code, f"{error}\n")
     print(f"{options.out}: {nbytes / 1e9:.2f} GB in {time.perf_counter() - begun:.0f} s")

@@ -14,6 +14,9 @@ from threading import Event, Thread
 
 SAMPLES_PER_SECOND = 10
 LAST_LINES = 20
+LAST_BYTES = 1 << 16
+BLOCK = 512
+"""Bytes of what the kernel calls a block when it counts them for a process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,9 @@ class Taken:
         peak_rss: bytes; the larger of the kernel's own peak of the largest process and of the sampled sum over the
             process and its descendants. Pages of mapped files count, in each process that maps them. It is at least
             what the starting process holds, from which the kernel counts on: start from a small one.
+        disk_read: bytes that the disk was asked for, as the kernel counts them for the same processes as ``cpu``; what
+            lay in the page cache is not among them.
+        disk_written: bytes that were given to the disk or to the page cache on the way to it.
         code: exit status; negative is the signal that ended it.
         timed_out: it was killed because it took longer than it was given.
         last_words: the end of what it printed.
@@ -34,6 +40,8 @@ class Taken:
     wall: float
     cpu: float
     peak_rss: int
+    disk_read: int
+    disk_written: int
     code: int
     timed_out: bool
     last_words: str
@@ -91,10 +99,20 @@ def run(command: Sequence[str], *, env: Mapping[str, str], log: Path, timeout: f
         wall=wall,
         cpu=usage.ru_utime + usage.ru_stime,
         peak_rss=max(largest, peak[0]),
+        disk_read=usage.ru_inblock * BLOCK,
+        disk_written=usage.ru_oublock * BLOCK,
         code=child.returncode,
         timed_out=timed_out[0],
-        last_words="\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]),
+        last_words=_last_lines(log),
     )
+
+
+def _last_lines(log: Path) -> str:
+    """The end of a file that may be larger than this process should become."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LAST_BYTES))
+        end = file.read()
+    return "\n".join(end.decode(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
 
 
 def failure(taken: Taken) -> str | None:
