@@ -129,7 +129,7 @@ def plans(size: str, work: Path, *options: str) -> Iterator[Planning]:
     shutil.rmtree(source)
 
 
-def machine(folder: Path) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
@@ -145,7 +145,7 @@ def machine(folder: Path) -> dict[str, Any]:
 
 def measure(work: Path, *, quick: bool) -> dict[str, Any]:
     """Everything that the page tells, as plain JSON."""
-    about = machine(work)
+    about = machine()
     size, sizes = ("tiny", ["tiny"]) if quick else ("35b-a3b", ["35b-a3b", "122b-a10b", "397b-a17b"])
     hub = ("--shard-bytes", str(HUB_SHARD_BYTES))
     convert("tiny", 1, work)  # compiled kernels and libraries lie in their caches after it
