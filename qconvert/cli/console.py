@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -88,6 +88,12 @@ def show_json(value: Any) -> None:
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     with _standard_output():
         _out.file.write(text)
+
+
+def show_parts(parts: Iterable[str]) -> None:
+    """Print parts of one text one after the other and nothing else on standard output."""
+    with _standard_output():
+        _out.file.writelines(parts)
 
 
 def gigabytes(count: int) -> str:

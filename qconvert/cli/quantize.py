@@ -19,7 +19,7 @@ from qconvert.core.role import EXPERT_KINDS
 from qconvert.device import device_named
 from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.io.hub import resolve
-from qconvert.plan.document import plan_document
+from qconvert.plan.document import plan_text
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
 from qconvert.plan.presets import preset_rules
 
@@ -91,7 +91,7 @@ def quantize(
             if os.path.lexists(out):
                 raise OutputError(f"{out} exists already; choose another output folder or remove it")
             if json:
-                console.show_json(plan_document(plan))
+                console.show_parts(plan_text(plan))
             else:
                 _show_plan(plan)
             return 0

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qconvert.core.plan import Keep, Plan, Step
+from qconvert.core.tensor_info import TensorInfo
 
 
-def plan_document(plan: Plan) -> dict[str, Any]:
-    """Everything that the plan decided, in plan order, with plain JSON values."""
-    return {
-        "source_hash": plan.source_hash,
+def plan_text(plan: Plan) -> Iterator[str]:
+    """Everything that the plan decided, in plan order, as parts of one JSON document with sorted keys.
+
+    In parts, because the document of a large checkpoint is 140 MB and takes ten times as much as one object.
+    """
+    yield f'{{\n  "config": {_text(plan.config, 1)},\n  "layout": '
+    yield from _list(_place(info) for info in plan.layout.tensors)
+    rest = {
+        "left_out": dict(plan.left_out),
         "policy_hash": plan.policy_hash,
         "side_files": list(plan.side_files),
-        "left_out": dict(plan.left_out),
-        "config": plan.config,
-        "steps": [_step(step) for step in plan.steps],
-        "layout": [
-            {
-                "name": info.name,
-                "dtype": info.dtype.value,
-                "shape": list(info.shape),
-                "shard": info.shard,
-                "begin": info.begin,
-                "end": info.end,
-            }
-            for info in plan.layout.tensors
-        ],
+        "source_hash": plan.source_hash,
+    }
+    for key, value in rest.items():
+        yield f',\n  "{key}": {_text(value, 1)}'
+    yield ',\n  "steps": '
+    yield from _list(_step(step) for step in plan.steps)
+    yield "\n}\n"
+
+
+def _list(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
+    separator = "["
+    for entry in entries:
+        yield f"{separator}\n    {_text(entry, 2)}"
+        separator = ","
+    yield "\n  ]"
+
+
+def _text(value: Any, depth: int) -> str:
+    return json.dumps(value, indent=2, sort_keys=True).replace("\n", "\n" + "  " * depth)
+
+
+def _place(info: TensorInfo) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "dtype": info.dtype.value,
+        "shape": list(info.shape),
+        "shard": info.shard,
+        "begin": info.begin,
+        "end": info.end,
     }
 
 
