@@ -74,8 +74,9 @@ def compare_with_source(
 
 def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int) -> None:
     """Find out what ``compare_with_source`` would refuse before anybody waits for ``out`` to be read; see there."""
+    policy = _policy(out, manifest)
     with Checkpoint.open(source) as checkpoint:
-        check_memory(build_plan(checkpoint, _policy(out, manifest)), memory)
+        check_memory(build_plan(checkpoint, policy), memory)
 
 
 def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[str]:
