@@ -17,6 +17,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+
+# E501: names of modules are as long as vLLM makes them.
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_mxfp4 as ct_moe_mxfp4  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8 as ct_moe_fp8  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 as ct_moe_int8  # noqa: E501
