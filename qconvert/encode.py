@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qconvert.core.plan import Quantize
 from qconvert.formats.table import format_named
-from qconvert.numerics.rounding import quantize
+from qconvert.numerics.rounding import quantize, second_scale_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +27,28 @@ class Encoded:
     signal: float
 
 
-def encode(rows: Tensor, action: Quantize, shape: tuple[int, int]) -> Encoded:
+def encode(rows: Tensor, action: Quantize, shape: tuple[int, int], second: float = 1.0) -> Encoded:
     """Round some rows of a [N, K] matrix as ``action`` says.
 
     Args:
         rows: [R, K]; they begin at a multiple of the format's row block.
         action: scheme, search and format.
         shape: (N, K) of the whole matrix.
+        second: what ``second_scale`` gives.
 
     Raises:
         DataError: a value is NaN or infinite.
     """
-    rounded = quantize(rows, action.scheme, search=action.search)
+    rounded = quantize(rows, action.scheme, search=action.search, second=second)
     parts = format_named(action.format).pack(rounded.quantized, shape=shape)
     return Encoded(parts=parts, squared_error=rounded.squared_error, signal=rounded.signal)
+
+
+def second_scale(action: Quantize, largest: float) -> float:
+    """The second scale that ``action`` asks for; 1 in a scheme without one.
+
+    Args:
+        action: names the scheme.
+        largest: largest absolute value of the matrices of ``action.scale_over``.
+    """
+    return second_scale_for(action.scheme, largest)

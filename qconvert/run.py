@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,13 +16,13 @@ from torch import Tensor
 from qconvert.core.errors import DataError, PlanError
 from qconvert.core.plan import Keep, Plan, Quantize, Slice, Step
 from qconvert.core.tensor_info import TensorInfo
-from qconvert.encode import encode
+from qconvert.encode import encode, second_scale
 from qconvert.formats.table import format_named
 from qconvert.io.checkpoint import Checkpoint, byte_view
 from qconvert.io.hashing import Hash, new_hash
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
-from qconvert.numerics.finite import all_finite
+from qconvert.numerics.finite import all_finite, largest_of
 from qconvert.plan.row_blocks import row_blocks
 
 CPU = torch.device("cpu")
@@ -182,10 +183,11 @@ def _quantize(
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
-    for begin, end in row_blocks(*shape, form.row_block(action.scheme)):
+    second = second_scale(action, _largest(action, read))
+    for begin, end in row_blocks(*shape, form.row_block(action.scheme, shape)):
         rows = read(part, begin, end, source_hash).to(device)
         try:
-            encoded = encode(rows, action, shape)
+            encoded = encode(rows, action, shape, second)
         except DataError as error:
             raise DataError(f"{info.shard}: {part.tensor}, for {action.module}: {error}") from None
         for spec in specs:
@@ -194,6 +196,19 @@ def _quantize(
         squared_error += encoded.squared_error
         signal += encoded.signal
     return Loss(squared_error=squared_error, signal=signal), list(pieces.values())
+
+
+def _largest(action: Quantize, read: _Reader) -> float:
+    """The largest value of all matrices that share a second scale: they are read once more for it."""
+    largest = 0.0
+    for part in action.scale_over:
+        info = read.info(part)
+        for begin, end in row_blocks(part.end - part.begin, info.row_width, 1):
+            found = largest_of(read(part, begin, end, None))
+            if not math.isfinite(found):
+                raise DataError(f"{info.shard}: {part.tensor} has NaN or infinite values")
+            largest = max(largest, found)
+    return largest
 
 
 def _bytes(source: Checkpoint, step: Step) -> int:
@@ -215,8 +230,8 @@ class _Reader:
     def info(self, part: Slice) -> TensorInfo:
         return self._source.tensors[part.tensor]
 
-    def __call__(self, part: Slice, begin: int, end: int, into: Hash) -> Tensor:
-        """Rows ``begin`` to ``end`` of a part, valid until the next call; their bytes go into the hash.
+    def __call__(self, part: Slice, begin: int, end: int, into: Hash | None) -> Tensor:
+        """Rows ``begin`` to ``end`` of a part, valid until the next call; their bytes go into the hash, if any.
 
         Raises:
             _StoppedError: the run has ended.
@@ -227,7 +242,8 @@ class _Reader:
         if self._buffer.numel() < needed:
             self._buffer = torch.empty(needed, dtype=torch.uint8)
         rows = self._source.read(part.tensor, part.begin + begin, part.begin + end, buffer=self._buffer)
-        into.update(byte_view(self._buffer[:needed]))
+        if into is not None:
+            into.update(byte_view(self._buffer[:needed]))
         return rows
 
 

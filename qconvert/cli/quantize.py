@@ -18,6 +18,7 @@ from qconvert.core.plan import Plan, Quantize
 from qconvert.core.role import EXPERT_KINDS
 from qconvert.device import device_named
 from qconvert.formats.engine_limits import Written, engine_limits
+from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
 from qconvert.plan.document import plan_text
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
@@ -33,6 +34,10 @@ def quantize(
     search: Annotated[
         bool, typer.Option(help="Choose every scale by least squared error: slower, a little better.")
     ] = False,
+    stored_as: Annotated[
+        str | None,
+        typer.Option("--format", help=f"The loader that shall read it: {', '.join(METHODS)}. Default: by scheme."),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +88,8 @@ def quantize(
                 *(() if preset is None else preset_rules(preset, chosen)),
             ),
         )
+        if stored_as is not None:
+            rules = rules.stored_as(stored_as)
         limit, shard_bytes = parse_size(max_memory), parse_size(max_shard_size)
         hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)

@@ -49,6 +49,7 @@ class Quantize:
 
     Attributes:
         search: choose each scale by mean squared error instead of by the largest value.
+        scale_over: the matrices that share the second scale, this one among them; empty in a scheme without one.
     """
 
     reason: str
@@ -56,6 +57,7 @@ class Quantize:
     scheme: Scheme
     format: str
     search: bool = False
+    scale_over: tuple[Slice, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.scheme} ({self.format})"

@@ -93,10 +93,18 @@ Blocking = PerTensor | Channel | Group | Block | Flat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleSpec:
-    """Element type of the stored scales, and of a second scale for the whole matrix that multiplies them."""
+    """What the stored scales are.
+
+    Attributes:
+        dtype: their element type.
+        second: that of a second scale for the whole matrix, which multiplies them.
+        exact_in: another type that holds every one of them as well, for engines that cast them when they load:
+            a model in BF16 with F16 scales, as GPTQ and AWQ store them, is served with BF16 scales.
+    """
 
     dtype: DType
     second: DType | None = None
+    exact_in: DType | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +198,9 @@ W8A8 = Scheme(
     activation=Activation(kind="dynamic", grid=Int(bits=8)),
 )
 """Eight-bit integers, one BF16 scale per row; engines round activations to eight bits per token."""
+
+NVFP4 = Scheme(grid=Float(kind="e2m1"), blocking=Group(size=16), scale=ScaleSpec(dtype=DType.F8_E4M3, second=DType.F32))
+"""NVIDIA's NVFP4: FP4 e2m1, one e4m3 scale per 16 inputs, one float32 scale for the matrix; weight-only (A16)."""
 
 MXFP4 = Scheme(grid=Float(kind="e2m1"), blocking=Group(size=32), scale=ScaleSpec(dtype=DType.F8_E8M0))
 """OCP MX FP4 e2m1, one power of two per 32 inputs, activations in 16 bits (weight-only)."""

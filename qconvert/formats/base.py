@@ -11,7 +11,7 @@ from torch import Tensor
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import Scheme
+from qconvert.core.scheme import Group, Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,8 @@ class PartSpec:
 
     Attributes:
         suffix: what follows ``<module>.`` in the tensor's name.
-        rows_per_row: rows of the matrix that one row of this part covers; 0 for a part that is the same
-            whatever rows are written and is written once.
+        rows_per_row: rows of the matrix that one row of this part covers; 0 for a part that is written once: it is
+            the same whatever rows are written, or all rows are one block.
     """
 
     suffix: str
@@ -51,8 +51,11 @@ class Format(Protocol):
     def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
         """Raise ``FormatError`` with the reason when this format cannot hold a [N, K] matrix in this scheme."""
 
-    def row_block(self, scheme: Scheme) -> int:
-        """Rows may be written in separate runs that begin at multiples of this number."""
+    def row_block(self, scheme: Scheme, shape: tuple[int, int]) -> int:
+        """Rows of a [N, K] matrix may be written in separate runs that begin at multiples of this number.
+
+        N for a layout in which the rows of the matrix are no rows of what is stored.
+        """
 
     def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
         """The tensors that a [N, K] matrix is stored as."""
@@ -88,6 +91,18 @@ def check_parts(parts: Mapping[str, Tensor], specs: tuple[PartSpec, ...]) -> Non
             raise FormatError(
                 f"{spec.suffix} is {found.dtype} {tuple(found.shape)}, expected {spec.dtype} {spec.shape}"
             )
+
+
+def check_groups(scheme: Scheme, shape: tuple[int, int]) -> None:
+    """Refuse a matrix whose rows are no whole number of groups.
+
+    Raises:
+        FormatError: the group does not divide K.
+    """
+    rows, cols = shape
+    if isinstance(scheme.blocking, Group) and cols % scheme.blocking.size:
+        size = scheme.blocking.size
+        raise FormatError(f"groups of {size} do not divide the {cols} columns of a {rows} x {cols} matrix")
 
 
 def check_scales(scale: Tensor, suffix: str) -> None:

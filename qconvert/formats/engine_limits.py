@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qconvert.core.scheme import Int, Scheme
+from qconvert.core.scheme import Block, Int, Scheme
+from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.int_quantized import IntQuantized
 from qconvert.formats.mxfp4_packed import Mxfp4Packed
 
@@ -55,6 +56,8 @@ def _limits(written: Written) -> list[Limit]:
         )
     if written.format == IntQuantized().name and written.experts:
         limits.append(Limit(engine=TRANSFORMERS, says="refuses experts with int8 activations", proof="run"))
+    if written.format == FloatQuantized().name and isinstance(written.scheme.blocking, Block) and written.experts:
+        limits.append(Limit(engine=TRANSFORMERS, says="refuses experts in compressed-tensors' fp8 tiles", proof="run"))
     if written.format == Mxfp4Packed().name:
         limits.append(
             Limit(

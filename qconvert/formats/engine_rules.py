@@ -115,6 +115,59 @@ def ignore_list(decisions: Sequence[ModuleDecision]) -> list[str]:
     return safe + names
 
 
+def kept_patterns(decisions: Sequence[ModuleDecision]) -> list[str]:
+    """Regular expressions, for ``re.match``, that cover everything that stays and nothing that is quantized.
+
+    In the names of the checkpoint and in vLLM's; those of a layer's experts cover their block, which vLLM asks for.
+    Source: GPTQModel 7.7 and vLLM 0.32, ``dynamic``.
+    """
+    entries = ignore_list(decisions)
+    patterns = [entry[3:] for entry in entries if entry.startswith("re:")]
+    known = [re.compile(pattern) for pattern in patterns]
+    for name in dict.fromkeys(expert_block(entry) for entry in entries if not entry.startswith("re:")):
+        for one in dict.fromkeys((name, vllm_name(name))):
+            if not any(pattern.match(one) for pattern in known):
+                patterns.append(rf"^{re.escape(one)}(\.|$)")
+    return patterns
+
+
+def kept_substrings(decisions: Sequence[ModuleDecision]) -> list[str]:
+    """Parts of names that cover everything that stays and nothing that is quantized, for AWQ's list.
+
+    Kinds that stay everywhere by the end of their names, everything else by its full name, which vLLM maps.
+
+    Raises:
+        PlanError: the full name of something that stays is a part of the name of something that is quantized.
+    """
+    quantized = [name for decision in decisions if decision.scheme is not None for name in expand(decision)]
+    parts: dict[str, None] = {}
+    for name in dict.fromkeys(expert_block(name) for name in exact_names(decisions)):
+        kind = next((kind for kind in _kinds(name) if not any(kind in other for other in quantized)), name)
+        if any(kind in other for other in quantized):
+            raise PlanError(
+                f"{name} stays, but awq's list of parts of names would keep others as well: use another format"
+            )
+        parts[kind] = None
+    return list(parts)
+
+
+def _kinds(name: str) -> Iterator[str]:
+    """What all modules of the kind of ``name`` have in their names, shortest first."""
+    if name.startswith("mtp."):
+        yield "mtp."
+    if "visual." in name:
+        yield "visual."
+    found = _LAYER.match(name)
+    if found is not None:
+        yield "." + found["rest"]
+
+
+def expert_block(name: str) -> str:
+    """The block of experts that a routed expert's matrix belongs to; any other name as it is."""
+    found = _EXPERT.match(name)
+    return f"{found['layer']}.mlp.experts" if found else name
+
+
 def _patterns(name: str) -> Iterator[str]:
     """Patterns, in vLLM's names, that cover a module's kind in all layers."""
     if name.startswith("mtp."):
@@ -173,8 +226,9 @@ def verify(decisions: Sequence[ModuleDecision]) -> None:
         listed = ", ".join(f"{method} ({name})" for method, name in sorted(methods.items()))
         raise PlanError(f"one checkpoint has one quant_method; this one would need {listed}: choose one format")
     schemes = {decision.scheme for decision in quantized}
-    if "fp8" in methods and len(schemes) > 1:
-        raise PlanError("quant_method fp8 has one scheme for the whole checkpoint: choose one scheme")
+    for method in methods.keys() - {"compressed-tensors"}:
+        if len(schemes) > 1:
+            raise PlanError(f"quant_method {method} has one scheme for the whole checkpoint: choose one scheme")
 
 
 def _check_alone(decision: ModuleDecision) -> None:
@@ -189,6 +243,11 @@ def _check_alone(decision: ModuleDecision) -> None:
         format_named(decision.format).check(decision.scheme, decision.shape)
     except FormatError as reason:
         raise FormatError(f"{decision.name}: {reason}") from reason
+    if decision.format == "gptq" and not decision.scheme.symmetric:
+        raise PlanError(
+            f"{decision.name} is to have zero points: vLLM reads symmetric gptq only, and its layout has no room for a "
+            "zero point of 0; use compressed-tensors or awq"
+        )
     expert = _EXPERT.match(decision.name)
     if expert is not None and isinstance(decision.scheme.blocking, Group):
         rows, cols = decision.shape

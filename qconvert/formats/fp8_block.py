@@ -12,6 +12,28 @@ from qconvert.formats.scaled_weight import ScaledWeight
 TILE = Block(rows=128, cols=128)
 
 
+def check_tiles(scheme: Scheme, name: str) -> None:
+    """Raise ``FormatError`` unless the scheme is FP8 in 128 x 128 tiles, dynamic activations per 128 inputs."""
+    if scheme.grid != Float(kind="e4m3fn") or scheme.blocking != TILE:
+        raise FormatError(f"{name} holds fp8 in {TILE.rows} x {TILE.cols} tiles, not {scheme}")
+    activation = scheme.activation
+    if activation.kind != "dynamic" or activation.grid != scheme.grid or activation.group != TILE.cols:
+        raise FormatError(f"{name} needs dynamic fp8 activations per {TILE.cols} inputs, not {scheme}")
+    if scheme.scale.dtype not in (DType.BF16, DType.F32) or scheme.scale.second is not None:
+        raise FormatError(f"{name} holds one BF16 or F32 scale per tile, not {scheme.scale}")
+
+
+def check_whole_tiles(shape: tuple[int, int]) -> None:
+    """Raise ``FormatError`` unless 128 x 128 tiles divide the matrix.
+
+    Transformers takes N / (number of tile rows) for a tile's height: a matrix with partial tiles would load
+    with wrong numbers and no error.
+    """
+    rows, cols = shape
+    if rows % TILE.rows or cols % TILE.cols:
+        raise FormatError(f"tiles of {TILE.rows} x {TILE.cols} do not divide a {rows} x {cols} matrix")
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8Block(ScaledWeight):
     """``weight`` float8_e4m3fn [N, K], ``weight_scale_inv`` [ceil(N/128), ceil(K/128)], which multiplies the codes.
@@ -26,25 +48,13 @@ class Fp8Block(ScaledWeight):
 
     def check_scheme(self, scheme: Scheme) -> None:
         """Raise ``FormatError`` unless the scheme is FP8 in 128 x 128 tiles, dynamic activations per 128 inputs."""
-        if scheme.grid != Float(kind="e4m3fn") or scheme.blocking != TILE:
-            raise FormatError(f"{self.name} holds fp8 in {TILE.rows} x {TILE.cols} tiles, not {scheme}")
-        activation = scheme.activation
-        if activation.kind != "dynamic" or activation.grid != scheme.grid or activation.group != TILE.cols:
-            raise FormatError(f"{self.name} needs dynamic fp8 activations per {TILE.cols} inputs, not {scheme}")
-        if scheme.scale.dtype not in (DType.BF16, DType.F32) or scheme.scale.second is not None:
-            raise FormatError(f"{self.name} holds one BF16 or F32 scale per tile, not {scheme.scale}")
+        check_tiles(scheme, self.name)
 
     def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
-        """Raise ``FormatError`` unless tiles divide the matrix.
-
-        Transformers takes N / (number of tile rows) for a tile's height: a matrix with partial tiles would load
-        with wrong numbers and no error.
-        """
+        """Raise ``FormatError`` unless tiles divide the matrix."""
         self.check_scheme(scheme)
-        rows, cols = shape
-        if rows % TILE.rows or cols % TILE.cols:
-            raise FormatError(f"tiles of {TILE.rows} x {TILE.cols} do not divide a {rows} x {cols} matrix")
+        check_whole_tiles(shape)
 
-    def row_block(self, scheme: Scheme) -> int:
+    def row_block(self, scheme: Scheme, shape: tuple[int, int]) -> int:
         """A tile's height."""
         return TILE.rows

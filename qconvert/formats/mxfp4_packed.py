@@ -11,8 +11,8 @@ from torch import Tensor
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import MXFP4, Group, Scheme
-from qconvert.formats.base import PartSpec, check_parts
+from qconvert.core.scheme import MXFP4, Scheme
+from qconvert.formats.base import PartSpec, check_groups, check_parts
 from qconvert.numerics.packing import pack_int32, unpack_pairs
 
 PACKED = "weight_packed"
@@ -40,12 +40,9 @@ class Mxfp4Packed:
     def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
         """Raise ``FormatError`` unless groups divide the rows."""
         self.check_scheme(scheme)
-        rows, cols = shape
-        if isinstance(scheme.blocking, Group) and cols % scheme.blocking.size:
-            size = scheme.blocking.size
-            raise FormatError(f"groups of {size} do not divide the {cols} columns of a {rows} x {cols} matrix")
+        check_groups(scheme, shape)
 
-    def row_block(self, scheme: Scheme) -> int:
+    def row_block(self, scheme: Scheme, shape: tuple[int, int]) -> int:
         """1: rows are independent."""
         return 1
 

@@ -12,7 +12,7 @@ from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Channel, Group, Int, Scheme
-from qconvert.formats.base import PartSpec, check_parts, check_scales
+from qconvert.formats.base import PartSpec, check_groups, check_parts, check_scales
 from qconvert.numerics.packing import pack_int32, unpack_int32
 
 PACKED = "weight_packed"
@@ -46,16 +46,14 @@ class PackQuantized:
         """Raise ``FormatError`` unless groups divide the rows and codes and zero points fill whole words."""
         self.check_scheme(scheme)
         rows, cols = shape
-        if isinstance(scheme.blocking, Group) and cols % scheme.blocking.size:
-            size = scheme.blocking.size
-            raise FormatError(f"groups of {size} do not divide the {cols} columns of a {rows} x {cols} matrix")
+        check_groups(scheme, shape)
         per_word = 32 // scheme.weight_bits
         if cols % per_word:
             raise FormatError(f"{self.name} packs {per_word} codes in a word, which does not divide {cols} columns")
         if not scheme.symmetric and rows % per_word:
             raise FormatError(f"{self.name} packs {per_word} zero points in a word, which does not divide {rows} rows")
 
-    def row_block(self, scheme: Scheme) -> int:
+    def row_block(self, scheme: Scheme, shape: tuple[int, int]) -> int:
         """1, or the zero points that fill a word."""
         return 1 if scheme.symmetric else 32 // scheme.weight_bits
 

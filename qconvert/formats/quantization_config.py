@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qconvert.core.dtypes import DType
@@ -12,6 +12,8 @@ from qconvert.formats.engine_rules import (
     ModuleDecision,
     exact_names,
     ignore_list,
+    kept_patterns,
+    kept_substrings,
     module_patterns,
     verify,
 )
@@ -32,9 +34,10 @@ def quantization_config(decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
     groups = _groups(decisions)
     if not groups:
         raise PlanError("nothing is quantized: no module has a scheme")
-    if format_named(groups[0][1]).quant_method == "fp8":
-        return _fp8(groups[0][0], decisions)
-    return _compressed_tensors(groups, decisions)
+    method = format_named(groups[0][1]).quant_method
+    if method == "compressed-tensors":
+        return _compressed_tensors(groups, decisions)
+    return _ALONE[method](groups[0][0], decisions)
 
 
 def _groups(decisions: Sequence[ModuleDecision]) -> list[tuple[Scheme, str, list[ModuleDecision]]]:
@@ -56,6 +59,43 @@ def _fp8(scheme: Scheme, decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
         "weight_block_size": [scheme.blocking.rows, scheme.blocking.cols],
         "modules_to_not_convert": exact_names(decisions),
     }
+
+
+def _gptq(scheme: Scheme, decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
+    head = next((decision for decision in decisions if decision.name == "lm_head"), None)
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": scheme.weight_bits,
+        "group_size": _group_size(scheme),
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "lm_head": head is not None and head.scheme is not None,
+        "dynamic": {f"-:{pattern}": {} for pattern in kept_patterns(decisions)},
+    }
+
+
+def _awq(scheme: Scheme, decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": scheme.weight_bits,
+        "group_size": _group_size(scheme),
+        "zero_point": True,
+        "modules_to_not_convert": kept_substrings(decisions),
+    }
+
+
+def _group_size(scheme: Scheme) -> int:
+    return scheme.blocking.size if isinstance(scheme.blocking, Group) else -1
+
+
+_ALONE: Mapping[str, Callable[[Scheme, Sequence[ModuleDecision]], dict[str, Any]]] = {
+    "fp8": _fp8,
+    "gptq": _gptq,
+    "awq": _awq,
+}
+"""Loaders that know one scheme for the whole checkpoint."""
 
 
 def _compressed_tensors(
@@ -86,7 +126,11 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     arguments: dict[str, Any] = {**_grid(scheme.grid), "symmetric": scheme.symmetric, "dynamic": False}
     if scheme.scale.dtype is DType.F8_E8M0:
         arguments["scale_dtype"] = arguments["zp_dtype"] = "torch.uint8"
+    if scheme.scale.second is not None:
+        arguments["scale_dtype"] = arguments["zp_dtype"] = "torch.float8_e4m3fn"
     match scheme.blocking:
+        case Group(size=size) if scheme.scale.second is not None:
+            return {**arguments, "strategy": "tensor_group", "group_size": size}
         case PerTensor():
             return {**arguments, "strategy": "tensor", "group_size": None}
         case Channel():

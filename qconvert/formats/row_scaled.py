@@ -23,6 +23,10 @@ class RowScaled(ScaledWeight, Protocol):
         """What weights and activations are rounded to."""
 
     def check_scheme(self, scheme: Scheme) -> None:
+        """See ``Format.check_scheme``."""
+        self.check_rows(scheme)
+
+    def check_rows(self, scheme: Scheme) -> None:
         """Raise ``FormatError`` unless weights are per channel and activations dynamic per token, on the same grid."""
         if scheme.grid != self.grid or not scheme.symmetric or scheme.blocking != Channel():
             raise FormatError(f"{self.name} holds symmetric {self.grid} with one scale per channel, not {scheme}")
@@ -36,6 +40,6 @@ class RowScaled(ScaledWeight, Protocol):
         """As ``check_scheme``: every shape fits."""
         self.check_scheme(scheme)
 
-    def row_block(self, scheme: Scheme) -> int:
+    def row_block(self, scheme: Scheme, shape: tuple[int, int]) -> int:
         """1: rows are independent."""
         return 1

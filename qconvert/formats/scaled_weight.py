@@ -31,7 +31,7 @@ class ScaledWeight(Protocol):
     def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
         """See ``Format.check``."""
 
-    def row_block(self, scheme: Scheme) -> int:
+    def row_block(self, scheme: Scheme, shape: tuple[int, int]) -> int:
         """See ``Format.row_block``."""
 
     def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
@@ -43,7 +43,7 @@ class ScaledWeight(Protocol):
                 suffix=self.scale,
                 dtype=scheme.scale.dtype,
                 shape=scheme.scale_shape(*shape),
-                rows_per_row=self.row_block(scheme),
+                rows_per_row=self.row_block(scheme, shape),
             ),
         )
 

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.scheme import Scheme
+from qconvert.formats.awq import Awq
 from qconvert.formats.base import Format
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.fp8_block import Fp8Block
+from qconvert.formats.gptq import Gptq
 from qconvert.formats.int_quantized import IntQuantized
 from qconvert.formats.mxfp4_packed import Mxfp4Packed
+from qconvert.formats.nvfp4_packed import Nvfp4Packed
 from qconvert.formats.pack_quantized import PackQuantized
 
-FORMATS: tuple[Format, ...] = (PackQuantized(), IntQuantized(), FloatQuantized(), Fp8Block(), Mxfp4Packed())
+FORMATS: tuple[Format, ...] = (
+    PackQuantized(),
+    IntQuantized(),
+    Fp8Block(),
+    FloatQuantized(),
+    Mxfp4Packed(),
+    Nvfp4Packed(),
+    Gptq(),
+    Awq(),
+)
+"""All that are written, those that most engines read before others that hold the same."""
+
+METHODS = tuple(dict.fromkeys(form.quant_method for form in FORMATS))
+"""What ``--format`` and policies choose among: the loaders, as ``quantization_config`` names them."""
 
 
 def format_named(name: str) -> Format:
@@ -26,18 +45,36 @@ def format_named(name: str) -> Format:
     raise FormatError(f"no format is called {name!r}; there are {', '.join(known.name for known in FORMATS)}")
 
 
-def format_for(scheme: Scheme) -> Format:
-    """The first format that holds ``scheme``.
+def format_for(scheme: Scheme, method: str | None = None) -> Format:
+    """The first format that holds ``scheme``, of those that the loader ``method`` reads.
 
     Raises:
         FormatError: none does, with the reason of each.
     """
     reasons = []
-    for known in FORMATS:
+    for known in [form for form in FORMATS if method in (None, form.quant_method)]:
         try:
             known.check_scheme(scheme)
         except FormatError as reason:
             reasons.append(str(reason))
         else:
             return known
-    raise FormatError(f"no format holds {scheme}: {'; '.join(reasons)}")
+    raise FormatError(f"no format {f'of {method} ' if method else ''}holds {scheme}: {'; '.join(reasons)}")
+
+
+def scheme_for(scheme: Scheme, method: str | None) -> Scheme:
+    """``scheme`` as the loader ``method`` keeps it: where that has F16 scales only, ones exact in their old type too.
+
+    Raises:
+        FormatError: no format of ``method`` holds it.
+    """
+    half = replace(scheme, scale=replace(scheme.scale, dtype=DType.F16, exact_in=scheme.scale.dtype))
+    try:
+        format_for(scheme, method)
+    except FormatError as reason:
+        try:
+            format_for(half, method)
+        except FormatError:
+            raise reason from None
+        return half
+    return scheme

@@ -1,4 +1,4 @@
-"""Whether numbers are finite."""
+"""Whether numbers are finite, and how large."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def all_finite(values: Tensor) -> bool:
     if values.itemsize == 1:
         values = values.to(torch.float32)
     return bool(torch.isfinite(values).all())
+
+
+def largest_of(values: Tensor) -> float:
+    """The largest absolute value; NaN or infinite if one value is."""
+    low, high = (float(end) for end in torch.aminmax(values))
+    return max(-low, high)
 
 
 def _all_finite_compiled(values: Tensor) -> bool:

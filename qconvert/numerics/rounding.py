@@ -6,13 +6,13 @@ from torch import Tensor
 
 from qconvert.core.dtypes import DType
 from qconvert.core.scheme import Block, Channel, Float, Group, Int, Scheme
-from qconvert.numerics.rounding_rule import Rounded
+from qconvert.numerics.rounding_rule import Rounded, second_scale_for
 from qconvert.numerics.rounding_torch import quantize_with_torch
 
-__all__ = ["Rounded", "quantize"]
+__all__ = ["Rounded", "quantize", "second_scale_for"]
 
 
-def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
+def quantize(w: Tensor, scheme: Scheme, *, search: bool = False, second: float = 1.0) -> Rounded:
     """Round a matrix to the nearest codes of its stored scales.
 
     Symmetric integers of b bits: ``scale = max|w| / (2**(b-1) - 1/2)``, ``code = clamp(round(w / scale))``.
@@ -21,9 +21,12 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
     compressed-tensors does. FP8 e4m3 (OCP 8-bit floating point specification 1.0): ``scale = max|w| / 448``,
     ``code = e4m3(clamp(w / scale, -448, 448))``. FP4 e2m1 with powers of two for scales (OCP Microscaling Formats 1.0):
     ``scale = 2**(floor(log2(8/7 * max|w|)) - 2)``, ``code = e2m1(clamp(w / scale, -6, 6))``; 8/7 moves up what would
-    be cut off by more than rounding. Halves go to even. All is computed in float32, after the scale has been rounded
-    to its stored type, so codes fit the scale that a reader sees. Scales are never zero, infinite or NaN; an all-zero
-    block has scale 1. Rows do not influence each other except inside a ``Block`` and in ``PerTensor``.
+    be cut off by more than rounding. FP4 e2m1 with e4m3 scales and a second one (NVIDIA's NVFP4):
+    ``scale = e4m3(max|w| / (6 * second))``, ``code = e2m1(clamp(w / (scale * second), -6, 6))``. Halves go to even.
+
+    All is computed in float32, after the scale has been rounded to its stored type, so codes fit the scale that a
+    reader sees. Scales are never zero, infinite or NaN; an all-zero block has scale 1. Rows do not influence each
+    other except inside a ``Block`` and in ``PerTensor``.
 
     On a CPU compiled kernels do it where there are any, with the same codes, scales and zero points as the plain
     torch expression and losses that differ by the order of summation.
@@ -31,6 +34,7 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
     Args:
         w: [N, K], any float type; the result is on its device.
         scheme: integers or e4m3 with ``Channel``, ``Group``, ``Block`` or ``PerTensor``.
+        second: of a scheme with a second scale, what ``second_scale_for`` gives for all matrices that share it.
         search: take, block by block, the scale of ``SEARCH_FACTORS`` with the least squared error.
 
     Raises:
@@ -42,8 +46,8 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
         # Here, because importing numba takes a quarter of a second, and most commands round nothing.
         from qconvert.numerics.rounding_compiled import quantize_compiled
 
-        return quantize_compiled(w, scheme, search=search)
-    return quantize_with_torch(w, scheme, search=search)
+        return quantize_compiled(w, scheme, search=search, second=second)
+    return quantize_with_torch(w, scheme, search=search, second=second)
 
 
 def has_kernel(scheme: Scheme) -> bool:
@@ -56,5 +60,5 @@ def has_kernel(scheme: Scheme) -> bool:
         case Float(kind="e4m3fn"), Channel() | Group() | Block():
             return True
         case Float(kind="e2m1"), Group():
-            return scheme.scale.dtype is DType.F8_E8M0
+            return scheme.scale.dtype in (DType.F8_E8M0, DType.F8_E4M3)
     return False

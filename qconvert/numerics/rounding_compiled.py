@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ PIECE_ELEMENTS = 1 << 18
 """Elements of a type or layout without a kernel that are widened to float32 at a time."""
 
 
-def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
+def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False, second: float = 1.0) -> Rounded:
     """What ``rounding.quantize`` returns, for a scheme with a kernel and a matrix in a CPU's memory.
 
     BF16 and float32 are read in place. Beside the result, memory goes to float32 scales and to rows of scratch.
@@ -33,8 +33,8 @@ def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rou
         ValueError: the group does not divide K.
     """
     rows, cols = w.shape
-    rule = Rule(scheme=scheme)
-    setting = _setting(scheme, cols, search)
+    rule = Rule(scheme=scheme, second=second)
+    setting = _setting(rule, cols, search)
     _, tall, *_ = setting
     codes = torch.empty(rows, cols, dtype=rule.code_dtype)
     scale = torch.empty(scheme.scale_shape(rows, cols), dtype=torch.float32)
@@ -48,21 +48,22 @@ def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rou
     squared_error, signal = sums.tolist()
     if not (1e-20 < squared_error < 1e30 and 1e-20 < signal < 1e30):
         # Squares left the range of float32, or there is no error at all.
-        return quantize_with_torch(w, scheme, search=search)
+        return quantize_with_torch(w, scheme, search=search, second=second)
     quantized = QuantizedTensor(
         codes=codes,
-        scale=scale.to(scheme.scale.dtype.torch_dtype),
+        scale=(scale / second).to(scheme.scale.dtype.torch_dtype),
         zero_point=None if scheme.symmetric else zero_point,
+        second_scale=rule.second_scale,
         scheme=scheme,
         shape=(rows, cols),
     )
     return Rounded(quantized=quantized, squared_error=squared_error, signal=signal)
 
 
-@cache
-def _setting(scheme: Scheme, cols: int, search: bool) -> tuple[Any, ...]:
+@lru_cache(maxsize=64)
+def _setting(rule: Rule, cols: int, search: bool) -> tuple[Any, ...]:
     """What the kernels are told about a scheme; see ``rounding_kernels._quantize``."""
-    rule = Rule(scheme=scheme)
+    scheme = rule.scheme
     if isinstance(scheme.grid, Float):
         grid = kernels.E4M3 if scheme.grid.kind == "e4m3fn" else kernels.E2M1
     else:
@@ -86,14 +87,19 @@ def _block_shape(scheme: Scheme, cols: int) -> tuple[int, int]:
 def _stored(rule: Rule) -> Any:
     """The type of stored scales as ``kernels._stored_scales`` wants it: limits, subnormals, mantissa bits dropped.
 
-    Zeros for powers of two, which need none of it.
+    Zeros for powers of two, which need none of it. A second scale, a power of two itself, moves all of the type's
+    numbers up or down: the kernel rounds to products of both.
     """
     if rule.scheme.scale.dtype is DType.F8_E8M0:
-        return np.zeros(5, np.float32)
+        return np.zeros(6, np.float32)
     info = torch.finfo(rule.scheme.scale.dtype.torch_dtype)
-    to_subnormal = info.smallest_normal * info.eps * 2.0**23
-    dropped = 23 + math.log2(info.eps)
-    return np.array([*rule.scale_limits, info.smallest_normal, to_subnormal, dropped], np.float32)
+    eps = rule.coarsest_eps
+    # Below this, steps of the type's smallest number are coarser than what another type would need.
+    smallest = info.smallest_normal * info.eps / eps * rule.second
+    to_subnormal = smallest * eps * 2.0**23
+    dropped = 23 + math.log2(eps)
+    low, high = (limit * rule.second for limit in rule.scale_limits)
+    return np.array([low, high, smallest, to_subnormal, dropped, rule.second], np.float32)
 
 
 def _pieces(w: Tensor, tall: int) -> Iterator[tuple[int, Any, Any]]:

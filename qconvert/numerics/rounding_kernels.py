@@ -119,8 +119,8 @@ def _heighten(bits, tallest):
 def _stored_scales(extent, steps, factor, stored, scale):
     """``Rule.scale_from``: scales rounded to the stored type that ``stored`` describes.
 
-    That is its limits, its smallest normal number, what rounds to its subnormals when added, and how many bits its
-    mantissa has less than float32's.
+    That is its limits, its smallest normal number, what rounds to its subnormals when added, how many bits its
+    mantissa has less than float32's, and the scale of a block of zeros.
     """
     low, high, normal, magic = stored[0], stored[1], stored[2], stored[3]
     dropped = uint32(stored[4])
@@ -135,7 +135,7 @@ def _stored_scales(extent, steps, factor, stored, scale):
         rounded = _number(uint32(uint32(uint32(bits + below) + odd) >> dropped) << dropped)
         subnormal = float32(float32(wanted + magic) - magic)
         rounded = subnormal if wanted < normal else rounded
-        scale[g] = _ONE if extent[g] == _ZERO else rounded
+        scale[g] = stored[5] if extent[g] == _ZERO else rounded
 
 
 @inner
@@ -298,13 +298,13 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
 
     Args:
         w: bits, uint16 or uint32 [N, K].
-        grid: ``SYMMETRIC``, ``ASYMMETRIC``, ``E4M3`` or ``E2M1``, whose scales are powers of two.
+        grid: ``SYMMETRIC``, ``ASYMMETRIC``, ``E4M3`` or ``E2M1``.
         tall: rows of a block; 1 with zero points.
         wide: columns of a block.
         steps: what a block's extent is divided by, float32.
         low: smallest code as a number around 0, float32.
         high: largest code, float32.
-        stored: the type of the scales, float32 [5], see ``_stored_scales``.
+        stored: the type of the scales, float32 [6], see ``_stored_scales``; zeros for powers of two.
         factors: what scales are multiplied by to find the best, float32; one is no search.
         codes: bytes, uint8 [at least N, K], written.
         scales: float32 [at least ceil(N / tall), ceil(K / wide)], written.
@@ -341,7 +341,7 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
                 return False
         scale = scales[first // tall]
         for f in range(factors.size):
-            if grid == E2M1:
+            if stored[1] == _ZERO:
                 _powers_of_two(extent, factors[f], trial)
             else:
                 _stored_scales(extent, steps, factors[f], stored, trial)

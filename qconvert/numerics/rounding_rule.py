@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,8 @@ _SMALLEST_NORMAL = 2.0**-126
 _LARGEST_E4M3, _LARGEST_E2M1 = 448.0, 6.0
 _E2M1_EXPONENT = 2
 """Of the power of two below its largest number."""
+_WIDEST_SECOND = 100
+"""Of the power of two of a second scale, so that no product with it leaves the normal numbers of float32."""
 _LARGEST_E8M0 = 127 + 125
 """The scale that keeps six times itself finite, biased."""
 
@@ -42,9 +45,19 @@ class Rounded:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How codes and scales of one scheme are computed."""
+    """How codes and scales of one scheme are computed.
+
+    Attributes:
+        second: what multiplies every scale: a power of two, 1 in a scheme without a second scale.
+    """
 
     scheme: Scheme
+    second: float = 1.0
+
+    @cached_property
+    def second_scale(self) -> Tensor | None:
+        """``second`` as a ``QuantizedTensor`` holds it; ``None`` in a scheme without one."""
+        return None if self.scheme.scale.second is None else torch.tensor(self.second, dtype=torch.float32)
 
     @cached_property
     def steps(self) -> float:
@@ -89,7 +102,16 @@ class Rule:
         # A code is at most twice as far from its zero point as from 0.
         widest = max(-low, high) * (1 if self.scheme.symmetric else 2)
         power = 1 << (int(widest) - 1).bit_length()
-        return max(info.smallest_normal * info.eps, _SMALLEST_NORMAL), min(info.max, _LARGEST_BF16 / power)
+        largest = info.max
+        if self.scheme.scale.exact_in is not None:
+            largest = (2.0 - self.coarsest_eps) * 2.0 ** math.floor(math.log2(info.max))
+        return max(info.smallest_normal * info.eps, _SMALLEST_NORMAL), min(largest, _LARGEST_BF16 / power)
+
+    @property
+    def coarsest_eps(self) -> float:
+        """The step above 1 of the type of stored scales, or of the other type in which they shall be exact."""
+        types = (self.scheme.scale.dtype, self.scheme.scale.exact_in)
+        return max(torch.finfo(dtype.torch_dtype).eps for dtype in types if dtype is not None)
 
     def range_of(self, blocks: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """The extent that scales follow from, NaN or infinite if one element is; the minimum where zero points are."""
@@ -104,20 +126,29 @@ class Rule:
         if self.scheme.scale.dtype is DType.F8_E8M0:
             return self._powers_of_two(extent * factor)
         # By a tensor: on a GPU torch multiplies by the reciprocal of a plain number.
-        wanted = extent / torch.tensor(self.steps, dtype=torch.float32, device=extent.device)
+        wanted = extent / torch.tensor(self.steps * self.second, dtype=torch.float32, device=extent.device)
         if factor != 1.0:
             wanted = wanted * factor
-        scale = wanted.clamp_(*self.scale_limits).to(self.scheme.scale.dtype.torch_dtype)
-        return scale.masked_fill_(extent == 0, 1.0)
+        wanted.clamp_(*self.scale_limits)
+        stored, other = self.scheme.scale.dtype.torch_dtype, self.scheme.scale.exact_in
+        if other is not None:
+            info = torch.finfo(stored)
+            normal = info.smallest_normal * info.eps / self.coarsest_eps
+            wanted = torch.where(wanted < normal, wanted, wanted.to(other.torch_dtype).to(torch.float32))
+        return wanted.masked_fill_(extent == 0, 1.0).to(stored)
+
+    def whole(self, scale: Tensor) -> Tensor:
+        """What a code is multiplied by, in float32: the scale as it is stored, and the second one."""
+        return scale.to(torch.float32) if self.second == 1.0 else scale.to(torch.float32) * self.second
 
     def zero_from(self, minimum: Tensor, scale: Tensor, factor: float) -> Tensor:
         """Zero points in float32, around 0."""
-        zero = (minimum * -factor).div_(scale.to(torch.float32)).round_().sub_(self.shift)
+        zero = (minimum * -factor).div_(self.whole(scale)).round_().sub_(self.shift)
         return zero.clamp_(*self.code_range)
 
     def values(self, blocks: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Codes as float32 numbers around 0, before they are narrowed."""
-        scaled = blocks / scale.to(torch.float32)
+        scaled = blocks / self.whole(scale)
         if zero is not None:
             scaled.add_(zero)
         scaled.clamp_(*self.code_range)
@@ -142,7 +173,7 @@ class Rule:
         """``(value - zero) * scale - w`` in float32, in place of ``values``."""
         if zero is not None:
             values.sub_(zero)
-        return values.mul_(scale.to(torch.float32)).sub_(blocks)
+        return values.mul_(self.whole(scale)).sub_(blocks)
 
     def _powers_of_two(self, largest: Tensor) -> Tensor:
         """The power of two below ``largest``, over that below the grid's largest number.
@@ -153,6 +184,24 @@ class Rule:
         biased = (largest.to(torch.float32).view(torch.int32) + (1 << 21)) >> 23
         codes = (biased - _E2M1_EXPONENT).clamp_(1, _LARGEST_E8M0).masked_fill_(largest == 0, 127)
         return codes.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def second_scale_for(scheme: Scheme, largest: float) -> float:
+    """The power of two that multiplies the scales of a matrix, or of several together; 1 in a scheme without one.
+
+    The smallest with which ``largest``, over the grid's largest number, is no more than the scales' largest. NVIDIA's
+    own tools take ``largest / (6 * 448)`` itself and store the reciprocal. A power of two costs no bit of the scales,
+    which have some to spare at the low end, and is exact whichever of the two a format stores.
+
+    Args:
+        scheme: gives the largest numbers of grid and scales.
+        largest: the largest absolute value of all matrices that share it.
+    """
+    if scheme.scale.second is None:
+        return 1.0
+    most = Rule(scheme=scheme).steps * torch.finfo(scheme.scale.dtype.torch_dtype).max
+    exponent = math.ceil(math.log2(largest / most)) if largest > 0.0 else 0
+    return 2.0 ** min(max(exponent, -_WIDEST_SECOND), _WIDEST_SECOND)
 
 
 def _round_to_e2m1(scaled: Tensor) -> Tensor:

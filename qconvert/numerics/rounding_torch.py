@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 1 << 18
 """Elements rounded at a time: the float32 working set stays in a core's L2 cache."""
 
 
-def quantize_with_torch(w: Tensor, scheme: Scheme, *, search: bool = False) -> Rounded:
+def quantize_with_torch(w: Tensor, scheme: Scheme, *, search: bool = False, second: float = 1.0) -> Rounded:
     """What ``rounding.quantize`` returns, by plain tensor operations on the device of ``w``.
 
     Raises:
@@ -25,7 +25,7 @@ def quantize_with_torch(w: Tensor, scheme: Scheme, *, search: bool = False) -> R
         ValueError: the group does not divide K.
     """
     rows, cols = w.shape
-    rule = Rule(scheme=scheme)
+    rule = Rule(scheme=scheme, second=second)
     codes = torch.empty(rows, cols, dtype=rule.code_dtype, device=w.device)
     scale = torch.empty(scheme.scale_shape(rows, cols), dtype=scheme.scale.dtype.torch_dtype, device=w.device)
     zero_point = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
@@ -43,7 +43,14 @@ def quantize_with_torch(w: Tensor, scheme: Scheme, *, search: bool = False) -> R
         scale[first:last] = block_scale.reshape(last - first, -1)
         if zero_point is not None and zero is not None:
             zero_point[first:last] = (zero + rule.shift).reshape(last - first, -1)
-    quantized = QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, scheme=scheme, shape=(rows, cols))
+    quantized = QuantizedTensor(
+        codes=codes,
+        scale=scale,
+        zero_point=zero_point,
+        second_scale=rule.second_scale,
+        scheme=scheme,
+        shape=(rows, cols),
+    )
     return Rounded(quantized=quantized, squared_error=squared_error, signal=signal)
 
 

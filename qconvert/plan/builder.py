@@ -24,6 +24,7 @@ from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy, Rule
 from qconvert.plan.row_blocks import peak_bytes
+from qconvert.plan.shared_scales import share_second_scales
 from qconvert.transform.experts import unstack
 
 
@@ -103,7 +104,7 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
     quantization = quantization_config(modules)
     del modules
     return Plan(
-        steps=tuple(one.step for one in decided),
+        steps=tuple(share_second_scales(one.step for one in decided)),
         layout=lay_out((one.outputs for one in decided), shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=policy.hash,
@@ -191,7 +192,7 @@ def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
 def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> _Decided:
     rule = matrix.rule
     try:
-        storage = _storage(scheme, prod(matrix.shape[:-1]), matrix.shape[-1], matrix.info.dtype.itemsize)
+        storage = _storage(scheme, rule.method, prod(matrix.shape[:-1]), matrix.shape[-1], matrix.info.dtype.itemsize)
     except FormatError as error:
         raise FormatError(f"{module} cannot be stored as {scheme}: {error}") from None
     step = Step(
@@ -206,18 +207,18 @@ def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> _Decided:
 
 
 @lru_cache(maxsize=64)
-def _storage(scheme: Scheme, rows: int, cols: int, itemsize: int) -> _Storage:
-    """How a [rows, cols] matrix of elements of ``itemsize`` bytes is stored in ``scheme``.
+def _storage(scheme: Scheme, method: str | None, rows: int, cols: int, itemsize: int) -> _Storage:
+    """How a [rows, cols] matrix of elements of ``itemsize`` bytes is stored in ``scheme`` for the loader ``method``.
 
     Raises:
         FormatError: no format holds the scheme, or not this shape.
     """
-    form = format_for(scheme)
+    form = format_for(scheme, method)
     parts = form.parts(scheme, (rows, cols))
     return _Storage(
         shape=(rows, cols),
         format=form.name,
         suffixes=tuple(part.suffix for part in parts),
         stored=tuple((part.dtype, part.shape) for part in parts),
-        peak_bytes=peak_bytes(rows, cols, form.row_block(scheme), itemsize, rounding=True),
+        peak_bytes=peak_bytes(rows, cols, form.row_block(scheme, (rows, cols)), itemsize, rounding=True),
     )

@@ -4,17 +4,19 @@ A policy file is TOML::
 
     [[rule]]
     match = "text.shared_expert.*"   # glob over role paths, see `qconvert inspect`
-    scheme = "int8"                  # int4, int8, w8a8, fp8, fp8-block, mxfp4; or keep = true
+    scheme = "int8"                  # int4, int8, w8a8, fp8, fp8-block, mxfp4, nvfp4; or keep = true
     layers = "0-3,39"                # optional
     reason = "always active"         # optional
 
-``group``, ``symmetric`` and ``search`` refine ``scheme``. Rules of a file are tried before the default ones.
+``group``, ``symmetric`` and ``search`` refine ``scheme``; ``format`` names the loader that shall read it. Rules of a
+file are tried before the default ones.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,12 @@ import tomlkit
 import xxhash
 from tomlkit.exceptions import TOMLKitError
 
-from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.errors import FormatError, PlanError, UsageError
 from qconvert.core.role import TensorRole
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.formats.table import METHODS, scheme_for
 
-SCHEME_NAMES = ("int4", "int8", "w8a8", "fp8", "fp8-block", "mxfp4")
+SCHEME_NAMES = ("int4", "int8", "w8a8", "fp8", "fp8-block", "mxfp4", "nvfp4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class Rule:
         scheme: how to round what matches; ``None`` keeps it as it is.
         layers: the layers that the rule speaks of; ``None`` is all of them.
         search: choose scales by mean squared error.
+        method: the loader that shall read what is rounded, as ``quantization_config`` names it; ``None`` is the usual
+            one of the scheme.
         default: one of the built-in rules, which need not decide anything.
     """
 
@@ -47,6 +52,7 @@ class Rule:
     reason: str
     layers: frozenset[int] | None = None
     search: bool = False
+    method: str | None = None
     default: bool = False
 
     def matches(self, role: TensorRole) -> bool:
@@ -77,8 +83,17 @@ class Policy:
     def hash(self) -> str:
         """xxh3-128 of the rules."""
         return xxhash.xxh3_128_hexdigest(
-            repr([(r.match, r.scheme, sorted(r.layers or ()), r.search) for r in self.rules]).encode()
+            repr([(r.match, r.scheme, sorted(r.layers or ()), r.search, r.method) for r in self.rules]).encode()
         )
+
+    def stored_as(self, method: str) -> Policy:
+        """The same rules with ``method`` for the loader wherever none is named.
+
+        Raises:
+            UsageError: no such loader.
+            FormatError: it has no format for one of the schemes.
+        """
+        return Policy(rules=tuple(_stored_as(rule, method) for rule in self.rules))
 
     def entries(self) -> list[dict[str, Any]]:
         """The rules as a policy file would hold them; a scheme that no file can name appears as it prints."""
@@ -113,7 +128,7 @@ def scheme_named(name: str, *, group: int | None = None, symmetric: bool = True)
         raise UsageError(f"scheme {name!r} has no groups; drop the group of {group}")
     if not symmetric:
         raise UsageError(f"scheme {name!r} is symmetric only")
-    return {"int8": INT8, "w8a8": W8A8, "fp8": FP8, "fp8-block": FP8_BLOCK, "mxfp4": MXFP4}[name]
+    return {"int8": INT8, "w8a8": W8A8, "fp8": FP8, "fp8-block": FP8_BLOCK, "mxfp4": MXFP4, "nvfp4": NVFP4}[name]
 
 
 _ALWAYS_ACTIVE = "always active: few bytes, high sensitivity"
@@ -176,6 +191,7 @@ _TYPES: dict[str, type] = {
     "group": int,
     "symmetric": bool,
     "search": bool,
+    "format": str,
     "layers": str,
     "reason": str,
 }
@@ -194,8 +210,8 @@ def _rule(entry: Any, where: str, search: bool) -> Rule:
     keep = entry.get("keep", False)
     if keep == ("scheme" in entry):
         raise UsageError(f"{where}: give either 'scheme' or 'keep = true'")
-    if keep and {"group", "symmetric", "search"} & set(entry):
-        raise UsageError(f"{where}: 'keep' takes no group, symmetric or search")
+    if keep and {"group", "symmetric", "search", "format"} & set(entry):
+        raise UsageError(f"{where}: 'keep' takes no group, symmetric, search or format")
     try:
         scheme = (
             None
@@ -204,13 +220,25 @@ def _rule(entry: Any, where: str, search: bool) -> Rule:
         )
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    return Rule(
+    rule = Rule(
         match=entry["match"],
         scheme=scheme,
         reason=entry.get("reason", where.rpartition(", ")[2] + " of the policy file"),
         layers=_layers(entry["layers"], where) if "layers" in entry else None,
         search=entry.get("search", search),
     )
+    try:
+        return _stored_as(rule, entry["format"]) if "format" in entry else rule
+    except (UsageError, FormatError) as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _stored_as(rule: Rule, method: str) -> Rule:
+    if method not in METHODS:
+        raise UsageError(f"format {method!r} is unknown; expected one of {', '.join(METHODS)}")
+    if rule.scheme is None or rule.method is not None:
+        return rule
+    return replace(rule, scheme=scheme_for(rule.scheme, method), method=method)
 
 
 def _entry(rule: Rule) -> dict[str, Any]:
@@ -218,24 +246,34 @@ def _entry(rule: Rule) -> dict[str, Any]:
     if rule.scheme is None:
         entry["keep"] = True
     else:
-        entry |= _NAMED.get(rule.scheme, {"scheme": str(rule.scheme)})
+        entry |= _named(rule.scheme, rule.method)
         entry["search"] = rule.search
     if rule.layers is not None:
         entry["layers"] = _ranges(rule.layers)
     return {**entry, "reason": rule.reason}
 
 
-_NAMED: dict[Scheme, dict[str, Any]] = {
-    **{scheme_named(name): {"scheme": name} for name in SCHEME_NAMES if name != "int4"},
-    **{
-        scheme_named("int4", group=group, symmetric=symmetric): {
-            "scheme": "int4", "group": group, "symmetric": symmetric,
-        }
+_SAYABLE: tuple[tuple[Scheme, dict[str, Any]], ...] = (
+    *((scheme_named(name), {"scheme": name}) for name in SCHEME_NAMES if name != "int4"),
+    *(
+        (int4(group, symmetric=symmetric), {"scheme": "int4", "group": group, "symmetric": symmetric})
         for group in (32, 64, 128)
         for symmetric in (True, False)
-    },
-}  # fmt: skip
-"""What policy files can say, by what it means."""
+    ),
+)
+"""What policy files can say beside the name of a loader, and what it means."""
+
+
+def _named(scheme: Scheme, method: str | None) -> dict[str, Any]:
+    """How a policy file says it; a scheme that none can name appears as it prints."""
+    for said, entry in _SAYABLE:
+        if scheme == said and method is None:
+            return entry
+        with suppress(FormatError):
+            if method is not None and scheme == scheme_for(said, method):
+                return {**entry, "format": method}
+    return {"scheme": str(scheme)}
+
 
 _LAST_LAYER = 9999
 

@@ -16,12 +16,13 @@ from qconvert.core.role import EXPERT_KINDS, Kind, Part, TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.base import Format
-from qconvert.formats.declared import Declaration, Declared, read_declared
+from qconvert.formats.declaration import Declaration, Declared
+from qconvert.formats.declared import read_declared
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.transform.experts import unstack
 from reference_model.config import ModelConfig
 
-SCALE_DTYPES = (DType.BF16, DType.F32, DType.F16, DType.F8_E8M0)
+SCALE_DTYPES = (DType.BF16, DType.F32, DType.F16, DType.F8_E8M0, DType.F8_E4M3)
 """Element types that stored scales have; a configuration does not name it."""
 
 
@@ -134,7 +135,7 @@ class _Survey:
 
     def _add_one(self, role: TensorRole, name: str, shape: tuple[int, ...], rows: Slice, module: str) -> None:
         declaration = self.declared.of(module) if is_linear_weight(role) else None
-        if declaration is not None:
+        if declaration is not None and self.declared.complete:
             self.problem(
                 module,
                 f"quantization_config declares {declaration.scheme} for it, but it is stored as a plain tensor: "

@@ -117,7 +117,10 @@ class CheckpointWeights:
     def row_block(self, role: TensorRole) -> int:
         """Runs of rows begin at multiples of this number; whole rows for a plain tensor."""
         stored = self._stored(role)
-        return 1 if stored.format is None or stored.scheme is None else stored.format.row_block(stored.scheme)
+        if stored.format is None or stored.scheme is None:
+            return 1
+        rows, cols = stored.shape
+        return stored.format.row_block(stored.scheme, (rows, cols))
 
     def parts(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> dict[str, Tensor]:
         """The stored parts of a quantized matrix, or of a run of its rows, by suffix; empty for a plain tensor."""

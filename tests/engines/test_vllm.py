@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Scheme, int4
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.plan.presets import preset_rules
 from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
@@ -55,6 +55,21 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
         default_policy(MXFP4, rules=always_active(MXFP4, SHARED + LINEAR_ATTENTION + ATTENTION)),
         {"CompressedTensorsW4A4Mxfp4MoEMethod": 4, "CompressedTensorsW4A4Mxfp4": 4 * 2 + 3 * 2 + 1 * 2},
     ),
+    "nvfp4-everywhere": (
+        default_policy(NVFP4, rules=always_active(NVFP4, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        {"CompressedTensorsW4A4Nvfp4MoEMethod": 4, "CompressedTensorsW4A4Fp4": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
+    "gptq": (default_policy(int4(32)).stored_as("gptq"), {"AutoGPTQMoEMethod": 4}),
+    "gptq-int8-everywhere": (
+        default_policy(INT8, rules=always_active(INT8, SHARED + LINEAR_ATTENTION + ATTENTION)).stored_as("gptq"),
+        {"AutoGPTQMoEMethod": 4, "AutoGPTQLinearMethod": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
+    "awq": (default_policy(int4(32, symmetric=False)).stored_as("awq"), {"AutoAWQMoEMethod": 4}),
+    "awq-everywhere": (
+        default_policy(int4(32), rules=always_active(int4(32), SHARED + LINEAR_ATTENTION + ATTENTION)).stored_as("awq"),
+        {"AutoAWQMoEMethod": 4, "AutoAWQMarlinLinearMethod": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
+    "fp8-tiles": (default_policy(FP8_BLOCK).stored_as("compressed-tensors"), {"CompressedTensorsW8A8Fp8MoEMethod": 4}),
     "fp8": (default_policy(FP8), {"CompressedTensorsW8A8Fp8MoEMethod": 4}),
     "fp8-block": (default_policy(FP8_BLOCK), {"Fp8MoEMethod": 4}),
     "int4-and-int8": (
@@ -110,7 +125,9 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
 """What is damaged, how, and what vLLM says; ``None`` where it says nothing and answers with wrong numbers."""
 
 
-DRAFTS = {f"draft of {name}": name for name in ("original", "int4-g32", "int4-and-int8", "fp8", "fp8-block")}
+DRAFTS = {
+    f"draft of {name}": name for name in ("original", "int4-g32", "int4-and-int8", "fp8", "fp8-block", "gptq", "awq")
+}
 DRAFTING = {*DRAFTS, "MTP not ignored"}
 """Where not the model but its MTP head is asked: vLLM reads it as a second model, only for drafts."""
 

@@ -18,11 +18,13 @@ from qconvert.core.scheme import (
     FP8_BLOCK,
     INT8,
     MXFP4,
+    NVFP4,
     W8A8,
     Activation,
     Block,
     Channel,
     Float,
+    Group,
     Int,
     ScaleSpec,
     Scheme,
@@ -31,6 +33,7 @@ from qconvert.core.scheme import (
 from qconvert.formats.table import FORMATS, format_for, format_named
 from qconvert.numerics.rounding import quantize
 
+F16_INT4 = replace(int4(32), scale=ScaleSpec(dtype=DType.F16))
 SCHEMES: dict[str, tuple[Scheme, str]] = {
     "int4-g32": (int4(32), "pack-quantized"),
     "int4-g128": (int4(128), "pack-quantized"),
@@ -46,6 +49,13 @@ SCHEMES: dict[str, tuple[Scheme, str]] = {
     "fp8-fp32-scale": (replace(FP8, scale=ScaleSpec(dtype=DType.F32)), "float-quantized"),
     "fp8-block": (FP8_BLOCK, "fp8-block"),
     "fp8-block-fp32-scale": (replace(FP8_BLOCK, scale=ScaleSpec(dtype=DType.F32)), "fp8-block"),
+    "fp8-tiles": (FP8_BLOCK, "float-quantized"),
+    "nvfp4": (NVFP4, "nvfp4-pack-quantized"),
+    "gptq-g32": (F16_INT4, "gptq"),
+    "gptq-asym": (replace(F16_INT4, symmetric=False), "gptq"),
+    "gptq-int8": (replace(INT8, scale=ScaleSpec(dtype=DType.F16)), "gptq"),
+    "awq-g128": (replace(F16_INT4, blocking=Group(size=128)), "awq"),
+    "awq-asym": (replace(F16_INT4, symmetric=False), "awq"),
 }
 ROWS, COLS = 384, 256
 each_scheme = pytest.mark.parametrize("case", SCHEMES)
@@ -74,7 +84,7 @@ def test_stores_what_it_announced(case: str) -> None:
         part = parts[spec.suffix]
         assert (DType.from_torch(part.dtype), tuple(part.shape)) == (spec.dtype, spec.shape), spec.suffix
         assert part.is_contiguous() and part.stride(-1) == 1, spec.suffix  # Its bytes can be viewed.
-    assert format_for(scheme).name == name
+    assert name == format_for(scheme).name or format_for(scheme, format_named(name).quant_method).name == name
 
 
 @each_scheme
@@ -98,7 +108,7 @@ def test_runs_of_rows_fill_their_place(case: str, multiple: int) -> None:
     whole = form.pack(quantize(w, scheme).quantized)
     specs = form.parts(scheme, (ROWS, COLS))
     built = {spec.suffix: torch.empty(spec.shape, dtype=spec.dtype.torch_dtype) for spec in specs}
-    step = form.row_block(scheme) * multiple
+    step = form.row_block(scheme, (ROWS, COLS)) * multiple
     step *= max(1, 50 // step)
     for begin in range(0, ROWS, step):
         end = min(ROWS, begin + step)
@@ -186,7 +196,17 @@ REFUSALS = [
     ("mxfp4-pack-quantized", replace(MXFP4, scale=ScaleSpec(dtype=DType.BF16)), (64, 64), "F8_E8M0 scales"),
     ("mxfp4-pack-quantized", int4(32), (64, 64), "holds fp4-g32 .* not int4-g32-sym"),
     ("float-quantized", INT8, (64, 64), "one scale per channel"),
-    ("float-quantized", FP8_BLOCK, (128, 128), "one scale per channel"),
+    ("float-quantized", replace(FP8_BLOCK, blocking=Block(rows=64, cols=64)), (128, 128), "128 x 128 tiles"),
+    ("float-quantized", FP8_BLOCK, (192, 128), "tiles of 128 x 128 do not divide"),
+    ("gptq", int4(32), (64, 64), "one F16 scale per block"),
+    ("gptq", replace(F16_INT4, grid=Int(bits=3)), (64, 64), "4 or 8 bits, not int3"),
+    ("gptq", F16_INT4, (60, 64), "8 codes in a word, which does not divide 60 x 64"),
+    ("gptq", F16_INT4, (64, 48), "groups of 32 do not divide the 48 columns"),
+    ("gptq", FP8, (64, 64), "4 or 8 bits, not fp8"),
+    ("awq", replace(INT8, scale=ScaleSpec(dtype=DType.F16)), (64, 64), "integers of 4 bits, not int8"),
+    ("awq", replace(F16_INT4, blocking=Channel()), (64, 64), "per group, not per channel"),
+    ("nvfp4-pack-quantized", MXFP4, (64, 64), "a second one, not fp4-g32"),
+    ("nvfp4-pack-quantized", NVFP4, (64, 40), "groups of 16 do not divide the 40 columns"),
     ("float-quantized", replace(FP8, activation=Activation()), (64, 64), "dynamic fp8 activations per token"),
     ("fp8-block", FP8, (128, 128), "128 x 128 tiles, not fp8-channel"),
     ("fp8-block", FP8_BLOCK, (192, 128), "tiles of 128 x 128 do not divide a 192 x 128 matrix"),

@@ -34,6 +34,7 @@ SCHEMES: dict[str, Scheme] = {
     "int4-asym": int4(8, symmetric=False),
     "int4-channel": replace(int4(8), blocking=Channel()),
     "int4-fp16-scale": replace(int4(8), scale=ScaleSpec(dtype=DType.F16)),
+    "int4-fp16-scale-exact-in-bf16": replace(int4(8), scale=ScaleSpec(dtype=DType.F16, exact_in=DType.BF16)),
     "int8": INT8,
     "int8-asym": replace(INT8, symmetric=False),
     "int8-fp32-scale": replace(INT8, scale=ScaleSpec(dtype=DType.F32)),

@@ -230,6 +230,14 @@ def test_takes_any_float_type_and_stride(dtype: torch.dtype) -> None:
         assert same(quantize(strided, scheme).quantized, quantize(w.float(), scheme).quantized)
 
 
+@quick
+@given(w=matrices())
+def test_scales_that_shall_be_exact_in_two_types_are(w: Tensor) -> None:
+    scale = quantize(w, SCHEMES["int4-fp16-scale-exact-in-bf16"]).quantized.scale
+    assert scale.dtype == torch.float16 and bool(scale.isfinite().all())
+    assert torch.equal(scale.to(torch.bfloat16).to(torch.float16), scale)
+
+
 def test_group_must_divide_the_columns() -> None:
     with pytest.raises(ValueError, match="groups of 32 do not divide 48 columns"):
         quantize(torch.zeros(2, 48), int4(32))

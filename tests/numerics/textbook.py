@@ -41,10 +41,16 @@ def blocks(scheme: Scheme, rows: int, cols: int) -> dict[tuple[int, int], list[t
 
 
 def stored(value: float, scheme: Scheme) -> float:
-    """A scale rounded to float32 and then to its type, but not to zero."""
+    """A scale rounded to float32 and then to its type, but not to zero.
+
+    F16 scales that are exact in BF16 have its seven bits behind the point, as long as those are multiples of 2**-24.
+    """
     kind = scheme.scale.dtype.torch_dtype
     smallest = torch.finfo(kind).smallest_normal * torch.finfo(kind).eps
-    return max(torch.tensor(value, dtype=torch.float32).to(kind).item(), smallest)
+    number = torch.tensor(value, dtype=torch.float32)
+    if scheme.scale.exact_in is not None and value >= 2.0**-17:
+        number = number.to(torch.bfloat16)
+    return max(number.to(kind).item(), smallest)
 
 
 def single(value: Fraction) -> Fraction:

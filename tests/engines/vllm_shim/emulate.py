@@ -17,13 +17,17 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import vllm.model_executor.layers.quantization.auto_awq as awq
+import vllm.model_executor.layers.quantization.auto_gptq as gptq
 
 # E501: names of modules are as long as vLLM makes them.
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_mxfp4 as ct_moe_mxfp4  # noqa: E501
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4 as ct_moe_nvfp4  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8 as ct_moe_fp8  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 as ct_moe_int8  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 as ct_moe_int  # noqa: E501
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_mxfp4 as ct_mxfp4
+import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4 as ct_nvfp4
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 as ct_fp8
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_int8 as ct_int8
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 as ct_int
@@ -33,9 +37,12 @@ from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 VERSION = "0.32.0"
+AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where AWQ puts output 0, 1, ... of eight in a word."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 Dequantize = Callable[[Any, Callable[[str], Tensor]], Tensor]
@@ -57,16 +64,29 @@ def install() -> None:
     ct_moe_int.select_wna16_moe_backend = lambda **_: (WNA16MoEBackend.MARLIN, None)
     ct_moe_int.check_moe_marlin_supports_config = lambda *_, **__: True
     ct_moe_fp8.select_fp8_moe_backend = fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.CPU, None)
+    ct_nvfp4.init_nvfp4_linear_kernel = NoKernel
+    ct_moe_nvfp4.select_nvfp4_moe_backend = lambda **_: (NvFp4MoeBackend.MARLIN, None)
+    for words in (gptq, awq):
+        words.choose_mp_linear_kernel = lambda config: NoKernel
+        words.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.MARLIN, None)
+        words.check_moe_marlin_supports_layer = lambda *_, **__: True
+    gptq.verify_marlin_supported = lambda **_: None
     emulate_linear(ct_int.CompressedTensorsWNA16, "apply_weights", from_words)
     emulate_linear(ct_fp8.CompressedTensorsW8A8Fp8, "apply_weights", from_fp8)
     emulate_linear(ct_int8.CompressedTensorsW8A8Int8, "apply_weights", from_int8)
     emulate_linear(ct_mxfp4.CompressedTensorsW4A4Mxfp4, "apply_weights", from_mxfp4)
+    emulate_linear(ct_nvfp4.CompressedTensorsW4A4Fp4, "apply_weights", from_nvfp4)
     emulate_linear(fp8.Fp8LinearMethod, "apply", from_fp8)
+    emulate_linear(gptq.AutoGPTQLinearMethod, "apply", from_gptq)
+    emulate_linear(awq.AutoAWQMarlinLinearMethod, "apply", from_awq)
     emulate_experts(ct_moe_int.CompressedTensorsWNA16MoEMethod, from_words)
     emulate_experts(ct_moe_fp8.CompressedTensorsW8A8Fp8MoEMethod, from_fp8)
     emulate_experts(ct_moe_int8.CompressedTensorsW8A8Int8MoEMethod, from_int8)
     emulate_experts(ct_moe_mxfp4.CompressedTensorsW4A4Mxfp4MoEMethod, from_mxfp4)
+    emulate_experts(ct_moe_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod, from_nvfp4)
     emulate_experts(fp8.Fp8MoEMethod, from_fp8)
+    emulate_experts(gptq.AutoGPTQMoEMethod, from_gptq)
+    emulate_experts(awq.AutoAWQMoEMethod, from_awq)
 
 
 class NoKernel:
@@ -112,11 +132,42 @@ def from_int8(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
 
 def from_mxfp4(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
     """Pairs of e2m1 codes, the even input in the low half, times two to the power of the scale less 127."""
-    packed = parameter("weight_packed")
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int64)
-    values = torch.tensor(E2M1)[codes & 7] * (1.0 - 2.0 * (codes >> 3))
+    values = e2m1(parameter("weight_packed"))
     powers = torch.exp2(parameter("weight_scale").to(torch.float32) - 127.0)
     return values * spread(powers, values.shape)
+
+
+def from_nvfp4(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
+    """e2m1 codes times scales [..., N, G] over the largest global scale of the parts, as vLLM takes it."""
+    values = e2m1(parameter("weight_packed"))
+    over = parameter("weight_global_scale")
+    over = over.max() if values.dim() == 2 else over.reshape(values.shape[0], -1).amax(1)[:, None, None]
+    return values * spread(parameter("weight_scale"), values.shape) / over
+
+
+def e2m1(packed: Tensor) -> Tensor:
+    """Values of pairs of codes, the even input in the low half."""
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int64)
+    return torch.tensor(E2M1)[codes & 7] * (1.0 - 2.0 * (codes >> 3))
+
+
+def from_gptq(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
+    """Codes [..., K/w, N] less the middle, whatever ``qzeros`` says, as vLLM has it, times scales [..., G, N]."""
+    bits = method.quant_config.weight_bits
+    codes = unpack(parameter("qweight").transpose(-1, -2), bits) - 2 ** (bits - 1)
+    return codes * spread(parameter("scales").transpose(-1, -2), codes.shape)
+
+
+def from_awq(method: Any, parameter: Callable[[str], Tensor]) -> Tensor:
+    """Codes [..., K, N/8] less zero points [..., G, N/8], times scales [..., G, N]."""
+    codes, zeros = (in_order(unpack(parameter(name), 4)).transpose(-1, -2) for name in ("qweight", "qzeros"))
+    codes = codes - spread(zeros, codes.shape)
+    return codes * spread(parameter("scales").transpose(-1, -2), codes.shape)
+
+
+def in_order(codes: Tensor) -> Tensor:
+    """Outputs as they follow each other, from the order within AWQ's words."""
+    return codes.unflatten(-1, (-1, len(AWQ_NIBBLE)))[..., list(AWQ_NIBBLE)].flatten(-2)
 
 
 def spread(scale: Tensor, shape: torch.Size, tile: list[int] | None = None) -> Tensor:

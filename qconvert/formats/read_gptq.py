@@ -1,0 +1,120 @@
+"""A ``quantization_config`` of GPTQ or AWQ read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import SourceError
+from qconvert.core.scheme import Blocking, Channel, Group, Int, ScaleSpec, Scheme
+from qconvert.formats.awq import Awq
+from qconvert.formats.base import Format
+from qconvert.formats.declaration import Declaration, Declared, names_of
+from qconvert.formats.gptq import GPTQ_V2, Gptq
+
+_WHERE = "quantization_config"
+_FORMATS: Mapping[object, Format] = {None: Gptq(), "gptq": Gptq(), "gptq_v2": GPTQ_V2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeclaredGptq:
+    """``quant_method: gptq``: one scheme, and what ``dynamic`` excludes (``None``) or overrides.
+
+    Patterns match from the start of a name; the first that does decides (GPTQModel 7.7, vLLM 0.32).
+    """
+
+    declaration: Declaration
+    dynamic: tuple[tuple[re.Pattern[str], Declaration | None], ...]
+    complete: bool = False
+
+    def of(self, module: str) -> Declaration | None:
+        """See ``Declared.of``."""
+        for pattern, declaration in self.dynamic:
+            if pattern.match(module):
+                return declaration
+        return self.declaration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeclaredAwq:
+    """``quant_method: awq``: every module whose name holds none of the entries."""
+
+    declaration: Declaration
+    kept: frozenset[str]
+    complete: bool = False
+
+    def of(self, module: str) -> Declaration | None:
+        """See ``Declared.of``."""
+        return None if any(entry in module for entry in self.kept) else self.declaration
+
+
+def read_gptq(block: Mapping[str, Any]) -> Declared:
+    """What ``bits``, ``group_size``, ``sym`` and ``dynamic`` declare, in either version of the layout.
+
+    Raises:
+        SourceError: an argument that cannot be read here; the message names it.
+    """
+    version = block.get("checkpoint_format")
+    if not isinstance(version, str | None) or version not in _FORMATS:
+        raise SourceError(f"config.json: {_WHERE}.checkpoint_format is {version!r}; gptq and gptq_v2 can be read")
+    rules = block.get("dynamic") or {}
+    if not isinstance(rules, Mapping):
+        raise SourceError(f"config.json: {_WHERE}.dynamic is {rules!r}; expected an object")
+    declaration = Declaration(format=_FORMATS[version], scheme=_scheme(block, _WHERE, symmetric=block.get("sym", True)))
+    dynamic = []
+    for entry, overrides in rules.items():
+        where = f"{_WHERE}.dynamic[{entry!r}]"
+        if not isinstance(overrides, Mapping):
+            raise SourceError(f"config.json: {where} is {overrides!r}; expected an object")
+        sign, pattern = (entry[:2], entry[2:]) if entry[:2] in ("-:", "+:") else ("+:", entry)
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise SourceError(f"config.json: {where} is a broken pattern: {error}") from None
+        merged = {**block, **overrides}
+        scheme = _scheme(merged, where, symmetric=merged.get("sym", True))
+        dynamic.append((compiled, None if sign == "-:" else replace(declaration, scheme=scheme)))
+    return DeclaredGptq(declaration=declaration, dynamic=tuple(dynamic))
+
+
+def read_awq(block: Mapping[str, Any]) -> Declared:
+    """What ``bits``, ``group_size`` and ``modules_to_not_convert`` declare.
+
+    Raises:
+        SourceError: an argument that cannot be read here; the message names it.
+    """
+    version = block.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise SourceError(f"config.json: {_WHERE}.version is {version!r}; gemm can be read")
+    arguments = {"bits": block.get("w_bit", block.get("bits")), "group_size": block.get("q_group_size", -1), **block}
+    kept = names_of(block.get("modules_to_not_convert") or (), f"{_WHERE}.modules_to_not_convert")
+    declaration = Declaration(format=Awq(), scheme=_scheme(arguments, _WHERE, symmetric=False))
+    return DeclaredAwq(declaration=declaration, kept=kept.exact)
+
+
+def _scheme(arguments: Mapping[str, Any], where: str, *, symmetric: object) -> Scheme:
+    bits = arguments.get("bits")
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise SourceError(f"config.json: {where} has {bits!r} bits; 4 and 8 can be read")
+    if not isinstance(symmetric, bool):
+        raise SourceError(f"config.json: {where}.sym is {symmetric!r}; expected true or false")
+    return Scheme(
+        grid=Int(bits=bits),
+        blocking=_blocking(arguments.get("group_size"), where),
+        symmetric=symmetric,
+        scale=ScaleSpec(dtype=DType.F16),
+    )
+
+
+def _blocking(size: object, where: str) -> Blocking:
+    match size:
+        case bool():
+            pass
+        case -1:
+            return Channel()
+        case int() if size > 0:
+            return Group(size=size)
+    raise SourceError(f"config.json: {where}.group_size is {size!r}; expected -1 or a positive number")

@@ -1,0 +1,45 @@
+"""Which matrices have one second scale together: those that engines stack into one product."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from qconvert.core.plan import Quantize, Slice, Step
+from qconvert.core.role import Kind, Section
+
+_TOGETHER = (
+    (Kind.EXPERT_GATE, Kind.EXPERT_UP),
+    (Kind.SHARED_GATE, Kind.SHARED_UP),
+    (Kind.ATTENTION_QUERY, Kind.ATTENTION_KEY, Kind.ATTENTION_VALUE),
+    (Kind.LINEAR_QKV, Kind.LINEAR_Z),
+)
+_FIRST = {kind: kinds[0] for kinds in _TOGETHER for kind in kinds}
+
+_Stack = tuple[Section, Kind, int | None, int | None]
+
+
+def share_second_scales(steps: Iterable[Step]) -> Iterator[Step]:
+    """The same steps; those that round to a scheme with a second scale know over which matrices it is taken.
+
+    vLLM keeps one second scale for a stack and takes the largest of its parts for all (vLLM 0.32).
+    """
+    steps = list(steps)
+    stacks: dict[_Stack, list[Slice]] = defaultdict(list)
+    for step in steps:
+        if _has_second(step):
+            stacks[_stack(step)].extend(step.inputs)
+    for step in steps:
+        if _has_second(step) and isinstance(step.action, Quantize):
+            step = replace(step, action=replace(step.action, scale_over=tuple(stacks[_stack(step)])))
+        yield step
+
+
+def _has_second(step: Step) -> bool:
+    return isinstance(step.action, Quantize) and step.action.scheme.scale.second is not None
+
+
+def _stack(step: Step) -> _Stack:
+    role = step.role
+    return role.section, _FIRST.get(role.kind, role.kind), role.layer, role.expert
