@@ -34,6 +34,12 @@ POLICIES: dict[str, tuple[Policy, int]] = {
     "int8": (default_policy(scheme_named("int8")), 32),
     "fp8": (default_policy(scheme_named("fp8")), 32),
     "fp8-block": (default_policy(scheme_named("fp8-block")), 128),
+    "fp8-tiles": (default_policy(scheme_named("fp8-block")).stored_as("compressed-tensors"), 128),
+    "nvfp4": (default_policy(scheme_named("nvfp4")), 32),
+    "gptq": (default_policy(int4(32)).stored_as("gptq"), 32),
+    "awq": (default_policy(int4(32, symmetric=False)).stored_as("awq"), 32),
+    "nf4": (default_policy(scheme_named("nf4")), 32),
+    "llm-int8": (default_policy(scheme_named("llm-int8")), 32),
 }
 
 
@@ -66,6 +72,29 @@ def test_bytes_do_not_depend_on_jobs_or_block_size(tmp_path: Path, name: str, mo
     for file in whole:
         if file != "manifest.json":  # error sums are added up block by block there
             assert blocks[file] == whole[file], file
+
+
+@pytest.mark.parametrize("layout", ["fused", "per-expert"])
+def test_what_engines_stack_has_one_second_scale_from_all_of_it(tmp_path: Path, layout: Layout) -> None:
+    make_tiny(tmp_path / "src", layout=layout)
+    everywhere = tuple(
+        Rule(match=f"text.{match}", scheme=scheme_named("nvfp4"), reason="to see it")
+        for match in ("attention.[qkvo]*y", "attention.value", "attention.output", "shared_expert.*")
+    )
+    convert(tmp_path / "src", tmp_path / "out", default_policy(scheme_named("nvfp4"), rules=everywhere))
+    before, after = tensors(tmp_path / "src"), tensors(tmp_path / "out")
+    found = {name.removesuffix(".weight_global_scale"): tensor for name, tensor in after.items() if "_global_" in name}
+    stacks = {"gate_proj": ("gate_proj", "up_proj"), "q_proj": ("q_proj", "k_proj", "v_proj")}
+    seen = 0
+    for module, scale in found.items():
+        stem, _, part = module.rpartition(".")
+        for other in stacks.get(part, ()):
+            assert torch.equal(found[f"{stem}.{other}"], scale), module
+            seen += 1
+        if part == "q_proj":
+            largest = max(before[f"{stem}.{other}.weight"].abs().max().item() for other in stacks[part])
+            assert 224 < largest / 6 * scale.item() <= 448
+    assert seen >= 2 * 3 + 3 and len({scale.item() for scale in found.values()}) > 1
 
 
 @pytest.mark.parametrize("layout", ["fused", "per-expert"])

@@ -16,6 +16,7 @@ from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights
 from reference_model.model import CausalLM
 from tests.checkpoints import Layout, make_tiny
+from tests.edits import quantization_of
 from tests.tolerances import tolerances
 
 DEMO = Path(__file__).parents[1] / "reference_model" / "demo"
@@ -26,6 +27,9 @@ SCHEMES: dict[str, Scheme] = {
     "fp8": scheme_named("fp8"),
     "fp8-block": scheme_named("fp8-block"),
     "mxfp4": scheme_named("mxfp4"),
+    "nf4": scheme_named("nf4"),
+    "fp4": scheme_named("fp4"),
+    "llm-int8": scheme_named("llm-int8"),
 }
 
 
@@ -36,6 +40,8 @@ def loaded(path: Path) -> Any:
     )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert not {name for name in info["unexpected_keys"] if not name.startswith("mtp.")}
+    if quantization_of(path).get("quant_method") == "bitsandbytes":
+        model = model.dequantize(torch.bfloat16)  # its integers would round activations as well
     with torch.no_grad():
         model(torch.arange(3, 12)[None])  # packed matrices become dense in the first forward
     return torch.nn.Module.float(model)  # transformers' own refuses quantized models, though all is dense by now

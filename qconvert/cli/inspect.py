@@ -31,6 +31,9 @@ _OFFERED: tuple[tuple[str, int | None], ...] = (
     ("fp8-block", None),
     ("w8a8", None),
     ("mxfp4", None),
+    ("nvfp4", None),
+    ("llm-int8", None),
+    ("nf4", None),
 )
 
 

@@ -56,6 +56,10 @@ FP4_VALUES: tuple[float, ...] = tuple(
 """bitsandbytes' FP4 by code: sign, then 0, 0.0625, 8, 12, 4, 6, 2, 3, all over 12."""
 
 
+CODEBOOKS = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
+"""By the name that a ``Codebook`` has."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedTensor:
     """Codes and scales of one [N, K] matrix.
@@ -99,10 +103,8 @@ class QuantizedTensor:
                 return widen_e4m3(self.codes)
             case Float():
                 table = E2M1_VALUES
-            case Codebook(kind="nf4"):
-                table = NF4_VALUES
-            case Codebook():
-                table = FP4_VALUES
+            case Codebook(kind=kind):
+                table = CODEBOOKS[kind]
         return torch.tensor(table, dtype=torch.float32)[self.codes.to(torch.int64)]
 
     def _spread(self, per_block: Tensor) -> Tensor:

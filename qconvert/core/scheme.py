@@ -148,6 +148,11 @@ class Scheme:
             return self.grid.bits
         return 8 if self.grid == Float(kind="e4m3fn") else 4
 
+    @property
+    def shares_second_scale(self) -> bool:
+        """Whether the second scale follows from the weights, together with those of stacked matrices."""
+        return self.scale.second is not None and isinstance(self.grid, Float)
+
     def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
         """Shape of the scales of a [rows, cols] matrix."""
         match self.blocking:
@@ -167,6 +172,11 @@ class Scheme:
         return replace(self, activation=Activation())
 
 
+def bnb4(kind: Literal["nf4", "fp4"]) -> Scheme:
+    """Four-bit floats of bitsandbytes, one float32 scale per 64 consecutive elements."""
+    return Scheme(grid=Codebook(kind=kind), blocking=Flat(size=64), scale=ScaleSpec(dtype=DType.F32))
+
+
 def int4(group: int = 128, *, symmetric: bool = True) -> Scheme:
     """Four-bit integers with one BF16 scale per ``group`` inputs."""
     return Scheme(grid=Int(bits=4), blocking=Group(size=group), symmetric=symmetric, scale=ScaleSpec(dtype=DType.BF16))
@@ -174,6 +184,14 @@ def int4(group: int = 128, *, symmetric: bool = True) -> Scheme:
 
 INT8 = Scheme(grid=Int(bits=8), blocking=Channel(), scale=ScaleSpec(dtype=DType.BF16))
 """Eight-bit integers, one BF16 scale per row, activations in 16 bits (W8A16)."""
+
+LLM_INT8 = Scheme(
+    grid=Int(bits=8),
+    blocking=Channel(),
+    scale=ScaleSpec(dtype=DType.F32, second=DType.F32),
+    activation=Activation(kind="dynamic", grid=Int(bits=8)),
+)
+"""bitsandbytes' LLM.int8: the largest value of a row for its scale, over 127; activations are rounded per token."""
 
 FP8 = Scheme(
     grid=Float(kind="e4m3fn"),

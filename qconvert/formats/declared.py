@@ -7,6 +7,7 @@ from typing import Any
 
 from qconvert.core.errors import SourceError
 from qconvert.formats.declaration import Declared, NothingDeclared
+from qconvert.formats.read_bitsandbytes import read_bitsandbytes
 from qconvert.formats.read_compressed_tensors import read_compressed_tensors
 from qconvert.formats.read_fp8 import read_fp8
 from qconvert.formats.read_gptq import read_awq, read_gptq
@@ -16,6 +17,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Declared]] = {
     "fp8": read_fp8,
     "gptq": read_gptq,
     "awq": read_awq,
+    "bitsandbytes": read_bitsandbytes,
 }
 
 

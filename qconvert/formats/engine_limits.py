@@ -9,9 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qconvert.core.scheme import Block, Int, Scheme
+from qconvert.formats.awq import Awq
 from qconvert.formats.float_quantized import FloatQuantized
+from qconvert.formats.gptq import Gptq
 from qconvert.formats.int_quantized import IntQuantized
 from qconvert.formats.mxfp4_packed import Mxfp4Packed
+from qconvert.formats.nvfp4_packed import Nvfp4Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,14 @@ def _limits(written: Written) -> list[Limit]:
         limits.append(Limit(engine=TRANSFORMERS, says="refuses experts with int8 activations", proof="run"))
     if written.format == FloatQuantized().name and isinstance(written.scheme.blocking, Block) and written.experts:
         limits.append(Limit(engine=TRANSFORMERS, says="refuses experts in compressed-tensors' fp8 tiles", proof="run"))
+    if written.format == Nvfp4Packed().name and written.experts:
+        says = "reads nvfp4 experts wrong without a word: it does not apply their second scale"
+        limits.append(Limit(engine=TRANSFORMERS, says=says, proof="run"))
+    if written.format in (Gptq().name, Awq().name):
+        says = f"reads {written.format} only where optimum and gptqmodel are installed"
+        limits.append(Limit(engine=TRANSFORMERS, says=says, proof="read"))
+    if written.format.startswith("bitsandbytes"):
+        limits.append(Limit(engine=VLLM, says="has no loader for bitsandbytes", proof="read"))
     if written.format == Mxfp4Packed().name:
         limits.append(
             Limit(

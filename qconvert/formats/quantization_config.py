@@ -7,7 +7,7 @@ from typing import Any
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import PlanError
-from qconvert.core.scheme import Activation, Block, Channel, Float, Grid, Group, Int, PerTensor, Scheme
+from qconvert.core.scheme import Activation, Block, Channel, Codebook, Float, Grid, Group, Int, PerTensor, Scheme
 from qconvert.formats.engine_rules import (
     ModuleDecision,
     exact_names,
@@ -86,6 +86,26 @@ def _awq(scheme: Scheme, decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
     }
 
 
+def _bitsandbytes(scheme: Scheme, decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
+    """Source: transformers 5.23, ``BitsAndBytesConfig``; it matches the ends of the names that stay."""
+    four = isinstance(scheme.grid, Codebook)
+    block = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": kept_substrings(decisions),
+    }
+    if not isinstance(scheme.grid, Codebook):
+        return block
+    return block | {
+        "bnb_4bit_quant_type": scheme.grid.kind,
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
 def _group_size(scheme: Scheme) -> int:
     return scheme.blocking.size if isinstance(scheme.blocking, Group) else -1
 
@@ -94,6 +114,7 @@ _ALONE: Mapping[str, Callable[[Scheme, Sequence[ModuleDecision]], dict[str, Any]
     "fp8": _fp8,
     "gptq": _gptq,
     "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
 }
 """Loaders that know one scheme for the whole checkpoint."""
 

@@ -9,6 +9,7 @@ from qconvert.core.errors import FormatError
 from qconvert.core.scheme import Scheme
 from qconvert.formats.awq import Awq
 from qconvert.formats.base import Format
+from qconvert.formats.bitsandbytes_state import Bitsandbytes4, Bitsandbytes8
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.fp8_block import Fp8Block
 from qconvert.formats.gptq import Gptq
@@ -26,6 +27,9 @@ FORMATS: tuple[Format, ...] = (
     Nvfp4Packed(),
     Gptq(),
     Awq(),
+    Bitsandbytes4("nf4"),
+    Bitsandbytes4("fp4"),
+    Bitsandbytes8(),
 )
 """All that are written, those that most engines read before others that hold the same."""
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from qconvert.core.dtypes import DType
 from qconvert.core.scheme import Block, Channel, Float, Group, Int, Scheme
+from qconvert.numerics.rounding_bitsandbytes import is_bitsandbytes, quantize_bitsandbytes
 from qconvert.numerics.rounding_rule import Rounded, second_scale_for
 from qconvert.numerics.rounding_torch import quantize_with_torch
 
@@ -33,7 +34,8 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False, second: float =
 
     Args:
         w: [N, K], any float type; the result is on its device.
-        scheme: integers or e4m3 with ``Channel``, ``Group``, ``Block`` or ``PerTensor``.
+        scheme: integers or e4m3 with ``Channel``, ``Group``, ``Block`` or ``PerTensor``; schemes of bitsandbytes, see
+            ``rounding_bitsandbytes``.
         second: of a scheme with a second scale, what ``second_scale_for`` gives for all matrices that share it.
         search: take, block by block, the scale of ``SEARCH_FACTORS`` with the least squared error.
 
@@ -42,6 +44,8 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False, second: float =
         FormatError: a grid or blocking that is not available.
         ValueError: the group does not divide K.
     """
+    if is_bitsandbytes(scheme):
+        return quantize_bitsandbytes(w, scheme)
     if w.device.type == "cpu" and w.numel() and has_kernel(scheme):
         # Here, because importing numba takes a quarter of a second, and most commands round nothing.
         from qconvert.numerics.rounding_compiled import quantize_compiled
@@ -52,6 +56,8 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False, second: float =
 
 def has_kernel(scheme: Scheme) -> bool:
     """Whether a compiled kernel rounds to this scheme on a CPU."""
+    if is_bitsandbytes(scheme):
+        return False
     match scheme.grid, scheme.blocking:
         case Int(bits=4 | 8), Channel() | Group():
             return True

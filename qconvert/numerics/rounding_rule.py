@@ -197,7 +197,7 @@ def second_scale_for(scheme: Scheme, largest: float) -> float:
         scheme: gives the largest numbers of grid and scales.
         largest: the largest absolute value of all matrices that share it.
     """
-    if scheme.scale.second is None:
+    if not scheme.shares_second_scale:
         return 1.0
     most = Rule(scheme=scheme).steps * torch.finfo(scheme.scale.dtype.torch_dtype).max
     exponent = math.ceil(math.log2(largest / most)) if largest > 0.0 else 0

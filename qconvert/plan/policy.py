@@ -27,10 +27,10 @@ from tomlkit.exceptions import TOMLKitError
 
 from qconvert.core.errors import FormatError, PlanError, UsageError
 from qconvert.core.role import TensorRole
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Codebook, Scheme, bnb4, int4
 from qconvert.formats.table import METHODS, scheme_for
 
-SCHEME_NAMES = ("int4", "int8", "w8a8", "fp8", "fp8-block", "mxfp4", "nvfp4")
+SCHEME_NAMES = ("int4", "int8", "w8a8", "fp8", "fp8-block", "mxfp4", "nvfp4", "nf4", "fp4", "llm-int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,17 @@ def scheme_named(name: str, *, group: int | None = None, symmetric: bool = True)
         raise UsageError(f"scheme {name!r} has no groups; drop the group of {group}")
     if not symmetric:
         raise UsageError(f"scheme {name!r} is symmetric only")
-    return {"int8": INT8, "w8a8": W8A8, "fp8": FP8, "fp8-block": FP8_BLOCK, "mxfp4": MXFP4, "nvfp4": NVFP4}[name]
+    if name in ("nf4", "fp4"):
+        return bnb4("nf4" if name == "nf4" else "fp4")
+    return {
+        "int8": INT8,
+        "w8a8": W8A8,
+        "fp8": FP8,
+        "fp8-block": FP8_BLOCK,
+        "mxfp4": MXFP4,
+        "nvfp4": NVFP4,
+        "llm-int8": LLM_INT8,
+    }[name]
 
 
 _ALWAYS_ACTIVE = "always active: few bytes, high sensitivity"
@@ -153,17 +163,52 @@ _KEPT = (
 )
 
 
+_DENSE_ONLY = (bnb4("nf4"), bnb4("fp4"), LLM_INT8)
+_DENSE = (
+    "text.attention.query",
+    "text.attention.key",
+    "text.attention.value",
+    "text.attention.output",
+    "text.linear_attention.qkv",
+    "text.linear_attention.z",
+    "text.linear_attention.output",
+    "text.shared_expert.gate",
+    "text.shared_expert.up",
+    "text.shared_expert.down",
+)
+_KEPT_DENSE = (
+    ("text.expert.*", "bitsandbytes' loaders round linear modules only, and experts are none to them"),
+    ("text.attention.query", "half of its rows are the output gate, which four-bit floats ruin"),
+    ("text.attention.key", "engines stack it with the query"),
+    ("text.attention.value", "engines stack it with the query"),
+)
+
+
 def default_policy(scheme: Scheme, *, search: bool = False, rules: tuple[Rule, ...] = ()) -> Policy:
-    """Routed experts in ``scheme``, everything else as it is; ``rules`` come first."""
-    experts = Rule(
-        match="text.expert.*",
-        scheme=scheme,
-        reason="routed experts: most bytes, least sensitive",
-        search=search,
-        default=True,
-    )
-    kept = tuple(Rule(match=match, scheme=None, reason=reason, default=True) for match, reason in _KEPT)
-    return Policy(rules=(*rules, experts, *kept))
+    """Routed experts in ``scheme``, everything else as it is; ``rules`` come first.
+
+    bitsandbytes' schemes are for everything but routed experts and, in four bits, what is stacked with the queries.
+
+    Raises:
+        UsageError: ``search`` with a scheme that has no scales to choose.
+    """
+    _check_search(scheme, search)
+    if scheme not in _DENSE_ONLY:
+        reason = "routed experts: most bytes, least sensitive"
+        rounded = [Rule(match="text.expert.*", scheme=scheme, reason=reason, search=search, default=True)]
+        keeping = list(_KEPT)
+    else:
+        matches = _DENSE[3:] if isinstance(scheme.grid, Codebook) else _DENSE
+        reason = "a linear module, which bitsandbytes' loaders know"
+        rounded = [Rule(match=match, scheme=scheme, reason=reason, default=True) for match in matches]
+        keeping = [*_KEPT_DENSE, *_KEPT]
+    kept = tuple(Rule(match=match, scheme=None, reason=reason, default=True) for match, reason in keeping)
+    return Policy(rules=(*rules, *rounded, *kept))
+
+
+def _check_search(scheme: Scheme, search: bool) -> None:
+    if search and scheme in _DENSE_ONLY:
+        raise UsageError(f"scheme {scheme} takes its scales from the largest values: drop the search")
 
 
 def read_rules(path: Path, *, search: bool = False) -> tuple[Rule, ...]:
@@ -220,6 +265,8 @@ def _rule(entry: Any, where: str, search: bool) -> Rule:
         )
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+    if scheme is not None:
+        _check_search(scheme, entry.get("search", False))
     rule = Rule(
         match=entry["match"],
         scheme=scheme,

@@ -37,7 +37,7 @@ def share_second_scales(steps: Iterable[Step]) -> Iterator[Step]:
 
 
 def _has_second(step: Step) -> bool:
-    return isinstance(step.action, Quantize) and step.action.scheme.scale.second is not None
+    return isinstance(step.action, Quantize) and step.action.scheme.shares_second_scale
 
 
 def _stack(step: Step) -> _Stack:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qconvert.core.scheme import FP8, INT8, MXFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
 from qconvert.formats.engine_limits import TRANSFORMERS, VLLM, Written, engine_limits
-from qconvert.formats.table import format_for
+from qconvert.formats.table import format_for, scheme_for
 from tests.formats.test_transformers_reads_it import EXPERTS, REFUSED
 
 
@@ -23,11 +23,23 @@ def test_nothing_is_said_of_what_all_read(scheme: Scheme, experts: bool) -> None
 
 def test_transformers_refuses_what_its_tests_see_refused() -> None:
     refused = {name for name in REFUSED if "beside" not in name}  # one is about experts that stay, not about a format
-    assert refused == {"asymmetric experts", "asymmetric linears", "w8a8 experts"}
+    assert refused == {"asymmetric experts", "asymmetric linears", "w8a8 experts", "fp8 tiles of experts"}
+    tiles = engine_limits([Written(scheme=FP8_BLOCK, format="float-quantized", experts=True)])
+    assert [limit.says for limit in tiles] == ["refuses experts in compressed-tensors' fp8 tiles"]
+    assert engine_limits([Written(scheme=FP8_BLOCK, format="float-quantized", experts=False)]) == []
     for scheme, experts in ((int4(32, symmetric=False), True), (int4(32, symmetric=False), False), (W8A8, True)):
         assert any(one.startswith(TRANSFORMERS) and "refuses" in one for one in said(scheme, experts=experts))
     assert said(W8A8, experts=False) == []
     assert "mxfp4" in EXPERTS
+
+
+def test_transformers_is_said_to_read_nvfp4_experts_wrong_and_others_only_with_more_installed() -> None:
+    assert any("wrong" in one for one in said(NVFP4, experts=True)) and said(NVFP4, experts=False) == []
+    assert [one[: len(VLLM)] for one in said(LLM_INT8, experts=False)] == [VLLM]
+    for method in ("gptq", "awq"):
+        scheme = scheme_for(int4(32), method)
+        limits = engine_limits([Written(scheme=scheme, format=method, experts=False)])
+        assert [limit.says for limit in limits] == [f"reads {method} only where optimum and gptqmodel are installed"]
 
 
 def test_each_limit_is_said_once_and_names_its_engine() -> None:

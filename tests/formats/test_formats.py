@@ -17,6 +17,7 @@ from qconvert.core.scheme import (
     FP8,
     FP8_BLOCK,
     INT8,
+    LLM_INT8,
     MXFP4,
     NVFP4,
     W8A8,
@@ -28,6 +29,7 @@ from qconvert.core.scheme import (
     Int,
     ScaleSpec,
     Scheme,
+    bnb4,
     int4,
 )
 from qconvert.formats.table import FORMATS, format_for, format_named
@@ -51,6 +53,9 @@ SCHEMES: dict[str, tuple[Scheme, str]] = {
     "fp8-block-fp32-scale": (replace(FP8_BLOCK, scale=ScaleSpec(dtype=DType.F32)), "fp8-block"),
     "fp8-tiles": (FP8_BLOCK, "float-quantized"),
     "nvfp4": (NVFP4, "nvfp4-pack-quantized"),
+    "nf4": (bnb4("nf4"), "bitsandbytes-nf4"),
+    "fp4": (bnb4("fp4"), "bitsandbytes-fp4"),
+    "llm-int8": (LLM_INT8, "bitsandbytes-int8"),
     "gptq-g32": (F16_INT4, "gptq"),
     "gptq-asym": (replace(F16_INT4, symmetric=False), "gptq"),
     "gptq-int8": (replace(INT8, scale=ScaleSpec(dtype=DType.F16)), "gptq"),
@@ -83,7 +88,9 @@ def test_stores_what_it_announced(case: str) -> None:
     for spec in specs:
         part = parts[spec.suffix]
         assert (DType.from_torch(part.dtype), tuple(part.shape)) == (spec.dtype, spec.shape), spec.suffix
-        assert part.is_contiguous() and part.stride(-1) == 1, spec.suffix  # Its bytes can be viewed.
+        assert part.is_contiguous() and (part.ndim == 0 or part.stride(-1) == 1), (
+            spec.suffix
+        )  # Its bytes can be viewed.
     assert name == format_for(scheme).name or format_for(scheme, format_named(name).quant_method).name == name
 
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, W8A8, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, int4
 from tests.checkpoints import Naming
 from tests.formats.whole_model import Choice, dense, either, routed_experts, write_quantized
 
@@ -39,6 +39,8 @@ MORE: dict[str, tuple[Choice, int]] = {
     ),
     "int4-experts-w8a8-dense": (either(routed_experts(*INT4), dense(W8A8, "int-quantized")), 32),
     "w8a8-dense-only": (dense(W8A8, "int-quantized"), 32),
+    "nvfp4-dense-only": (dense(NVFP4, "nvfp4-pack-quantized"), 32),
+    "fp8-tiles-dense-only": (dense(FP8_BLOCK, "float-quantized", attention=False), 128),
     "int8-dense-only": (dense(INT8, "pack-quantized"), 32),
     "int4-two-layers-of-three": (routed_experts(*INT4, layers=(0, 2)), 32),
     "fp8-block-two-layers-of-three": (routed_experts(FP8_BLOCK, "fp8-block", layers=(0, 2)), 128),
@@ -108,6 +110,7 @@ def test_a_text_only_class_reads_a_vision_checkpoint(tmp_path: Path, case: str) 
 
 REFUSED: dict[str, tuple[Choice, bool]] = {
     "w8a8 experts": (routed_experts(W8A8, "int-quantized"), True),
+    "fp8 tiles of experts": (routed_experts(FP8_BLOCK, "float-quantized"), True),
     "asymmetric experts": (routed_experts(int4(32, symmetric=False), "pack-quantized"), True),
     "asymmetric linears": (dense(int4(32, symmetric=False), "pack-quantized"), True),
     "int4 beside experts kept one by one": (routed_experts(*INT4, layers=(0, 2)), False),
@@ -117,6 +120,13 @@ REFUSED: dict[str, tuple[Choice, bool]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_transformers_cannot_read_fails_loudly(tmp_path: Path, case: str) -> None:
     choose, stack_kept = REFUSED[case]
-    write_quantized(tmp_path, choose, naming="vl", group=32, stack_kept=stack_kept)
+    group = 128 if "tiles" in case else 32
+    write_quantized(tmp_path, choose, naming="vl", group=group, stack_kept=stack_kept)
     with pytest.raises(RuntimeError):
         load(tmp_path, "Qwen3_5MoeForConditionalGeneration")
+
+
+def test_transformers_reads_nvfp4_experts_wrong_without_a_word(tmp_path: Path) -> None:
+    written = write_quantized(tmp_path, routed_experts(NVFP4, "nvfp4-pack-quantized"), naming="vl", group=32)
+    with pytest.raises(AssertionError, match=r"experts\.\d+\.\w+_proj"):
+        compare(load(tmp_path, "Qwen3_5MoeForConditionalGeneration"), *written)

@@ -15,7 +15,8 @@ from qconvert.core.scheme import Scheme
 from qconvert.formats.engine_rules import ModuleDecision
 from qconvert.formats.quantization_config import quantization_config
 from qconvert.formats.table import format_named
-from qconvert.numerics.rounding import quantize
+from qconvert.numerics.finite import largest_of
+from qconvert.numerics.rounding import quantize, second_scale_for
 from tests.checkpoints import Naming, save_checkpoint, tiny_config, tiny_tensors
 
 Choice = Callable[[str], tuple[Scheme, str] | None]
@@ -87,7 +88,8 @@ def write_quantized(
     for decision in decisions:
         if decision.scheme is None or decision.format is None:
             continue
-        rounded = quantize(written.pop(decision.name + ".weight"), decision.scheme).quantized
+        w = written.pop(decision.name + ".weight")
+        rounded = quantize(w, decision.scheme, second=second_scale_for(decision.scheme, largest_of(w))).quantized
         kept.pop(decision.name + ".weight")
         quantized[decision.name] = rounded
         for suffix, part in format_named(decision.format).pack(rounded).items():

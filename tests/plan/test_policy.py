@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from qconvert.arch.shapes import expected_roles
-from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.errors import FormatError, PlanError, UsageError
 from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
-from qconvert.core.scheme import INT8, int4
-from qconvert.plan.policy import SCHEME_NAMES, Policy, default_policy, read_rules, scheme_named
+from qconvert.core.scheme import FP8_BLOCK, INT8, int4
+from qconvert.formats.table import METHODS
+from qconvert.plan.policy import SCHEME_NAMES, Policy, Rule, default_policy, read_rules, scheme_named
 from reference_model.config import ModelConfig
 from tests.checkpoints import tiny_config
 
@@ -91,3 +92,42 @@ def test_the_hash_changes_with_every_rule() -> None:
     policies = [default_policy(scheme_named(name)) for name in SCHEME_NAMES]
     policies += [default_policy(int4(32)), default_policy(int4(symmetric=False)), default_policy(int4(), search=True)]
     assert len({policy.hash for policy in policies}) == len(policies)
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+def test_what_a_manifest_says_of_a_policy_is_the_policy(name: str, method: str | None) -> None:
+    policy = default_policy(scheme_named(name))
+    if method is not None:
+        try:
+            policy = policy.stored_as(method)
+        except FormatError as reason:
+            assert f"no format of {method} holds" in str(reason)
+            return
+    again = Policy.of_entries(policy.entries(), "manifest.json")
+    assert again.hash == policy.hash
+
+
+def test_a_loader_that_is_unknown_or_does_not_read_the_scheme_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="format 'gguf' is unknown; expected one of compressed-tensors, fp8, gptq"):
+        default_policy(int4(32)).stored_as("gguf")
+    file = tmp_path / "policy.toml"
+    file.write_text("[[rule]]\nmatch = 'text.expert.*'\nscheme = 'fp8'\nformat = 'gptq'\n")
+    with pytest.raises(UsageError, match="rule 1: no format of gptq holds fp8-channel"):
+        read_rules(file)
+
+
+def test_a_rule_that_names_its_loader_keeps_it() -> None:
+    own = Rule(match="text.attention.*", scheme=FP8_BLOCK, reason="mine", method="fp8")
+    policy = default_policy(FP8_BLOCK, rules=(own,)).stored_as("compressed-tensors")
+    assert [rule.method for rule in policy.rules[:2]] == ["fp8", "compressed-tensors"]
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "llm-int8"])
+def test_bitsandbytes_keeps_experts_and_ruins_no_output_gate(name: str) -> None:
+    policy = default_policy(scheme_named(name))
+    assert policy.decide(role(Kind.EXPERT_GATE)).scheme is None
+    assert policy.decide(role(Kind.LINEAR_OUTPUT)).scheme == scheme_named(name)
+    assert (policy.decide(role(Kind.ATTENTION_QUERY)).scheme is None) == (name != "llm-int8")
+    with pytest.raises(UsageError, match="drop the search"):
+        default_policy(scheme_named(name), search=True)

@@ -71,6 +71,8 @@ def install() -> None:
         words.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.MARLIN, None)
         words.check_moe_marlin_supports_layer = lambda *_, **__: True
     gptq.verify_marlin_supported = lambda **_: None
+    leave_out(ct_moe_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod, "input_global_scale", lambda method: method.use_a16)
+    leave_out(gptq.AutoGPTQMoEMethod, "bias", lambda method: True)
     emulate_linear(ct_int.CompressedTensorsWNA16, "apply_weights", from_words)
     emulate_linear(ct_fp8.CompressedTensorsW8A8Fp8, "apply_weights", from_fp8)
     emulate_linear(ct_int8.CompressedTensorsW8A8Int8, "apply_weights", from_int8)
@@ -208,6 +210,22 @@ def emulate_experts(method: type, dequantize: Dequantize) -> None:
         emulated[method.__name__] += 1
 
     method.process_weights_after_loading = after_loading  # type: ignore[attr-defined]
+
+
+def leave_out(method: type, name: str, where: Callable[[Any], bool]) -> None:
+    """Drop what vLLM creates for experts that may lack it and then counts as missing.
+
+    That is the scales of inputs that stay in 16 bits, from which nothing is read, and biases, which are zeros then.
+    """
+    create = method.create_weights  # type: ignore[attr-defined]
+
+    def create_weights(self: Any, layer: nn.Module, *arguments: Any, **named: Any) -> None:
+        create(self, layer, *arguments, **named)
+        if where(self):
+            delattr(layer, f"w13_{name}")
+            delattr(layer, f"w2_{name}")
+
+    method.create_weights = create_weights  # type: ignore[attr-defined]
 
 
 def replace_parameters(layer: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,0 +1,80 @@
+"""bitsandbytes reads our codes as we do; its integers are the nearest; zeros and bad numbers are taken care of."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import pytest
+import torch
+from bitsandbytes import functional
+from torch import Tensor
+
+from qconvert.core.errors import DataError, UsageError
+from qconvert.core.quantized import CODEBOOKS
+from qconvert.core.scheme import LLM_INT8, bnb4
+from qconvert.formats.bitsandbytes_state import Bitsandbytes4
+from qconvert.numerics.rounding import has_kernel, quantize
+
+KINDS: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
+
+
+def weights() -> Tensor:
+    return (torch.randn(24, 160, generator=torch.Generator().manual_seed(2)) * 0.02).bfloat16()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_bit_codes_are_theirs_and_mean_the_same(kind: Literal["nf4", "fp4"]) -> None:
+    w = weights()
+    q = quantize(w, bnb4(kind)).quantized
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type=kind)
+    parts = Bitsandbytes4(kind).pack(q)
+    theirs = {"weight." + name: part for name, part in state.as_dict(packed=True).items()}
+    assert torch.equal(parts["weight"], packed) and theirs.keys() == parts.keys() - {"weight"}
+    assert all(torch.equal(parts[name], part) for name, part in theirs.items())
+    state.dtype = torch.float32
+    assert torch.allclose(functional.dequantize_4bit(packed, state), q.dequantize(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_other_code_is_nearer(kind: Literal["nf4", "fp4"]) -> None:
+    w = weights()
+    q = quantize(w, bnb4(kind)).quantized
+    scaled = w.float().reshape(-1, 64) / q.scale[:, None]
+    table = torch.tensor(CODEBOOKS[kind])
+    best = (scaled[..., None] - table).abs().amin(-1)
+    chosen = (scaled - table[q.codes.reshape(-1, 64).long()]).abs()
+    assert float((chosen - best).max()) < 1e-6
+
+
+def test_integers_of_llm_int8() -> None:
+    w = weights()
+    q = quantize(w, LLM_INT8).quantized
+    largest = w.float().abs().amax(1)
+    assert torch.equal(q.scale.squeeze(1), largest) and int(q.codes.min()) >= -127
+    assert torch.equal(q.codes, (w.float() * (127 / largest[:, None])).round().to(torch.int8)) or bool(
+        ((q.dequantize() - w.float()).abs() <= largest[:, None] / 254 * (1 + 1e-5)).all()
+    )
+    theirs = functional.int8_vectorwise_dequant(q.codes, q.scale.squeeze(1))
+    assert torch.allclose(theirs, q.dequantize(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scheme", [bnb4("nf4"), bnb4("fp4"), LLM_INT8], ids=str)
+def test_zeros_stay_zeros_and_bad_numbers_are_errors(scheme: object) -> None:
+    w = weights()
+    w[3] = 0.0
+    w[4, :64] = -0.0
+    q = quantize(w, scheme).quantized  # type: ignore[arg-type]
+    assert not bool(q.dequantize()[3].any()) and bool((q.scale > 0).all())
+    w[7, 7] = float("nan")
+    with pytest.raises(DataError, match="1 NaN"):
+        quantize(w, scheme)  # type: ignore[arg-type]
+    assert not has_kernel(scheme)  # type: ignore[arg-type]
+
+
+def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"pip install 'qconvert\[bitsandbytes\]'"):
+        quantize(weights(), bnb4("nf4"))
+    with pytest.raises(ValueError, match="blocks of 64 do not divide"):
+        quantize(weights()[:1, :32], bnb4("nf4"))
