@@ -1,4 +1,4 @@
-"""Conversions that many tests look at."""
+"""Conversions that many tests look at, and what tests with engines prove."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import settings
 from qconvert.convert import convert
 from qconvert.core.scheme import Scheme
 from qconvert.plan.policy import Rule, default_policy
+from tests import proofs
 from tests.checkpoints import make_tiny
 
 # A deadline measures the machine: the tests share two cores with whatever else runs.
@@ -20,6 +21,35 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 Converted = Callable[..., tuple[Path, Path]]
+Prove = Callable[..., None]
+
+_PROOFS = pytest.StashKey[proofs.Proofs]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--proofs``, see tests/proofs.py."""
+    parser.addoption("--proofs", type=Path, default=None, help="JSON file that takes what tests prove of engines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin with nothing proved."""
+    config.stash[_PROOFS] = {}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Write down what was proved."""
+    if (path := config.getoption("--proofs")) is not None:
+        proofs.merge(path, config.stash[_PROOFS])
+
+
+@pytest.fixture
+def prove(request: pytest.FixtureRequest) -> Prove:
+    """Called at the end of a test with ``written``, ``what``, ``engine``, ``version`` and ``result``."""
+
+    def note(**result: Any) -> None:
+        proofs.add(request.config.stash[_PROOFS], test=request.node.nodeid.partition("[")[0], **result)
+
+    return note
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights
 from reference_model.model import CausalLM
 from tests.checkpoints import Layout, make_tiny
+from tests.conftest import Prove
 from tests.edits import quantization_of
 from tests.tolerances import tolerances
 
@@ -68,9 +69,21 @@ def test_a_conversion_of_a_tiny_checkpoint(tmp_path: Path, name: str, layout: La
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_conversion_of_the_demo_checkpoint(tmp_path: Path, name: str) -> None:
+def test_a_conversion_of_the_demo_checkpoint(tmp_path: Path, name: str, prove: Prove) -> None:
     convert(DEMO, tmp_path / "out", default_policy(SCHEMES[name]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = (DEMO / "heldout" / "code.txt").read_text()
     ids = torch.tensor([tokenizer(text)["input_ids"][:256]])
     assert kl_to_transformers(tmp_path / "out", ids) < tolerances("conversion")["kl_to_transformers"]
+    if name in ("nf4", "fp4", "llm-int8"):
+        version = transformers.__version__
+        prove(written=f"--scheme {name}", what="linears", engine="transformers", version=version, result="right")
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "fp8-block", "nf4"])
+def test_a_pipeline_answers(tmp_path: Path, name: str) -> None:
+    convert(DEMO, tmp_path / "out", default_policy(SCHEMES[name]))
+    answer = transformers.pipeline("text-generation", model=str(tmp_path / "out"), dtype=torch.bfloat16)
+    prompt = "def area(width, height):\n    return"
+    said = answer(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert said.startswith(prompt) and len(said) > len(prompt)

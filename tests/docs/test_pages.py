@@ -13,8 +13,9 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 )
 
 
-def test_the_table_of_tensors_is_current() -> None:
-    script = ROOT / "docs" / "make_architecture.py"
+@pytest.mark.parametrize("name", ["make_architecture.py", "make_formats.py"])
+def test_the_tables_are_current(name: str) -> None:
+    script = ROOT / "docs" / name
     assert subprocess.run([sys.executable, script, "--check"], cwd=ROOT, check=False).returncode == 0
 
 

@@ -20,6 +20,7 @@ from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Schem
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.plan.presets import preset_rules
 from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
+from tests.conftest import Prove
 from tests.edits import edit_quantization, edit_tensors, quantization_of
 from tests.engines.engine import Loaded, load_in_vllm
 from tests.tolerances import tolerances
@@ -46,7 +47,14 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
         {"CompressedTensorsWNA16MoEMethod": 4, "CompressedTensorsWNA16": 4 * 2},
     ),
     "int4-g32-asym": (default_policy(int4(32, symmetric=False)), {"CompressedTensorsWNA16MoEMethod": 4}),
-    "int8": (default_policy(INT8), {"CompressedTensorsWNA16MoEMethod": 4}),
+    "int8-everywhere": (
+        default_policy(INT8, rules=always_active(INT8, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        {"CompressedTensorsWNA16MoEMethod": 4, "CompressedTensorsWNA16": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
+    "int4-everywhere": (
+        default_policy(int4(32), rules=always_active(int4(32), SHARED + LINEAR_ATTENTION + ATTENTION)),
+        {"CompressedTensorsWNA16MoEMethod": 4, "CompressedTensorsWNA16": 4 * 2 + 3 * 2 + 1 * 2},
+    ),
     "w8a8-everywhere": (
         default_policy(W8A8, rules=always_active(W8A8, SHARED + LINEAR_ATTENTION + ATTENTION)),
         {"CompressedTensorsW8A8Int8MoEMethod": 4, "CompressedTensorsW8A8Int8": 4 * 2 + 3 * 2 + 1 * 2},
@@ -87,6 +95,27 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
     ),
 }
 """What is converted, and how many layers vLLM must have read as quantized, by the class that reads them."""
+
+
+VLLM = "0.32.0"
+COMMANDS = {
+    "int4-g32": "--scheme int4",
+    "int4-g128": "--scheme int4",
+    "int4-everywhere": "--scheme int4",
+    "int4-g32-asym": "--scheme int4 --asymmetric",
+    "int8-everywhere": "--scheme int8",
+    "w8a8-everywhere": "--scheme w8a8",
+    "mxfp4-everywhere": "--scheme mxfp4",
+    "nvfp4-everywhere": "--scheme nvfp4",
+    "fp8-everywhere": "--scheme fp8",
+    "fp8-block-everywhere": "--scheme fp8-block",
+    "fp8-tiles": "--scheme fp8-block --format compressed-tensors",
+    "gptq": "--scheme int4 --format gptq",
+    "gptq-int8-everywhere": "--scheme int8 --format gptq",
+    "awq": "--scheme int4 --asymmetric --format awq",
+    "awq-everywhere": "--scheme int4 --format awq",
+}
+"""How `qconvert quantize` is asked for what a policy writes."""
 
 
 def swap_gate_and_up(tensors: dict[str, Tensor]) -> None:
@@ -181,9 +210,12 @@ def test_unquantized_weights_mean_the_same_to_both(loads: Mapping[str, Loaded]) 
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded], name: str) -> None:
+def test_a_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded], name: str, prove: Prove) -> None:
     check(loads[name], "demo")
     assert loads[name].emulated == POLICIES[name][1]
+    for what in ("experts", "linears") if "everywhere" in name else ("experts",):
+        if name in COMMANDS:
+            prove(written=COMMANDS[name], what=what, engine="vLLM", version=VLLM, result="loads right")
 
 
 def test_a_text_only_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, int4
 from tests.checkpoints import Naming
+from tests.conftest import Prove
 from tests.formats.whole_model import Choice, dense, either, routed_experts, write_quantized
 
 INT4 = (int4(32), "pack-quantized")
@@ -45,6 +46,30 @@ MORE: dict[str, tuple[Choice, int]] = {
     "int4-two-layers-of-three": (routed_experts(*INT4, layers=(0, 2)), 32),
     "fp8-block-two-layers-of-three": (routed_experts(FP8_BLOCK, "fp8-block", layers=(0, 2)), 128),
 }
+
+
+TRANSFORMERS = {"engine": "transformers", "version": transformers.__version__}
+COMMANDS = {
+    "int4-g32": "--scheme int4",
+    "int4-g128": "--scheme int4",
+    "int8": "--scheme int8",
+    "fp8": "--scheme fp8",
+    "fp8-block": "--scheme fp8-block",
+    "mxfp4": "--scheme mxfp4",
+    "int4-experts-and-dense": "--scheme int4",
+    "int8-dense-only": "--scheme int8",
+    "fp8-experts-and-dense": "--scheme fp8",
+    "fp8-block-experts-and-dense": "--scheme fp8-block",
+    "mxfp4-experts-and-dense": "--scheme mxfp4",
+    "w8a8-dense-only": "--scheme w8a8",
+    "nvfp4-dense-only": "--scheme nvfp4",
+    "fp8-tiles-dense-only": "--scheme fp8-block --format compressed-tensors",
+    "w8a8 experts": "--scheme w8a8",
+    "fp8 tiles of experts": "--scheme fp8-block --format compressed-tensors",
+    "asymmetric experts": "--scheme int4 --asymmetric",
+    "asymmetric linears": "--scheme int4 --asymmetric",
+}
+"""How `qconvert quantize` is asked for what a case writes."""
 
 
 def load(path: Path, kind: str) -> Any:
@@ -87,18 +112,23 @@ def compare(model: Any, quantized: dict[str, QuantizedTensor], kept: dict[str, T
 @pytest.mark.parametrize("stack_kept", [False, True], ids=["mtp-per-expert", "mtp-stacked"])
 @pytest.mark.parametrize("naming", ["vl", "text"])
 @pytest.mark.parametrize("case", EXPERTS)
-def test_experts_are_our_dequantized_numbers(tmp_path: Path, case: str, naming: Naming, stack_kept: bool) -> None:
+def test_experts_are_our_dequantized_numbers(
+    tmp_path: Path, case: str, naming: Naming, stack_kept: bool, prove: Prove
+) -> None:
     choose, group = EXPERTS[case]
     written = write_quantized(tmp_path, choose, naming=naming, group=group, stack_kept=stack_kept)
     kind = "Qwen3_5MoeForConditionalGeneration" if naming == "vl" else "Qwen3_5MoeForCausalLM"
     compare(load(tmp_path, kind), *written)
+    prove(written=COMMANDS[case], what="experts", result="right", **TRANSFORMERS)
 
 
 @pytest.mark.parametrize("case", MORE)
-def test_other_choices_are_our_dequantized_numbers(tmp_path: Path, case: str) -> None:
+def test_other_choices_are_our_dequantized_numbers(tmp_path: Path, case: str, prove: Prove) -> None:
     choose, group = MORE[case]
     written = write_quantized(tmp_path, choose, naming="vl", group=group)
     compare(load(tmp_path, "Qwen3_5MoeForConditionalGeneration"), *written)
+    if case in COMMANDS:
+        prove(written=COMMANDS[case], what="linears", result="right", **TRANSFORMERS)
 
 
 @pytest.mark.parametrize("case", ["int4-g32", "fp8", "fp8-block"])
@@ -118,15 +148,19 @@ REFUSED: dict[str, tuple[Choice, bool]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_transformers_cannot_read_fails_loudly(tmp_path: Path, case: str) -> None:
+def test_what_transformers_cannot_read_fails_loudly(tmp_path: Path, case: str, prove: Prove) -> None:
     choose, stack_kept = REFUSED[case]
     group = 128 if "tiles" in case else 32
     write_quantized(tmp_path, choose, naming="vl", group=group, stack_kept=stack_kept)
     with pytest.raises(RuntimeError):
         load(tmp_path, "Qwen3_5MoeForConditionalGeneration")
+    if case in COMMANDS:
+        what = "linears" if "linears" in case else "experts"
+        prove(written=COMMANDS[case], what=what, result="refused", **TRANSFORMERS)
 
 
-def test_transformers_reads_nvfp4_experts_wrong_without_a_word(tmp_path: Path) -> None:
+def test_transformers_reads_nvfp4_experts_wrong_without_a_word(tmp_path: Path, prove: Prove) -> None:
     written = write_quantized(tmp_path, routed_experts(NVFP4, "nvfp4-pack-quantized"), naming="vl", group=32)
     with pytest.raises(AssertionError, match=r"experts\.\d+\.\w+_proj"):
         compare(load(tmp_path, "Qwen3_5MoeForConditionalGeneration"), *written)
+    prove(written="--scheme nvfp4", what="experts", result="wrong", **TRANSFORMERS)

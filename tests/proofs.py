@@ -1,0 +1,41 @@
+"""What tests with real engines have shown of each format, for the table in docs/formats.md.
+
+``pytest --proofs docs/formats.json`` adds what its tests prove to the file, ``python docs/make_formats.py`` writes the
+table. A test reaches ``prove`` only after its assertions.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+Result = Literal["right", "loads right", "refused", "wrong"]
+"""``loads right``: the engine's kernels were replaced, see tests/engines/vllm_shim."""
+
+Proofs = dict[str, dict[str, dict[str, dict[str, str]]]]
+"""How it was written -> experts or linears -> engine -> result, version, date, test."""
+
+
+def add(proofs: Proofs, *, written: str, what: str, engine: str, version: str, result: Result, test: str) -> None:
+    """Note one result; two tests that say different things of the same thing are an error.
+
+    Raises:
+        ValueError: they do.
+    """
+    engines = proofs.setdefault(written, {}).setdefault(what, {})
+    known = engines.get(engine)
+    if known is not None and known["result"] != result:
+        raise ValueError(f"{written}, {what}, {engine}: {test} says {result}, {known['test']} says {known['result']}")
+    today = datetime.date.today().isoformat()
+    engines[engine] = {"result": result, "version": version, "date": today, "test": test}
+
+
+def merge(path: Path, found: Proofs) -> None:
+    """Put what was found into the file, in place of what it says of the same."""
+    proofs: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for written, whats in found.items():
+        for what, engines in whats.items():
+            proofs.setdefault(written, {}).setdefault(what, {}).update(engines)
+    path.write_text(json.dumps(proofs, indent=1, sort_keys=True) + "\n", encoding="utf-8")
