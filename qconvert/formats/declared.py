@@ -11,6 +11,7 @@ from qconvert.formats.read_bitsandbytes import read_bitsandbytes
 from qconvert.formats.read_compressed_tensors import read_compressed_tensors
 from qconvert.formats.read_fp8 import read_fp8
 from qconvert.formats.read_gptq import read_awq, read_gptq
+from qconvert.formats.read_modelopt import read_modelopt
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Declared]] = {
     "compressed-tensors": read_compressed_tensors,
@@ -18,6 +19,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Declared]] = {
     "gptq": read_gptq,
     "awq": read_awq,
     "bitsandbytes": read_bitsandbytes,
+    "modelopt": read_modelopt,
 }
 
 

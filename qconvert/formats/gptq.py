@@ -13,6 +13,7 @@ from qconvert.core.errors import FormatError
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Scheme
 from qconvert.formats.base import PartSpec
+from qconvert.formats.column_groups import check_groups_of_inputs, consecutive_groups
 from qconvert.formats.transposed import ZEROS, Transposed, check_integers, flipped
 from qconvert.numerics.packing import pack_int32, unpack_int32
 
@@ -80,7 +81,7 @@ class Gptq(Transposed):
         """See ``Format.pack``."""
         index = quantized.column_group
         if index is None:
-            index = _consecutive(quantized.scheme, quantized.shape)
+            index = consecutive_groups(quantized.scheme, quantized.shape)
         return {**Transposed.pack(self, quantized, shape=shape), GROUP_OF_INPUT: index.to(torch.int32)}
 
     def unpack(
@@ -93,20 +94,9 @@ class Gptq(Transposed):
     ) -> QuantizedTensor:
         """See ``Format.unpack``; also ``FormatError`` where ``g_idx`` is no permutation of the groups."""
         quantized = Transposed.unpack(self, parts, scheme, shape, whole=whole)
-        index, consecutive = parts[GROUP_OF_INPUT], _consecutive(scheme, shape)
-        if torch.equal(index, consecutive):
-            return quantized
-        if not torch.equal(index.sort().values, consecutive):
-            raise FormatError(
-                f"{GROUP_OF_INPUT} does not give every group its {shape[1] // quantized.scale.shape[1]} inputs"
-            )
+        index = check_groups_of_inputs(parts[GROUP_OF_INPUT], scheme, shape, GROUP_OF_INPUT)
         return replace(quantized, column_group=index)
 
 
 GPTQ_V2 = Gptq(name="gptq_v2", zero_offset=0)
 """Read only: engines take version 1 for granted where a configuration says nothing."""
-
-
-def _consecutive(scheme: Scheme, shape: tuple[int, int]) -> Tensor:
-    groups = scheme.scale_shape(*shape)[1]
-    return torch.arange(groups, dtype=torch.int32).repeat_interleave(shape[1] // groups)

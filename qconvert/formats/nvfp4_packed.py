@@ -88,12 +88,10 @@ class Nvfp4Packed:
         *,
         whole: tuple[int, int] | None = None,
     ) -> QuantizedTensor:
-        """See ``Format.unpack``. A scale may be zero: that of a group too small for e4m3."""
+        """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[GLOBAL_SCALE], GLOBAL_SCALE)
-        scale = parts[SCALE].to(torch.float32)
-        if wrong := int((~(scale >= 0.0)).sum()):
-            raise FormatError(f"{SCALE} holds {wrong} scales that are negative or NaN")
+        check_second_level(parts[SCALE], SCALE)
         return QuantizedTensor(
             codes=unpack_pairs(parts[PACKED]),
             scale=parts[SCALE],
@@ -101,3 +99,13 @@ class Nvfp4Packed:
             scheme=scheme,
             shape=shape,
         )
+
+
+def check_second_level(scale: Tensor, suffix: str) -> None:
+    """Refuse scales that no rounding makes; one of zero is that of a group too small for e4m3.
+
+    Raises:
+        FormatError: a scale is negative or NaN.
+    """
+    if wrong := int((~(scale.to(torch.float32) >= 0.0)).sum()):
+        raise FormatError(f"{suffix} holds {wrong} scales that are negative or NaN")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from qconvert.core.errors import FormatError
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Channel, Group, Int, Scheme
 from qconvert.formats.base import PartSpec, check_groups, check_parts, check_scales
+from qconvert.formats.column_groups import check_groups_of_inputs
 from qconvert.numerics.packing import pack_int32, unpack_int32
 
 PACKED = "weight_packed"
 SCALE = "weight_scale"
 ZERO_POINT = "weight_zero_point"
 SHAPE = "weight_shape"
+GROUP_OF_INPUT = "weight_g_idx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,40 @@ class PackQuantized:
             scheme=scheme,
             shape=shape,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PackReordered(PackQuantized):
+    """The same with ``weight_g_idx`` int32 [K], the group of every input: activation order. Read only."""
+
+    def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
+        """Those of ``PackQuantized``, and the groups."""
+        index = PartSpec(suffix=GROUP_OF_INPUT, dtype=DType.I32, shape=(shape[1],), rows_per_row=0)
+        return (*PackQuantized.parts(self, scheme, shape), index)
+
+    def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Not available.
+
+        Raises:
+            FormatError: always: vLLM's experts refuse it.
+        """
+        raise FormatError(f"{self.name} with groups that are not consecutive is read only")
+
+    def unpack(
+        self,
+        parts: Mapping[str, Tensor],
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        whole: tuple[int, int] | None = None,
+    ) -> QuantizedTensor:
+        """See ``Format.unpack``; also ``FormatError`` where the index is no permutation of the groups."""
+        quantized = PackQuantized.unpack(self, parts, scheme, shape, whole=whole)
+        index = check_groups_of_inputs(parts[GROUP_OF_INPUT], scheme, shape, GROUP_OF_INPUT)
+        return replace(quantized, column_group=index)
+
+
+REORDERED = PackReordered()
 
 
 def _transposed(matrix: Tensor) -> Tensor:

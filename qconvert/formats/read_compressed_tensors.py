@@ -11,6 +11,8 @@ from qconvert.core.errors import SourceError
 from qconvert.core.scheme import Activation, Block, Blocking, Channel, Float, Group, Int, PerTensor, ScaleSpec, Scheme
 from qconvert.formats.base import Format
 from qconvert.formats.declaration import Declaration, Declared, NameList, names_of
+from qconvert.formats.fp8_tensor import Fp8Tensor
+from qconvert.formats.pack_quantized import REORDERED
 from qconvert.formats.table import FORMATS
 
 
@@ -50,18 +52,27 @@ def read_compressed_tensors(block: Mapping[str, Any]) -> Declared:
     read = []
     for name, group in groups.items():
         where = f"quantization_config.config_groups.{name}"
-        form = _format(group.get("format") or block.get("format"), "compressed-tensors", where)
         scheme = _scheme(group, where)
+        form = _format(group.get("format") or block.get("format"), group, scheme, where)
         read.append((names_of(group.get("targets"), f"{where}.targets"), Declaration(format=form, scheme=scheme)))
     ignore = names_of(block.get("ignore") or (), "quantization_config.ignore")
     return CompressedTensors(groups=tuple(read), ignore=ignore)
 
 
-def _format(name: Any, method: str, where: str) -> Format:
-    known = [form for form in FORMATS if form.quant_method == method]
+_TENSOR = Fp8Tensor(name="float-quantized", quant_method="compressed-tensors", scale_shape=(1,))
+
+
+def _format(name: Any, group: Mapping[str, Any], scheme: Scheme, where: str) -> Format:
+    known = [form for form in FORMATS if form.quant_method == "compressed-tensors"]
     for form in known:
-        if form.name == name:
-            return form
+        if form.name != name:
+            continue
+        if name == _TENSOR.name and scheme.blocking == PerTensor():
+            return _TENSOR
+        # `static` reorders while it rounds and stores groups that are consecutive
+        return (
+            REORDERED if name == REORDERED.name and group["weights"].get("actorder") in ("group", "dynamic") else form
+        )
     raise SourceError(
         f"config.json: {where} has the format {name!r}; {', '.join(form.name for form in known)} can be read"
     )
@@ -71,8 +82,9 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise SourceError(f"config.json: {where}.weights is {weights!r}; expected an object")
-    if weights.get("actorder"):
-        raise SourceError(f"config.json: {where}.weights.actorder is {weights['actorder']!r}: reordered columns")
+    order = weights.get("actorder")
+    if order not in (None, False, "static", "weight", "group", "dynamic"):
+        raise SourceError(f"config.json: {where}.weights.actorder is {order!r}; static and group can be read")
     return Scheme(
         grid=_grid(weights, f"{where}.weights"),
         blocking=_blocking(weights, f"{where}.weights"),
