@@ -46,7 +46,12 @@ class Conversion:
 
 
 def plan_conversion(
-    source: Path, policy: Policy, *, max_memory: int | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+    source: Path,
+    policy: Policy,
+    *,
+    max_memory: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    from_quantized: bool = False,
 ) -> Plan:
     """Decide what happens to every tensor of ``source``; reads headers only. Arguments as for ``convert``.
 
@@ -56,7 +61,7 @@ def plan_conversion(
         FormatError: a matrix does not fit the format of its scheme.
     """
     with Checkpoint.open(source) as checkpoint:
-        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
 
@@ -69,6 +74,7 @@ def convert(
     jobs: int = 2,
     max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    from_quantized: bool = False,
     fresh: bool = False,
     algorithm: str = XXH3,
     device: torch.device = CPU,
@@ -87,6 +93,8 @@ def convert(
         max_memory: bytes that the whole process may hold, what it holds already included; ``None`` lets the
             conversion add ``DEFAULT_MEMORY``.
         shard_bytes: largest output file.
+        from_quantized: take a source that is quantized already: its matrices are dequantized in float32, one at a
+            time, and rounded anew; losses are against these numbers.
         fresh: start over instead of going on from what an earlier run left.
         algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
         device: where matrices are rounded: by compiled kernels on a CPU, by the plain torch expressions elsewhere.
@@ -100,7 +108,7 @@ def convert(
     check_device(device)
     new_hash(algorithm)  # before anything is read
     with Checkpoint.open(source) as checkpoint:
-        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from qconvert.core.errors import DataError
 from qconvert.core.plan import Quantize
 from qconvert.formats.table import format_named
+from qconvert.numerics.finite import all_finite
 from qconvert.numerics.rounding import quantize, second_scale_for
+
+WEIGHT = "weight"
+"""The one part of a matrix that is not quantized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +48,20 @@ def encode(rows: Tensor, action: Quantize, shape: tuple[int, int], second: float
     rounded = quantize(rows, action.scheme, search=action.search, second=second)
     parts = format_named(action.format).pack(rounded.quantized, shape=shape)
     return Encoded(parts=parts, squared_error=rounded.squared_error, signal=rounded.signal)
+
+
+def to_bf16(rows: Tensor) -> Encoded:
+    """Cast some float32 rows to the part ``WEIGHT`` in BF16.
+
+    Raises:
+        DataError: a value is NaN or infinite, or becomes so.
+    """
+    cast = rows.to(torch.bfloat16)
+    if not all_finite(cast):
+        raise DataError("has NaN or infinite values in BF16")
+    lost = cast.to(torch.float32).sub_(rows).view(-1)
+    flat = rows.reshape(-1)
+    return Encoded(parts={WEIGHT: cast}, squared_error=float(lost.dot(lost)), signal=float(flat.dot(flat)))
 
 
 def second_scale(action: Quantize, largest: float) -> float:

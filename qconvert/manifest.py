@@ -11,12 +11,13 @@ from math import log10
 from typing import Any
 
 from qconvert import __version__
-from qconvert.core.plan import Plan, Quantize
+from qconvert.core.plan import Plan
 from qconvert.io.file_record import FileRecord
 from qconvert.io.hashing import new_hash
 from qconvert.run import Loss, Outcome
 
 MANIFEST_FILE = "manifest.json"
+SOURCE_QUANTIZATION = "source_quantization"
 
 
 def summary(
@@ -51,8 +52,16 @@ def summary(
             for role, action, reason, tensors, nbytes in plan.decisions()
         ],
         "left_out": dict(plan.left_out),
+        **of_quantized(plan.source_quantization),
         "sqnr_db": sqnr_by_role(plan, outcomes),
     }
+
+
+def of_quantized(source: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the source was, if it was quantized, and what losses then are losses of."""
+    if source is None:
+        return {}
+    return {SOURCE_QUANTIZATION: {**source, "sqnr_db_against": "the source dequantized in float32"}}
 
 
 def manifest_parts(
@@ -65,7 +74,8 @@ def manifest_parts(
     """The file's content: ``summary``, the other files, then every output tensor on a line of its own, and the seal.
 
     A tensor has its hash, type and shape, the number of its decision, which gives scheme and reason, and the source
-    rows that it was made from with their hash.
+    rows that it was made from with their hash. Of a matrix that is quantized in the source it names the first part,
+    the codes, and the hash is that of all parts.
     """
     seal = new_hash(head["hash"])
     for part in _unsealed(head, files, plan, outcomes, hashes):
@@ -121,7 +131,7 @@ def sqnr_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, float
     sums: dict[str, tuple[float, float]] = {}
     for step in plan.steps:
         loss = outcomes[step.key].loss
-        if isinstance(step.action, Quantize) and loss is not None:
+        if loss is not None:
             signal, error = sums.get(step.role.path, (0.0, 0.0))
             sums[step.role.path] = (signal + loss.signal, error + loss.squared_error)
     return {path: db(Loss(squared_error=error, signal=signal)) for path, (signal, error) in sums.items()}
@@ -136,7 +146,7 @@ def _source_hash(plan: Plan, outcomes: Mapping[str, Outcome], algorithm: str) ->
     """Hash over all that was read: names, rows, and hashes of their bytes."""
     digest = new_hash(algorithm)
     for step in plan.steps:
-        part = step.inputs[0]
-        line = f"{part.tensor} {part.begin} {part.end} {outcomes[step.key].source_hash}\n"
-        digest.update(memoryview(line.encode()))
+        for part in step.inputs:
+            line = f"{part.tensor} {part.begin} {part.end} {outcomes[step.key].source_hash}\n"
+            digest.update(memoryview(line.encode()))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from qconvert.io.file_record import FileRecord
 from qconvert.io.hashing import ALGORITHMS, SHA256, new_hash
 from qconvert.io.source_folder import open_regular, plain_name
 from qconvert.io.strict_json import parse_object
-from qconvert.manifest import END_LINE, MANIFEST_FILE, TENSORS_LINE, seal_line
+from qconvert.manifest import END_LINE, MANIFEST_FILE, SOURCE_QUANTIZATION, TENSORS_LINE, seal_line
 
 _HEAD_BYTES = 32 << 20
 """More than any plan has decisions and files for."""
@@ -59,6 +59,7 @@ class Manifest:
         policy: these rules, as in a policy file.
         decisions: role, action, reason, count of tensors and bytes of each.
         sqnr_db: signal to rounding error by role path.
+        source_quantization: what it says of a source that was quantized; ``None`` for one that was not.
         files: every file of the folder but the manifest.
         tensors: every output tensor.
     """
@@ -71,6 +72,7 @@ class Manifest:
     policy: tuple[Any, ...]
     decisions: tuple[Mapping[str, Any], ...]
     sqnr_db: Mapping[str, float | None]
+    source_quantization: Mapping[str, Any] | None
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, Entry]
 
@@ -130,6 +132,7 @@ class _Reader:
             policy=self._policy(head),
             decisions=decisions,
             sqnr_db=self._sqnr(head),
+            source_quantization=self._source_quantization(head),
             files=self._files(head, digits),
             tensors=tensors,
         )
@@ -188,6 +191,12 @@ class _Reader:
         found = head.get("sqnr_db")
         if not isinstance(found, dict) or not all(value is None or type(value) is float for value in found.values()):
             raise self._lies(f"sqnr_db is {_short(found)}, expected numbers by role")
+        return found
+
+    def _source_quantization(self, head: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        found = head.get(SOURCE_QUANTIZATION)
+        if SOURCE_QUANTIZATION in head and not isinstance(found, dict):
+            raise self._lies(f"{SOURCE_QUANTIZATION} is {_short(found)}, expected an object")
         return found
 
     def _files(self, head: Mapping[str, Any], digits: int) -> Mapping[str, FileRecord]:

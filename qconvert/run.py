@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qconvert.core.errors import DataError, PlanError
-from qconvert.core.plan import Keep, Plan, Quantize, Slice, Step
-from qconvert.core.tensor_info import TensorInfo
-from qconvert.encode import encode, second_scale
+from qconvert.core.plan import Dequantize, Keep, Plan, Quantize, Reading, Slice, Step
+from qconvert.encode import WEIGHT, encode, second_scale, to_bf16
 from qconvert.formats.table import format_named
-from qconvert.io.checkpoint import Checkpoint, byte_view
-from qconvert.io.hashing import Hash, new_hash
+from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
+from qconvert.matrix_reader import MatrixReader, SourceHash, StoppedError
 from qconvert.numerics.finite import all_finite, largest_of
-from qconvert.plan.row_blocks import row_blocks
+from qconvert.plan.row_blocks import row_blocks, rows_together
 
 CPU = torch.device("cpu")
 
@@ -44,7 +42,7 @@ class Outcome:
 
     Attributes:
         source_hash: hash of the source bytes that it read, by the sink's algorithm.
-        loss: of a rounded matrix; ``None`` for a copy.
+        loss: of a rounded matrix, also to BF16; ``None`` for a copy.
     """
 
     source_hash: str
@@ -91,6 +89,7 @@ def run(
     Raises:
         PlanError: a step needs more than ``memory``.
         DataError: a weight is NaN or infinite; the message names file and tensor.
+        FormatError: parts of a quantized matrix contradict each other; the message names file and tensor.
         SourceError: the source changed or cannot be read.
         OutputError: the output cannot be written.
     """
@@ -108,7 +107,7 @@ def run(
 
     def work() -> None:
         nonlocal done
-        reader = _Reader(source, stop)
+        reader = MatrixReader(source, stop)
         while not stop.is_set():
             with lock:
                 step = next(waiting, None)
@@ -130,7 +129,7 @@ def run(
             budget.wake()
             pool.shutdown(wait=True)
         for failure in (future.exception() for future in finished):
-            if failure is not None and not isinstance(failure, _StoppedError):
+            if failure is not None and not isinstance(failure, StoppedError):
                 raise failure
     return outcomes
 
@@ -149,47 +148,60 @@ def check_memory(plan: Plan, memory: int) -> None:
         )
 
 
-def execute(step: Step, read: _Reader, sink: Sink, device: torch.device) -> Outcome:
+def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) -> Outcome:
     """Carry one step out."""
-    part = step.inputs[0]
-    source_hash = new_hash(sink.algorithm)
+    source_hash = SourceHash(sink.algorithm, step.inputs)
     match step.action:
         case Keep(name=name):
-            loss, pieces = None, [_keep(part, name, read, sink, source_hash)]
+            loss, pieces = None, [_keep(step.inputs[0], name, read, sink, source_hash)]
+        case Dequantize(name=name):
+            loss, pieces = _dequantize(step.reading, name, read, sink, source_hash)
         case Quantize() as action:
-            loss, pieces = _quantize(part, action, read, sink, source_hash, device)
+            loss, pieces = _quantize(step.reading, action, read, sink, source_hash, device)
     outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss)
     sink.commit(step.key, pieces, outcome.note())
     return outcome
 
 
-def _keep(part: Slice, name: str, read: _Reader, sink: Sink, source_hash: Hash) -> Piece:
+def _keep(part: Slice, name: str, read: MatrixReader, sink: Sink, source_hash: SourceHash) -> Piece:
     info = read.info(part)
     piece = sink.piece(name)
     for begin, end in row_blocks(part.end - part.begin, info.row_width, 1):
-        rows = read(part, begin, end, source_hash)
+        rows = read.stored(part, begin, end, source_hash)
         if not all_finite(rows):
             raise DataError(f"{info.shard}: {part.tensor} has NaN or infinite values")
         piece.append(rows)
     return piece
 
 
-def _quantize(
-    part: Slice, action: Quantize, read: _Reader, sink: Sink, source_hash: Hash, device: torch.device
+def _dequantize(
+    reading: Reading, name: str, read: MatrixReader, sink: Sink, source_hash: SourceHash
 ) -> tuple[Loss, list[Piece]]:
-    info = read.info(part)
-    shape = (part.end - part.begin, info.shape[-1])
+    piece = sink.piece(name)
+    squared_error = signal = 0.0
+    for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
+        rows = read.rows(reading, begin, end, source_hash)
+        with _named(reading, read, name):
+            cast = to_bf16(rows)
+        piece.append(cast.parts[WEIGHT])
+        squared_error += cast.squared_error
+        signal += cast.signal
+    return Loss(squared_error=squared_error, signal=signal), [piece]
+
+
+def _quantize(
+    reading: Reading, action: Quantize, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+) -> tuple[Loss, list[Piece]]:
+    shape = read.shape(reading)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
     second = second_scale(action, _largest(action, read))
-    for begin, end in row_blocks(*shape, form.row_block(action.scheme, shape)):
-        rows = read(part, begin, end, source_hash).to(device)
-        try:
+    for begin, end in row_blocks(*shape, rows_together(reading.packed, form.row_block(action.scheme, shape))):
+        rows = read.rows(reading, begin, end, source_hash).to(device)
+        with _named(reading, read, action.module):
             encoded = encode(rows, action, shape, second)
-        except DataError as error:
-            raise DataError(f"{info.shard}: {part.tensor}, for {action.module}: {error}") from None
         for spec in specs:
             if spec.rows_per_row or begin == 0:
                 pieces[spec.suffix].append(encoded.parts[spec.suffix].cpu())
@@ -198,53 +210,31 @@ def _quantize(
     return Loss(squared_error=squared_error, signal=signal), list(pieces.values())
 
 
-def _largest(action: Quantize, read: _Reader) -> float:
+@contextmanager
+def _named(reading: Reading, read: MatrixReader, becomes: str) -> Iterator[None]:
+    """Say which tensor an error speaks of."""
+    try:
+        yield
+    except DataError as error:
+        part = reading.inputs[0]
+        raise DataError(f"{read.info(part).shard}: {part.tensor}, for {becomes}: {error}") from None
+
+
+def _largest(action: Quantize, read: MatrixReader) -> float:
     """The largest value of all matrices that share a second scale: they are read once more for it."""
     largest = 0.0
-    for part in action.scale_over:
-        info = read.info(part)
-        for begin, end in row_blocks(part.end - part.begin, info.row_width, 1):
-            found = largest_of(read(part, begin, end, None))
+    for reading in action.scale_over:
+        for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
+            found = largest_of(read.rows(reading, begin, end, None))
             if not math.isfinite(found):
-                raise DataError(f"{info.shard}: {part.tensor} has NaN or infinite values")
+                part = reading.inputs[0]
+                raise DataError(f"{read.info(part).shard}: {part.tensor} has NaN or infinite values")
             largest = max(largest, found)
     return largest
 
 
 def _bytes(source: Checkpoint, step: Step) -> int:
     return sum((part.end - part.begin) * source.tensors[part.tensor].row_bytes for part in step.inputs)
-
-
-class _StoppedError(Exception):
-    """Another step has failed, or the run is interrupted."""
-
-
-class _Reader:
-    """Reads rows for one thread at a time into memory that it uses again."""
-
-    def __init__(self, source: Checkpoint, stop: threading.Event) -> None:
-        self._source = source
-        self._stop = stop
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def info(self, part: Slice) -> TensorInfo:
-        return self._source.tensors[part.tensor]
-
-    def __call__(self, part: Slice, begin: int, end: int, into: Hash | None) -> Tensor:
-        """Rows ``begin`` to ``end`` of a part, valid until the next call; their bytes go into the hash, if any.
-
-        Raises:
-            _StoppedError: the run has ended.
-        """
-        if self._stop.is_set():
-            raise _StoppedError
-        needed = (end - begin) * self.info(part).row_bytes
-        if self._buffer.numel() < needed:
-            self._buffer = torch.empty(needed, dtype=torch.uint8)
-        rows = self._source.read(part.tensor, part.begin + begin, part.begin + end, buffer=self._buffer)
-        if into is not None:
-            into.update(byte_view(self._buffer[:needed]))
-        return rows
 
 
 class _Budget:

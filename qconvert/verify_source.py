@@ -19,7 +19,7 @@ from qconvert.io.comparing_sink import ComparingSink
 from qconvert.io.file_record import record_file
 from qconvert.io.hashing import new_hash
 from qconvert.io.source_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_SUFFIX
-from qconvert.manifest import MANIFEST_FILE, sqnr_by_role
+from qconvert.manifest import MANIFEST_FILE, SOURCE_QUANTIZATION, of_quantized, sqnr_by_role
 from qconvert.manifest_reader import Manifest
 from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Policy
@@ -58,7 +58,7 @@ def compare_with_source(
     """
     policy = _policy(out, manifest)
     with Checkpoint.open(source) as checkpoint:
-        plan = build_plan(checkpoint, policy)
+        plan = _plan(checkpoint, policy, manifest)
         planned = {info.name: info for info in plan.layout.tensors}
         faults = [
             *_of_files(checkpoint, plan, policy, manifest),
@@ -76,7 +76,7 @@ def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int) -
     """Find out what ``compare_with_source`` would refuse before anybody waits for ``out`` to be read; see there."""
     policy = _policy(out, manifest)
     with Checkpoint.open(source) as checkpoint:
-        check_memory(build_plan(checkpoint, policy), memory)
+        check_memory(_plan(checkpoint, policy, manifest), memory)
 
 
 def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[str]:
@@ -85,6 +85,10 @@ def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[
         yield f"converted by qconvert {manifest.version}, compared by {__version__}: versions may round differently"
     if manifest.device != device.type:
         yield f"rounded on {manifest.device}, compared on {device.type}: devices may round ties differently"
+
+
+def _plan(checkpoint: Checkpoint, policy: Policy, manifest: Manifest) -> Plan:
+    return build_plan(checkpoint, policy, from_quantized=manifest.source_quantization is not None)
 
 
 def _policy(out: Path, manifest: Manifest) -> Policy:
@@ -101,6 +105,10 @@ def _of_files(checkpoint: Checkpoint, plan: Plan, policy: Policy, manifest: Mani
         )
     if policy.hash != manifest.policy_hash:
         yield Fault(file=MANIFEST_FILE, what=f"policy_hash is {manifest.policy_hash}, its rules give {policy.hash}")
+    told = of_quantized(plan.source_quantization).get(SOURCE_QUANTIZATION)
+    if told != manifest.source_quantization:
+        what = f"{SOURCE_QUANTIZATION} is {manifest.source_quantization}, the source gives {told}"
+        yield Fault(file=MANIFEST_FILE, what=what)
     keys = ("role", "action", "reason", "tensors", "bytes")
     decisions = [dict(zip(keys, one, strict=True)) for one in plan.decisions()]
     for expected in decisions:

@@ -27,14 +27,19 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.numerics": {"qconvert.core"},
     "qconvert.transform": {"qconvert.core", "qconvert.arch", "reference_model.config"},
     "qconvert.formats": {"qconvert.core", "qconvert.arch", "qconvert.numerics.packing"},
-    "qconvert.plan": {
+    "qconvert.quantized_view": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
         "reference_model.config",
     },
+    "qconvert.plan": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
+        "qconvert.quantized_view", "reference_model.config",
+    },
+    "qconvert.matrix_reader": {"qconvert.core", "qconvert.io", "qconvert.formats"},
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
     "qconvert.run": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
-        "qconvert.numerics.finite",
+        "qconvert.numerics.finite", "qconvert.matrix_reader",
     },
     "qconvert.memory": set(),
     "qconvert.device": {"qconvert.core"},
@@ -53,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.device",
     },
     "qconvert.weights": {
-        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",
         "reference_model.load", "reference_model.config",
     },
     "calibration": {"qconvert.core", "qconvert.numerics", "qconvert.weights", "reference_model"},

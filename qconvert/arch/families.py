@@ -65,7 +65,8 @@ def reject_quantized(config: Mapping[str, Any], path: Path, tensors: Mapping[str
     method = quant_method(config)
     if method is not None:
         raise SourceError(
-            f"{path}: already quantized (quant_method {method!r}); quantize the original BF16 checkpoint instead"
+            f"{path}: already quantized (quant_method {method!r}); quantize the original BF16 checkpoint instead, or "
+            "dequantize this one first with --from-quantized (from_quantized=True)"
         )
     for name, info in (tensors or {}).items():
         if name.endswith(_QUANTIZED_SUFFIXES) or not info.dtype.is_weight:

@@ -20,8 +20,8 @@ from qconvert.core.role import Section
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hub import resolve
 from qconvert.plan.policy import default_policy, scheme_named
+from qconvert.quantized_view import Stored, view
 from qconvert.transform.experts import unstack
-from qconvert.weights.quantized_view import Stored, view
 
 _OFFERED: tuple[tuple[str, int | None], ...] = (
     ("int4", 32),

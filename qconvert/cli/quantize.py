@@ -47,6 +47,13 @@ def quantize(
     policy: Annotated[
         Path | None, typer.Option(help="TOML of ordered rules that are tried before the default ones.")
     ] = None,
+    from_quantized: Annotated[
+        bool,
+        typer.Option(
+            "--from-quantized",
+            help="SRC may be quantized (fp8, compressed-tensors, gptq, awq): dequantize its matrices and round anew.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")] = min(
         os.cpu_count() or 1, 8
@@ -75,6 +82,8 @@ def quantize(
 
       qconvert quantize ./Qwen3.5-35B-A3B ./own --policy attention-int8.toml --dry-run
 
+      qconvert quantize ./Qwen3.5-35B-A3B-FP8 ./int4 --from-quantized
+
       qconvert quantize ./Qwen3.5-35B-A3B ./fp8 --scheme fp8 --hash sha256 --device cuda:0
     """
 
@@ -94,7 +103,9 @@ def quantize(
         hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)
         if dry_run:
-            plan = plan_conversion(folder, rules, max_memory=limit, shard_bytes=shard_bytes)
+            plan = plan_conversion(
+                folder, rules, max_memory=limit, shard_bytes=shard_bytes, from_quantized=from_quantized
+            )
             if os.path.lexists(out):
                 raise OutputError(f"{out} exists already; choose another output folder or remove it")
             if json:
@@ -105,8 +116,9 @@ def quantize(
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:
             done = convert(
-                folder, out, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
-                algorithm=hashes, device=place, progress=lambda now, total: advance("rounding", now, total),
+                folder, out, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
+                from_quantized=from_quantized, fresh=fresh, algorithm=hashes, device=place,
+                progress=lambda now, total: advance("rounding", now, total),
             )  # fmt: skip
         _report(done, folder, time.perf_counter() - start, json=json)
         return 0
@@ -123,6 +135,7 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
                 "bytes_after": done.bytes_after,
                 "seconds": round(seconds, 3),
                 **{key: done.record[key] for key in ("source_hash", "policy_hash", "decisions", "sqnr_db")},
+                "source_quantization": done.plan.source_quantization,
                 "engine_limits": _limits(done.plan),
             }
         )
@@ -152,6 +165,12 @@ def _show_plan(plan: Plan) -> None:
             what = f"all of {roles[0].partition('.')[0]}"
         table.add_row(action, f"{count:,}", console.gigabytes(size), what, reason)
     console.show(table)
+    if plan.source_quantization is not None:
+        console.say(
+            f"note: the source is quantized ({plan.source_quantization['quant_method']}): errors are against what it "
+            "means dequantized, not against the checkpoint that it was made from",
+            style="yellow",
+        )
     for limit in _limits(plan):
         console.say(f"note: {limit}", style="yellow")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,28 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """How the parts of a matrix that is quantized in the source are read. Steps of one shape share one.
+
+    Attributes:
+        format: name of the format that unpacks them.
+        shape: (N, K) of the matrix.
+    """
+
+    format: str
+    scheme: Scheme
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What gives one matrix: rows of a plain tensor, or all parts of a quantized one, in the order of its format."""
+
+    inputs: tuple[Slice, ...]
+    packed: Packed | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
     """Copy the bytes as they are, under ``name``."""
 
@@ -41,6 +63,17 @@ class Keep:
 
     def __str__(self) -> str:
         return "keep"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dequantize:
+    """Store a matrix that is quantized in the source as the BF16 tensor ``name``."""
+
+    reason: str
+    name: str
+
+    def __str__(self) -> str:
+        return "dequantize to BF16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +90,13 @@ class Quantize:
     scheme: Scheme
     format: str
     search: bool = False
-    scale_over: tuple[Slice, ...] = ()
+    scale_over: tuple[Reading, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.scheme} ({self.format})"
 
 
-Action = Keep | Quantize
+Action = Keep | Dequantize | Quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +106,7 @@ class Step:
     Attributes:
         outputs: names of the output tensors that the step writes, all of them and nobody else.
         peak_bytes: memory that the step holds at most while it runs.
+        packed: how ``inputs`` are read where they are the parts of one quantized matrix.
     """
 
     inputs: tuple[Slice, ...]
@@ -80,6 +114,12 @@ class Step:
     action: Action
     outputs: tuple[str, ...]
     peak_bytes: int
+    packed: Packed | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """What the step reads."""
+        return Reading(inputs=self.inputs, packed=self.packed)
 
     @property
     def key(self) -> str:
@@ -127,6 +167,8 @@ class Plan:
         side_files: files of the source that are copied beside the weights.
         left_out: (name, reason) of those that are not.
         config: the output's ``config.json``.
+        source_quantization: of a source that is quantized: its ``quant_method``, and how many matrices it holds in
+            which scheme and format.
     """
 
     steps: tuple[Step, ...]
@@ -136,6 +178,7 @@ class Plan:
     config: dict[str, Any]
     side_files: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    source_quantization: Mapping[str, Any] | None = None
 
     @property
     def config_bytes(self) -> bytes:

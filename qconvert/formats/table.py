@@ -12,7 +12,7 @@ from qconvert.formats.base import Format
 from qconvert.formats.bitsandbytes_state import Bitsandbytes4, Bitsandbytes8
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.fp8_block import Fp8Block
-from qconvert.formats.gptq import Gptq
+from qconvert.formats.gptq import GPTQ_V2, Gptq
 from qconvert.formats.int_quantized import IntQuantized
 from qconvert.formats.mxfp4_packed import Mxfp4Packed
 from qconvert.formats.nvfp4_packed import Nvfp4Packed
@@ -33,6 +33,9 @@ FORMATS: tuple[Format, ...] = (
 )
 """All that are written, those that most engines read before others that hold the same."""
 
+READ_ONLY: tuple[Format, ...] = (GPTQ_V2,)
+"""Those that only checkpoints of others have."""
+
 METHODS = tuple(dict.fromkeys(form.quant_method for form in FORMATS))
 """What ``--format`` and policies choose among: the loaders, as ``quantization_config`` names them."""
 
@@ -43,7 +46,7 @@ def format_named(name: str) -> Format:
     Raises:
         FormatError: there is none.
     """
-    for known in FORMATS:
+    for known in (*FORMATS, *READ_ONLY):
         if known.name == name:
             return known
     raise FormatError(f"no format is called {name!r}; there are {', '.join(known.name for known in FORMATS)}")

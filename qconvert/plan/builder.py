@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
 
-from qconvert.arch.census import check
-from qconvert.arch.families import read_config, reject_quantized
 from qconvert.arch.names import Naming, module_of, name_of
 from qconvert.arch.shapes import STACKED, kept_by_nature
 from qconvert.core.dtypes import DType
-from qconvert.core.errors import FormatError, PlanError, SourceError
-from qconvert.core.plan import Keep, Plan, Quantize, Slice, Step
+from qconvert.core.errors import FormatError, PlanError
+from qconvert.core.plan import Dequantize, Keep, Packed, Plan, Quantize, Reading, Slice, Step
 from qconvert.core.role import Kind, TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
@@ -23,9 +22,13 @@ from qconvert.formats.table import format_for
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy, Rule
-from qconvert.plan.row_blocks import peak_bytes
+from qconvert.plan.row_blocks import packed_peak_bytes, peak_bytes
 from qconvert.plan.shared_scales import share_second_scales
+from qconvert.plan.source import look_at
 from qconvert.transform.experts import unstack
+
+NOTE = "qconvert"
+"""The block of ``config.json`` that tells where the weights come from; engines pass it over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,16 @@ class _Matrix:
     role: TensorRole
     part: Slice
     rule: Rule
+    reading: Reading | None = None
+    """What gives it where it is quantized in the source."""
+
+    @property
+    def inputs(self) -> tuple[Slice, ...]:
+        return (self.part,) if self.reading is None else self.reading.inputs
+
+    @property
+    def packed(self) -> Packed | None:
+        return None if self.reading is None else self.reading.packed
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,29 +84,30 @@ class _Decided:
         return tuple(OutputTensor(name=name, dtype=dtype, shape=shape) for name, (dtype, shape) in pairs)
 
 
-def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+def build_plan(
+    checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEFAULT_SHARD_BYTES, from_quantized: bool = False
+) -> Plan:
     """Decide every tensor of ``checkpoint`` and place every byte of the output; reads headers only.
 
     Stacked experts are split where any of them is quantized, and stay stacked otherwise. Steps and outputs come in
     the order of names, numbers in them by value and experts of one projection together: how the source is cut into
     files changes nothing.
 
+    With ``from_quantized`` the checkpoint may be quantized: its matrices are dequantized and rounded anew, and those
+    that the policy keeps become BF16.
+
     Raises:
         SourceError: another architecture, tensors missing, unknown or misshapen, or quantized already.
         PlanError: a rule rounds what cannot be rounded, or an engine would not read the output.
         FormatError: a matrix does not fit the format of its scheme.
     """
-    reject_quantized(checkpoint.config, checkpoint.path, checkpoint.tensors)
-    config = read_config(checkpoint.config, checkpoint.path)
-    try:
-        census = check(checkpoint.tensors, config)
-    except SourceError as error:
-        raise SourceError(f"{checkpoint.path}: {error}") from None
+    source = look_at(checkpoint, from_quantized=from_quantized)
+    census = source.census
     used: set[Rule] = set()
     decided = [
         _decide(matrix, census.naming)
         for name, role in census.roles.items()
-        for matrix in _matrices(census.tensors[name], role, policy, used)
+        for matrix in _matrices(census.tensors[name], role, policy, used, source.quantized.get(name))
     ]
     _check_rules(policy, used)
     words: dict[str, _Words] = {}
@@ -108,10 +122,24 @@ def build_plan(checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEF
         layout=lay_out((one.outputs for one in decided), shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=policy.hash,
-        config={**checkpoint.config, "quantization_config": quantization},
+        config=_config(checkpoint.config, quantization, source.quantization),
         side_files=tuple(file.name for file in checkpoint.side_files),
         left_out=tuple(sorted(checkpoint.left_out.items())),
+        source_quantization=source.quantization,
     )
+
+
+def _config(
+    config: Mapping[str, Any], quantization: Mapping[str, Any], source: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The output's ``config.json``: what a source is quantized to moves into a block that no engine reads."""
+    written = {**config, "quantization_config": quantization}
+    if source is not None:
+        text = config.get("text_config")
+        if isinstance(text, Mapping):
+            written["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+        written[NOTE] = {"source_quantization": source}
+    return written
 
 
 _Words = list[tuple[int, str]]
@@ -137,7 +165,9 @@ def _check_rules(policy: Policy, used: set[Rule]) -> None:
             )
 
 
-def _matrices(info: TensorInfo, role: TensorRole, policy: Policy, used: set[Rule]) -> Iterator[_Matrix]:
+def _matrices(
+    info: TensorInfo, role: TensorRole, policy: Policy, used: set[Rule], reading: Reading | None
+) -> Iterator[_Matrix]:
     """The matrices of a tensor with the rules that decide them, which are added to ``used``.
 
     Experts are decided one by one, however they are stored; a stack of which none is rounded stays whole.
@@ -149,14 +179,14 @@ def _matrices(info: TensorInfo, role: TensorRole, policy: Policy, used: set[Rule
     if stacked and all(rule.scheme is None for _, _, rule in decided):
         decided = [(role, whole, decided[0][2])]
     for one, part, rule in decided:
-        yield _Matrix(info=info, role=one, part=part, rule=rule)
+        yield _Matrix(info=info, role=one, part=part, rule=rule, reading=reading)
 
 
 def _decide(matrix: _Matrix, naming: Naming) -> _Decided:
     rule = matrix.rule
     name = name_of(matrix.role, naming)
     if rule.scheme is None:
-        return _keep(matrix, name)
+        return _keep(matrix, name) if matrix.packed is None else _dequantize(matrix, name, matrix.packed)
     natural = kept_by_nature(matrix.role)
     if natural is not None:
         raise PlanError(
@@ -179,6 +209,19 @@ def _keep(matrix: _Matrix, name: str) -> _Decided:
     return _Decided(step=step, stored=((info.dtype, matrix.shape),), module=_kept_module(matrix, name))
 
 
+def _dequantize(matrix: _Matrix, name: str, packed: Packed) -> _Decided:
+    reason = f"{matrix.rule.reason}; {packed.scheme} in the source"
+    step = Step(
+        inputs=matrix.inputs,
+        role=matrix.role,
+        action=Dequantize(reason=reason, name=name),
+        outputs=(name,),
+        peak_bytes=packed_peak_bytes(packed, 1),
+        packed=packed,
+    )
+    return _Decided(step=step, stored=((DType.BF16, packed.shape),), module=_kept_module(matrix, name))
+
+
 def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
     """What the engines' lists must say of a kept tensor; vectors, tables and convolutions are no linear modules."""
     linear_by_nature = matrix.role.kind in (Kind.ROUTER, Kind.SHARED_EXPERT_GATE)
@@ -192,33 +235,42 @@ def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
 def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> _Decided:
     rule = matrix.rule
     try:
-        storage = _storage(scheme, rule.method, prod(matrix.shape[:-1]), matrix.shape[-1], matrix.info.dtype.itemsize)
+        storage = _storage(
+            scheme, rule.method, prod(matrix.shape[:-1]), matrix.shape[-1], matrix.info.dtype.itemsize, matrix.packed
+        )
     except FormatError as error:
         raise FormatError(f"{module} cannot be stored as {scheme}: {error}") from None
     step = Step(
-        inputs=(matrix.part,),
+        inputs=matrix.inputs,
         role=matrix.role,
         action=Quantize(reason=rule.reason, module=module, scheme=scheme, format=storage.format, search=rule.search),
         outputs=tuple(f"{module}.{suffix}" for suffix in storage.suffixes),
         peak_bytes=storage.peak_bytes,
+        packed=matrix.packed,
     )
     decision = ModuleDecision(name=module, shape=storage.shape, scheme=scheme, format=storage.format)
     return _Decided(step=step, stored=storage.stored, module=decision)
 
 
 @lru_cache(maxsize=64)
-def _storage(scheme: Scheme, method: str | None, rows: int, cols: int, itemsize: int) -> _Storage:
+def _storage(
+    scheme: Scheme, method: str | None, rows: int, cols: int, itemsize: int, packed: Packed | None
+) -> _Storage:
     """How a [rows, cols] matrix of elements of ``itemsize`` bytes is stored in ``scheme`` for the loader ``method``.
+
+    ``packed`` says how it is read where it is quantized.
 
     Raises:
         FormatError: no format holds the scheme, or not this shape.
     """
     form = format_for(scheme, method)
     parts = form.parts(scheme, (rows, cols))
+    multiple = form.row_block(scheme, (rows, cols))
+    plain_peak = peak_bytes(rows, cols, multiple, itemsize, rounding=True)
     return _Storage(
         shape=(rows, cols),
         format=form.name,
         suffixes=tuple(part.suffix for part in parts),
         stored=tuple((part.dtype, part.shape) for part in parts),
-        peak_bytes=peak_bytes(rows, cols, form.row_block(scheme, (rows, cols)), itemsize, rounding=True),
+        peak_bytes=plain_peak if packed is None else packed_peak_bytes(packed, multiple),
     )

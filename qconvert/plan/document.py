@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qconvert.core.plan import Keep, Plan, Step
+from qconvert.core.plan import Plan, Quantize, Step
 from qconvert.core.tensor_info import TensorInfo
 
 
@@ -54,14 +54,15 @@ def _place(info: TensorInfo) -> dict[str, Any]:
 
 
 def _step(step: Step) -> dict[str, Any]:
-    action = step.action
-    rounding = {} if isinstance(action, Keep) else {"format": action.format, "search": action.search}
+    action, packed = step.action, step.packed
+    rounding = {"format": action.format, "search": action.search} if isinstance(action, Quantize) else {}
     return {
         "inputs": [{"tensor": part.tensor, "rows": [part.begin, part.end]} for part in step.inputs],
         "role": str(step.role),
-        "action": "keep" if isinstance(action, Keep) else str(action.scheme),
+        "action": str(action.scheme) if isinstance(action, Quantize) else str(action),
         "reason": action.reason,
         **rounding,
+        **({} if packed is None else {"source": {"format": packed.format, "scheme": str(packed.scheme)}}),
         "outputs": list(step.outputs),
         "peak_bytes": step.peak_bytes,
     }

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import lcm
+
+from qconvert.core.plan import Packed, dtype_bytes
+from qconvert.formats.table import format_named
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements worked on at once: enough for the kernels to be busy, little enough for any memory limit."""
 
 ROUND_BYTES = 12
 """Memory of rounding beside the source bytes, per element: a float32 copy, codes twice, packed codes, scales."""
+
+UNPACK_BYTES = 16
+"""Memory of dequantizing, per element: codes, their values, scales and zero points spread. Rounding takes no more."""
 
 SCRATCH_BYTES = 32 << 20
 """Float32 temporaries of one chunk, and what the allocator keeps."""
@@ -25,6 +32,25 @@ def peak_bytes(rows: int, cols: int, multiple: int, itemsize: int, *, rounding: 
     """Bytes that a step on a [rows, cols] matrix holds at most; an upper bound, see ``docs/design.md``."""
     elements = min(rows, _rows_at_once(cols, multiple)) * cols
     return elements * (itemsize + (ROUND_BYTES if rounding else 0)) + SCRATCH_BYTES
+
+
+def packed_peak_bytes(packed: Packed, multiple: int) -> int:
+    """The same for a matrix that is quantized in the source, whatever becomes of it."""
+    rows, cols = packed.shape
+    at_once = min(rows, _rows_at_once(cols, rows_together(packed, multiple)))
+    stored = sum(
+        dtype_bytes(spec.dtype, (end - begin, *spec.shape[1:]))
+        for spec in format_named(packed.format).parts(packed.scheme, packed.shape)
+        for begin, end in [spec.rows_of(0, at_once) if spec.rows_per_row else (0, spec.shape[0])]
+    )
+    return stored + at_once * cols * UNPACK_BYTES + SCRATCH_BYTES
+
+
+def rows_together(packed: Packed | None, multiple: int) -> int:
+    """The multiple at which runs of rows begin that are read as the source has them and written at ``multiple``."""
+    if packed is None:
+        return multiple
+    return lcm(multiple, format_named(packed.format).row_block(packed.scheme, packed.shape))
 
 
 def _rows_at_once(cols: int, multiple: int) -> int:

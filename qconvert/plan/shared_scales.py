@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from qconvert.core.plan import Quantize, Slice, Step
+from qconvert.core.plan import Quantize, Reading, Step
 from qconvert.core.role import Kind, Section
 
 _TOGETHER = (
@@ -26,10 +26,10 @@ def share_second_scales(steps: Iterable[Step]) -> Iterator[Step]:
     vLLM keeps one second scale for a stack and takes the largest of its parts for all (vLLM 0.32).
     """
     steps = list(steps)
-    stacks: dict[_Stack, list[Slice]] = defaultdict(list)
+    stacks: dict[_Stack, list[Reading]] = defaultdict(list)
     for step in steps:
         if _has_second(step):
-            stacks[_stack(step)].extend(step.inputs)
+            stacks[_stack(step)].append(step.reading)
     for step in steps:
         if _has_second(step) and isinstance(step.action, Quantize):
             step = replace(step, action=replace(step.action, scale_over=tuple(stacks[_stack(step)])))

@@ -15,7 +15,7 @@ from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.weights.quantized_view import Problem, QuantizedView, Stored, view
+from qconvert.quantized_view import Problem, QuantizedView, Stored, view
 from reference_model.config import ModelConfig
 from reference_model.load import ExpertWeights, WeightSpec
 

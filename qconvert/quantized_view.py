@@ -35,7 +35,7 @@ class Stored:
         shape: of the tensor itself, not of what is stored.
         plain: the rows that hold it; ``None`` where it is quantized.
         format: how it is quantized; ``None`` where it is plain, like ``scheme``.
-        parts: suffix -> tensor name of a quantized matrix.
+        parts: suffix -> tensor name of a quantized matrix, in the order of the format.
     """
 
     role: TensorRole
@@ -159,7 +159,8 @@ class _Survey:
             return
         scheme = self._scheme(module, role, declaration, (shape[0], shape[1]), parts)
         if scheme is not None:
-            names = MappingProxyType({suffix: info.name for suffix, info in parts.items()})
+            specs = declaration.format.parts(scheme, (shape[0], shape[1]))
+            names = MappingProxyType({spec.suffix: parts[spec.suffix].name for spec in specs})
             self.add(Stored(role=role, name=module, shape=shape, format=declaration.format, scheme=scheme, parts=names))
 
     def _scheme(

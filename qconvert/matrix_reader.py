@@ -1,0 +1,121 @@
+"""Rows of one matrix of the source, plain or quantized, read into memory that is used again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qconvert.core.errors import FormatError
+from qconvert.core.plan import Packed, Reading, Slice
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.tensor_info import TensorInfo
+from qconvert.formats.table import format_named
+from qconvert.io.checkpoint import Checkpoint, byte_view
+from qconvert.io.hashing import Hash, new_hash
+
+
+class StoppedError(Exception):
+    """Another step has failed, or the run is interrupted."""
+
+
+class SourceHash:
+    """Hash of everything that a step reads: of its one tensor, or over the hashes of its parts in their order.
+
+    So it does not depend on the runs of rows that are read, although parts are read by turns.
+    """
+
+    def __init__(self, algorithm: str, inputs: Sequence[Slice]) -> None:
+        self._algorithm = algorithm
+        self._of: dict[str, Hash] = {part.tensor: new_hash(algorithm) for part in inputs}
+
+    def update(self, tensor: str, view: memoryview) -> None:
+        """Take the next bytes of ``tensor``."""
+        self._of[tensor].update(view)
+
+    def hexdigest(self) -> str:
+        """The hash of what was read so far."""
+        digests = [one.hexdigest() for one in self._of.values()]
+        if len(digests) == 1:
+            return digests[0]
+        together = new_hash(self._algorithm)
+        together.update(memoryview("".join(digests).encode()))
+        return together.hexdigest()
+
+
+class MatrixReader:
+    """Reads for one thread at a time."""
+
+    def __init__(self, source: Checkpoint, stop: threading.Event) -> None:
+        self._source = source
+        self._stop = stop
+        self._buffers: list[Tensor] = []
+
+    def info(self, part: Slice) -> TensorInfo:
+        """The place of the tensor that ``part`` is rows of."""
+        return self._source.tensors[part.tensor]
+
+    def shape(self, reading: Reading) -> tuple[int, int]:
+        """(N, K) of a matrix."""
+        if reading.packed is not None:
+            return reading.packed.shape
+        part = reading.inputs[0]
+        return part.end - part.begin, self.info(part).row_width
+
+    def stored(self, part: Slice, begin: int, end: int, into: SourceHash | None, *, buffer: int = 0) -> Tensor:
+        """Rows ``begin`` to ``end`` of a part as they are, valid until memory number ``buffer`` is read into again.
+
+        Their bytes go into the hash, if any.
+
+        Raises:
+            StoppedError: the run has ended.
+            SourceError: they cannot be read.
+        """
+        if self._stop.is_set():
+            raise StoppedError
+        needed = (end - begin) * self.info(part).row_bytes
+        while len(self._buffers) <= buffer:
+            self._buffers.append(torch.empty(0, dtype=torch.uint8))
+        if self._buffers[buffer].numel() < needed:
+            self._buffers[buffer] = torch.empty(needed, dtype=torch.uint8)
+        memory = self._buffers[buffer]
+        rows = self._source.read(part.tensor, part.begin + begin, part.begin + end, buffer=memory)
+        if into is not None:
+            into.update(part.tensor, byte_view(memory[:needed]))
+        return rows
+
+    def rows(self, reading: Reading, begin: int, end: int, into: SourceHash | None) -> Tensor:
+        """Rows of a matrix: those of a plain tensor as they are, those of a quantized one in float32.
+
+        Raises:
+            StoppedError, SourceError: see ``stored``.
+            FormatError: see ``quantized``.
+        """
+        if reading.packed is None:
+            return self.stored(reading.inputs[0], begin, end, into)
+        return self.quantized(reading.inputs, reading.packed, begin, end, into).dequantize()
+
+    def quantized(
+        self, inputs: Sequence[Slice], packed: Packed, begin: int, end: int, into: SourceHash | None
+    ) -> QuantizedTensor:
+        """Codes and scales of some rows, which begin at a multiple of the format's row block.
+
+        Raises:
+            StoppedError, SourceError: see ``stored``.
+            FormatError: parts that contradict each other; the message names file and tensor.
+        """
+        form = format_named(packed.format)
+        cols = packed.shape[1]
+        found = {}
+        for number, (spec, part) in enumerate(zip(form.parts(packed.scheme, packed.shape), inputs, strict=True)):
+            # what is written once is read again for every run, but is one time in the hash
+            first, last = spec.rows_of(begin, end) if spec.rows_per_row else (0, part.end - part.begin)
+            again = begin > 0 and not spec.rows_per_row
+            found[spec.suffix] = self.stored(part, first, last, None if again else into, buffer=number)
+        try:
+            return form.unpack(found, packed.scheme, (end - begin, cols), whole=packed.shape)
+        except FormatError as error:
+            shard = self.info(inputs[0]).shard
+            raise FormatError(f"{shard}: {inputs[0].tensor} cannot be read: {error}") from None
