@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qconvert import __version__
+from qconvert.column_order import check_column_order
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
 from qconvert.core.plan import Plan
 from qconvert.device import check_device
@@ -22,6 +23,7 @@ from qconvert.memory import resident_bytes
 from qconvert.plan.builder import build_plan
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
+from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.run import CPU, Progress, check_memory, run
 
 DEFAULT_MEMORY = 1 << 30
@@ -105,10 +107,97 @@ def convert(
         SourceError, PlanError, FormatError, OutputError, DataError: see ``plan_conversion`` and ``run``.
         Interrupted: on a ``KeyboardInterrupt`` after which a run can go on.
     """
+    return _carry_out(
+        source,
+        out,
+        lambda checkpoint: build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized),
+        policy=policy.entries(),
+        jobs=jobs,
+        max_memory=max_memory,
+        fresh=fresh,
+        algorithm=algorithm,
+        device=device,
+        progress=progress,
+    )
+
+
+def plan_codes(
+    source: Path, reencoding: Reencoding, *, max_memory: int | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> Plan:
+    """Decide what ``move_codes`` does to every tensor of ``source``; reads headers, and the order of inputs.
+
+    Raises:
+        SourceError: ``source`` is no checkpoint that can be read, or is not quantized.
+        PlanError, FormatError: the codes cannot be moved: another grid, other blocks, zero points, activation order.
+    """
+    with Checkpoint.open(source) as checkpoint:
+        plan = _plan_codes(checkpoint, reencoding, shard_bytes)
+    check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
+    return plan
+
+
+def _plan_codes(checkpoint: Checkpoint, reencoding: Reencoding, shard_bytes: int) -> Plan:
+    plan = plan_reencoding(checkpoint, reencoding, shard_bytes=shard_bytes)
+    check_column_order(plan, checkpoint)
+    return plan
+
+
+def move_codes(
+    source: Path,
+    out: Path,
+    reencoding: Reencoding,
+    *,
+    jobs: int = 2,
+    max_memory: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    fresh: bool = False,
+    algorithm: str = XXH3,
+    progress: Progress = lambda done, total: None,
+) -> Conversion:
+    """Move the codes of the quantized checkpoint ``source`` into another loader's format in the new folder ``out``.
+
+    Nothing is rounded: every matrix of the output dequantizes to exactly the numbers of the source, also after the
+    loader has cast its scales; what is not quantized is copied. Arguments as for ``convert``, which see also for what
+    happens to a run that ends early.
+
+    Raises:
+        SourceError, PlanError, FormatError: see ``plan_codes``.
+        DataError: codes that are NaN, or scales that cannot be held exactly and ``reencoding`` does not allow to round.
+        UsageError, OutputError, Interrupted: see ``convert``.
+    """
+    return _carry_out(
+        source,
+        out,
+        lambda checkpoint: _plan_codes(checkpoint, reencoding, shard_bytes),
+        reencoding=reencoding.entry,
+        jobs=jobs,
+        max_memory=max_memory,
+        fresh=fresh,
+        algorithm=algorithm,
+        device=CPU,
+        progress=progress,
+    )
+
+
+def _carry_out(
+    source: Path,
+    out: Path,
+    decide: Callable[[Checkpoint], Plan],
+    *,
+    policy: Sequence[Mapping[str, Any]] = (),
+    reencoding: Mapping[str, Any] | None = None,
+    jobs: int,
+    max_memory: int | None,
+    fresh: bool,
+    algorithm: str,
+    device: torch.device,
+    progress: Progress,
+) -> Conversion:
+    """Plan, execute and record one conversion, which ``decide`` decides by ``policy`` or ``reencoding``."""
     check_device(device)
     new_hash(algorithm)  # before anything is read
     with Checkpoint.open(source) as checkpoint:
-        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized)
+        plan = decide(checkpoint)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)
@@ -124,7 +213,8 @@ def convert(
                 record = summary(
                     plan,
                     outcomes,
-                    policy=policy.entries(),
+                    policy=policy,
+                    reencoding=reencoding,
                     algorithm=algorithm,
                     config_hash=checkpoint.config_hash,
                     device=device.type,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qconvert.core.errors import DataError
-from qconvert.core.plan import Quantize
+from qconvert.core.plan import Quantize, Reencode
+from qconvert.core.quantized import QuantizedTensor
 from qconvert.formats.table import format_named
 from qconvert.numerics.finite import all_finite
 from qconvert.numerics.rounding import quantize, second_scale_for
@@ -62,6 +63,66 @@ def to_bf16(rows: Tensor) -> Encoded:
     lost = cast.to(torch.float32).sub_(rows).view(-1)
     flat = rows.reshape(-1)
     return Encoded(parts={WEIGHT: cast}, squared_error=float(lost.dot(lost)), signal=float(flat.dot(flat)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What the codes of a run of rows became.
+
+    Attributes:
+        parts: stored tensors by suffix.
+        scale_error: the largest ``|new / old - 1|`` of a scale; 0 where all are what they were.
+    """
+
+    parts: Mapping[str, Tensor]
+    scale_error: float
+
+
+def move(
+    quantized: QuantizedTensor, action: Reencode, shape: tuple[int, int], stored: Mapping[str, Tensor] | None = None
+) -> Moved:
+    """Store some rows of a quantized [N, K] matrix otherwise: the same codes, zero points and scales.
+
+    Args:
+        quantized: what the rows mean.
+        action: the scheme and format that they get.
+        shape: (N, K) of the whole matrix.
+        stored: their parts, where the source has them in this very scheme and format.
+
+    Raises:
+        DataError: codes that are NaN, inputs in activation order, which nothing that is written keeps, or scales that
+            the types in which they are stored and held do not hold.
+        FormatError: the format has no room for a zero point.
+    """
+    if not all_finite(quantized.codes):
+        raise DataError("has codes that are NaN")
+    if quantized.column_group is not None:
+        raise DataError("has inputs in activation order")
+    if stored is not None:
+        return Moved(parts=stored, scale_error=0.0)
+    scale, error = _scales(quantized.scale, action)
+    moved = replace(quantized, scale=scale, scheme=action.scheme)
+    return Moved(parts=format_named(action.format).pack(moved, shape=shape), scale_error=error)
+
+
+def _scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:
+    spec = action.scheme.scale
+    held = scale if spec.exact_in is None else scale.to(spec.exact_in.torch_dtype)
+    stored = held.to(spec.dtype.torch_dtype)
+    before, after = scale.to(torch.float32), stored.to(torch.float32)
+    inexact = int((before != after).sum())
+    if not inexact:
+        return stored, 0.0
+    error = float((after / before - 1.0).abs().max())
+    types = " and ".join(str(dtype) for dtype in (spec.dtype, spec.exact_in) if dtype is not None)
+    if not bool(((after > 0) & after.isfinite()).all()):
+        raise DataError(f"has scales that become zero or infinite in {types}")
+    if not action.allow_scale_rounding:
+        raise DataError(
+            f"{inexact} of {before.numel()} scales are not exact in {types}, in which they are stored and held by "
+            f"engines; the largest relative error would be {error:.2g}: --allow-scale-rounding accepts that"
+        )
+    return stored, error
 
 
 def second_scale(action: Quantize, largest: float) -> float:

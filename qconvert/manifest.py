@@ -18,6 +18,8 @@ from qconvert.run import Loss, Outcome
 
 MANIFEST_FILE = "manifest.json"
 SOURCE_QUANTIZATION = "source_quantization"
+REENCODING = "reencoding"
+SCALE_ERROR = "scale_error"
 
 
 def summary(
@@ -25,6 +27,7 @@ def summary(
     outcomes: Mapping[str, Outcome],
     *,
     policy: Sequence[Mapping[str, Any]],
+    reencoding: Mapping[str, Any] | None = None,
     algorithm: str,
     config_hash: str,
     device: str,
@@ -34,11 +37,15 @@ def summary(
     Args:
         plan: what was done.
         outcomes: what is known of its steps.
-        policy: the rules that decided, as ``Policy.entries`` gives them.
+        policy: the rules that decided, as ``Policy.entries`` gives them; none where codes are only moved.
+        reencoding: what decided there.
         algorithm: of the hashes of tensors and files.
         config_hash: xxh3-128 of the source's ``config.json``.
         device: type of the device that rounded.
     """
+    moved: dict[str, Any] = {}
+    if reencoding is not None:
+        moved = {REENCODING: dict(reencoding), SCALE_ERROR: scale_error_by_role(plan, outcomes)}
     return {
         "qconvert": __version__,
         "hash": algorithm,
@@ -53,6 +60,7 @@ def summary(
         ],
         "left_out": dict(plan.left_out),
         **of_quantized(plan.source_quantization),
+        **moved,
         "sqnr_db": sqnr_by_role(plan, outcomes),
     }
 
@@ -135,6 +143,16 @@ def sqnr_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, float
             signal, error = sums.get(step.role.path, (0.0, 0.0))
             sums[step.role.path] = (signal + loss.signal, error + loss.squared_error)
     return {path: db(Loss(squared_error=error, signal=signal)) for path, (signal, error) in sums.items()}
+
+
+def scale_error_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+    """The largest relative error of a scale of each role whose codes were moved; 0 where all are what they were."""
+    largest: dict[str, float] = {}
+    for step in plan.steps:
+        error = outcomes[step.key].scale_error
+        if error is not None:
+            largest[step.role.path] = max(error, largest.get(step.role.path, 0.0))
+    return largest
 
 
 def db(loss: Loss) -> float | None:

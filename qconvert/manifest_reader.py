@@ -14,7 +14,15 @@ from qconvert.io.file_record import FileRecord
 from qconvert.io.hashing import ALGORITHMS, SHA256, new_hash
 from qconvert.io.source_folder import open_regular, plain_name
 from qconvert.io.strict_json import parse_object
-from qconvert.manifest import END_LINE, MANIFEST_FILE, SOURCE_QUANTIZATION, TENSORS_LINE, seal_line
+from qconvert.manifest import (
+    END_LINE,
+    MANIFEST_FILE,
+    REENCODING,
+    SCALE_ERROR,
+    SOURCE_QUANTIZATION,
+    TENSORS_LINE,
+    seal_line,
+)
 
 _HEAD_BYTES = 32 << 20
 """More than any plan has decisions and files for."""
@@ -22,6 +30,7 @@ _HEAD_BYTES = 32 << 20
 _LINE_BYTES = 1 << 16
 _LARGEST = 2**63
 _DECISION = {"role": str, "action": str, "reason": str, "tensors": int, "bytes": int}
+_REENCODING = {"format": str, "allow_scale_rounding": bool}
 _ENTRY = {"hash", "dtype", "shape", "decision", "source", "rows", "source_hash"}
 
 
@@ -60,6 +69,8 @@ class Manifest:
         decisions: role, action, reason, count of tensors and bytes of each.
         sqnr_db: signal to rounding error by role path.
         source_quantization: what it says of a source that was quantized; ``None`` for one that was not.
+        reencoding: how codes were moved, ``format`` and ``allow_scale_rounding``; ``None`` where matrices were rounded.
+        scale_error: the largest relative error of a scale by role path, where codes were moved.
         files: every file of the folder but the manifest.
         tensors: every output tensor.
     """
@@ -73,6 +84,8 @@ class Manifest:
     decisions: tuple[Mapping[str, Any], ...]
     sqnr_db: Mapping[str, float | None]
     source_quantization: Mapping[str, Any] | None
+    reencoding: Mapping[str, Any] | None
+    scale_error: Mapping[str, float] | None
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, Entry]
 
@@ -132,7 +145,9 @@ class _Reader:
             policy=self._policy(head),
             decisions=decisions,
             sqnr_db=self._sqnr(head),
-            source_quantization=self._source_quantization(head),
+            source_quantization=self._block(head, SOURCE_QUANTIZATION),
+            reencoding=self._reencoding(head),
+            scale_error=self._block(head, SCALE_ERROR),
             files=self._files(head, digits),
             tensors=tensors,
         )
@@ -193,10 +208,18 @@ class _Reader:
             raise self._lies(f"sqnr_db is {_short(found)}, expected numbers by role")
         return found
 
-    def _source_quantization(self, head: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        found = head.get(SOURCE_QUANTIZATION)
-        if SOURCE_QUANTIZATION in head and not isinstance(found, dict):
-            raise self._lies(f"{SOURCE_QUANTIZATION} is {_short(found)}, expected an object")
+    def _block(self, head: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+        found = head.get(key)
+        if key in head and not isinstance(found, dict):
+            raise self._lies(f"{key} is {_short(found)}, expected an object")
+        return found
+
+    def _reencoding(self, head: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        found = self._block(head, REENCODING)
+        if found is None:
+            return None
+        if set(found) != set(_REENCODING) or any(type(found[key]) is not kind for key, kind in _REENCODING.items()):
+            raise self._lies(f"{REENCODING} is {_short(found)}, expected {', '.join(_REENCODING)}")
         return found
 
     def _files(self, head: Mapping[str, Any], digits: int) -> Mapping[str, FileRecord]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from qconvert.core.errors import FormatError
+from qconvert.core.errors import FormatError, PlanError
 from qconvert.core.plan import Packed, Reading, Slice
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.tensor_info import TensorInfo
+from qconvert.formats.base import PartSpec
 from qconvert.formats.table import format_named
 from qconvert.io.checkpoint import Checkpoint, byte_view
 from qconvert.io.hashing import Hash, new_hash
@@ -91,31 +92,47 @@ class MatrixReader:
 
         Raises:
             StoppedError, SourceError: see ``stored``.
-            FormatError: see ``quantized``.
+            FormatError: see ``unpacked``.
         """
         if reading.packed is None:
             return self.stored(reading.inputs[0], begin, end, into)
-        return self.quantized(reading.inputs, reading.packed, begin, end, into).dequantize()
+        return self.unpacked(reading, begin, end, self.parts(reading, begin, end, into)).dequantize()
 
-    def quantized(
-        self, inputs: Sequence[Slice], packed: Packed, begin: int, end: int, into: SourceHash | None
-    ) -> QuantizedTensor:
-        """Codes and scales of some rows, which begin at a multiple of the format's row block.
+    def parts(self, reading: Reading, begin: int, end: int, into: SourceHash | None) -> dict[str, Tensor]:
+        """What is stored of some rows of a quantized matrix, by suffix; they begin at a multiple of its row block.
 
         Raises:
             StoppedError, SourceError: see ``stored``.
-            FormatError: parts that contradict each other; the message names file and tensor.
         """
-        form = format_named(packed.format)
-        cols = packed.shape[1]
         found = {}
-        for number, (spec, part) in enumerate(zip(form.parts(packed.scheme, packed.shape), inputs, strict=True)):
+        for number, (spec, part) in enumerate(zip(_specs(reading), reading.inputs, strict=True)):
             # what is written once is read again for every run, but is one time in the hash
             first, last = spec.rows_of(begin, end) if spec.rows_per_row else (0, part.end - part.begin)
             again = begin > 0 and not spec.rows_per_row
             found[spec.suffix] = self.stored(part, first, last, None if again else into, buffer=number)
+        return found
+
+    def unpacked(self, reading: Reading, begin: int, end: int, parts: Mapping[str, Tensor]) -> QuantizedTensor:
+        """Codes and scales of the rows that ``parts`` hold.
+
+        Raises:
+            FormatError: parts that contradict each other; the message names file and tensor.
+        """
+        packed = _packed(reading)
         try:
-            return form.unpack(found, packed.scheme, (end - begin, cols), whole=packed.shape)
+            form = format_named(packed.format)
+            return form.unpack(parts, packed.scheme, (end - begin, packed.shape[1]), whole=packed.shape)
         except FormatError as error:
-            shard = self.info(inputs[0]).shard
-            raise FormatError(f"{shard}: {inputs[0].tensor} cannot be read: {error}") from None
+            first = reading.inputs[0]
+            raise FormatError(f"{self.info(first).shard}: {first.tensor} cannot be read: {error}") from None
+
+
+def _packed(reading: Reading) -> Packed:
+    if reading.packed is None:
+        raise PlanError(f"{reading.inputs[0].tensor} is not quantized")
+    return reading.packed
+
+
+def _specs(reading: Reading) -> tuple[PartSpec, ...]:
+    packed = _packed(reading)
+    return format_named(packed.format).parts(packed.scheme, packed.shape)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qconvert.core.errors import DataError, PlanError
-from qconvert.core.plan import Dequantize, Keep, Plan, Quantize, Reading, Slice, Step
-from qconvert.encode import WEIGHT, encode, second_scale, to_bf16
+from qconvert.core.plan import Dequantize, Keep, Plan, Quantize, Reading, Reencode, Slice, Step
+from qconvert.encode import WEIGHT, encode, move, second_scale, to_bf16
 from qconvert.formats.table import format_named
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.piece import Piece
@@ -43,21 +43,31 @@ class Outcome:
     Attributes:
         source_hash: hash of the source bytes that it read, by the sink's algorithm.
         loss: of a rounded matrix, also to BF16; ``None`` for a copy.
+        scale_error: of a matrix whose codes were moved, the largest relative error of a scale.
     """
 
     source_hash: str
-    loss: Loss | None
+    loss: Loss | None = None
+    scale_error: float | None = None
 
     def note(self) -> dict[str, Any]:
         """As plain JSON, every digit kept."""
         note: dict[str, Any] = {"source": self.source_hash}
-        return note if self.loss is None else {**note, "loss": [self.loss.squared_error, self.loss.signal]}
+        if self.loss is not None:
+            note["loss"] = [self.loss.squared_error, self.loss.signal]
+        if self.scale_error is not None:
+            note["scale_error"] = self.scale_error
+        return note
 
     @classmethod
     def of_note(cls, note: Mapping[str, Any]) -> Outcome:
         """The inverse of ``note``."""
         loss = note.get("loss")
-        return cls(source_hash=note["source"], loss=loss and Loss(squared_error=loss[0], signal=loss[1]))
+        return cls(
+            source_hash=note["source"],
+            loss=loss and Loss(squared_error=loss[0], signal=loss[1]),
+            scale_error=note.get("scale_error"),
+        )
 
 
 def run(
@@ -88,7 +98,7 @@ def run(
 
     Raises:
         PlanError: a step needs more than ``memory``.
-        DataError: a weight is NaN or infinite; the message names file and tensor.
+        DataError: a weight is NaN or infinite, or scales cannot be moved as they are; names file and tensor.
         FormatError: parts of a quantized matrix contradict each other; the message names file and tensor.
         SourceError: the source changed or cannot be read.
         OutputError: the output cannot be written.
@@ -151,14 +161,18 @@ def check_memory(plan: Plan, memory: int) -> None:
 def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) -> Outcome:
     """Carry one step out."""
     source_hash = SourceHash(sink.algorithm, step.inputs)
+    loss: Loss | None = None
+    scale_error: float | None = None
     match step.action:
         case Keep(name=name):
-            loss, pieces = None, [_keep(step.inputs[0], name, read, sink, source_hash)]
+            pieces = [_keep(step.inputs[0], name, read, sink, source_hash)]
         case Dequantize(name=name):
             loss, pieces = _dequantize(step.reading, name, read, sink, source_hash)
         case Quantize() as action:
             loss, pieces = _quantize(step.reading, action, read, sink, source_hash, device)
-    outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss)
+        case Reencode() as action:
+            scale_error, pieces = _reencode(step.reading, action, read, sink, source_hash)
+    outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss, scale_error=scale_error)
     sink.commit(step.key, pieces, outcome.note())
     return outcome
 
@@ -208,6 +222,27 @@ def _quantize(
         squared_error += encoded.squared_error
         signal += encoded.signal
     return Loss(squared_error=squared_error, signal=signal), list(pieces.values())
+
+
+def _reencode(
+    reading: Reading, action: Reencode, read: MatrixReader, sink: Sink, source_hash: SourceHash
+) -> tuple[float, list[Piece]]:
+    shape = read.shape(reading)
+    form = format_named(action.format)
+    specs = form.parts(action.scheme, shape)
+    pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
+    packed, scale_error = reading.packed, 0.0
+    same = packed is not None and (packed.format, packed.scheme) == (action.format, action.scheme)
+    for begin, end in row_blocks(*shape, rows_together(packed, form.row_block(action.scheme, shape))):
+        stored = read.parts(reading, begin, end, source_hash)
+        quantized = read.unpacked(reading, begin, end, stored)
+        with _named(reading, read, action.module):
+            moved = move(quantized, action, shape, stored if same else None)
+        for spec in specs:
+            if spec.rows_per_row or begin == 0:
+                pieces[spec.suffix].append(moved.parts[spec.suffix])
+        scale_error = max(scale_error, moved.scale_error)
+    return scale_error, list(pieces.values())
 
 
 @contextmanager

@@ -19,10 +19,18 @@ from qconvert.io.comparing_sink import ComparingSink
 from qconvert.io.file_record import record_file
 from qconvert.io.hashing import new_hash
 from qconvert.io.source_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_SUFFIX
-from qconvert.manifest import MANIFEST_FILE, SOURCE_QUANTIZATION, of_quantized, sqnr_by_role
+from qconvert.manifest import (
+    MANIFEST_FILE,
+    SCALE_ERROR,
+    SOURCE_QUANTIZATION,
+    of_quantized,
+    scale_error_by_role,
+    sqnr_by_role,
+)
 from qconvert.manifest_reader import Manifest
 from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Policy
+from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.run import Outcome, Progress, check_memory, run
 
 _SAME_DB = 0.01
@@ -56,12 +64,12 @@ def compare_with_source(
         SourceError: ``source`` is no checkpoint that can be converted, or the manifest's policy cannot be repeated.
         PlanError, FormatError, DataError: ``source`` cannot be converted as the manifest says.
     """
-    policy = _policy(out, manifest)
+    decider = _decider(out, manifest)
     with Checkpoint.open(source) as checkpoint:
-        plan = _plan(checkpoint, policy, manifest)
+        plan = _plan(checkpoint, decider, manifest)
         planned = {info.name: info for info in plan.layout.tensors}
         faults = [
-            *_of_files(checkpoint, plan, policy, manifest),
+            *_of_files(checkpoint, plan, manifest),
             *_of_tensors(plan, planned, manifest),
         ]
         sink = ComparingSink(planned, stored, out, manifest.algorithm)
@@ -69,14 +77,15 @@ def compare_with_source(
         faults += _of_bytes(checkpoint, plan, manifest, stored, outcomes, sink.different)
     if not faults:
         faults += _of_losses(manifest, sqnr_by_role(plan, outcomes))
+        faults += _of_scales(manifest, scale_error_by_role(plan, outcomes))
     return faults
 
 
 def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int) -> None:
     """Find out what ``compare_with_source`` would refuse before anybody waits for ``out`` to be read; see there."""
-    policy = _policy(out, manifest)
+    decider = _decider(out, manifest)
     with Checkpoint.open(source) as checkpoint:
-        check_memory(_plan(checkpoint, policy, manifest), memory)
+        check_memory(_plan(checkpoint, decider, manifest), memory)
 
 
 def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[str]:
@@ -87,24 +96,32 @@ def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[
         yield f"rounded on {manifest.device}, compared on {device.type}: devices may round ties differently"
 
 
-def _plan(checkpoint: Checkpoint, policy: Policy, manifest: Manifest) -> Plan:
-    return build_plan(checkpoint, policy, from_quantized=manifest.source_quantization is not None)
+def _plan(checkpoint: Checkpoint, decider: Policy | Reencoding, manifest: Manifest) -> Plan:
+    if isinstance(decider, Reencoding):
+        return plan_reencoding(checkpoint, decider)
+    return build_plan(checkpoint, decider, from_quantized=manifest.source_quantization is not None)
 
 
-def _policy(out: Path, manifest: Manifest) -> Policy:
+def _decider(out: Path, manifest: Manifest) -> Policy | Reencoding:
+    """What decided the conversion."""
     try:
+        if manifest.reencoding is not None:
+            method, rounding = (manifest.reencoding[key] for key in ("format", "allow_scale_rounding"))
+            return Reencoding(method=method, allow_scale_rounding=rounding)
         return Policy.of_entries(manifest.policy, "policy")
     except UsageError as error:
         raise SourceError(f"{out / MANIFEST_FILE}: {error}; the conversion cannot be repeated from it") from None
 
 
-def _of_files(checkpoint: Checkpoint, plan: Plan, policy: Policy, manifest: Manifest) -> Iterator[Fault]:
+def _of_files(checkpoint: Checkpoint, plan: Plan, manifest: Manifest) -> Iterator[Fault]:
     if checkpoint.config_hash != manifest.config_hash:
         yield Fault(
             file=CONFIG_FILE, what=f"the source's has the hash {checkpoint.config_hash}, not {manifest.config_hash}"
         )
-    if policy.hash != manifest.policy_hash:
-        yield Fault(file=MANIFEST_FILE, what=f"policy_hash is {manifest.policy_hash}, its rules give {policy.hash}")
+    if plan.policy_hash != manifest.policy_hash:
+        yield Fault(
+            file=MANIFEST_FILE, what=f"policy_hash is {manifest.policy_hash}, its rules give {plan.policy_hash}"
+        )
     told = of_quantized(plan.source_quantization).get(SOURCE_QUANTIZATION)
     if told != manifest.source_quantization:
         what = f"{SOURCE_QUANTIZATION} is {manifest.source_quantization}, the source gives {told}"
@@ -191,3 +208,9 @@ def _of_losses(manifest: Manifest, expected: Mapping[str, float | None]) -> Iter
         same = said == found or (said is not None and found is not None and abs(said - found) <= _SAME_DB)
         if not same:
             yield Fault(file=MANIFEST_FILE, what=f"sqnr_db of {role} is {said}, the conversion gives {found}")
+
+
+def _of_scales(manifest: Manifest, expected: Mapping[str, float]) -> Iterator[Fault]:
+    told = manifest.scale_error or {}
+    if told != expected:
+        yield Fault(file=MANIFEST_FILE, what=f"{SCALE_ERROR} is {told}, the conversion gives {expected}")

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
         "qconvert.quantized_view", "reference_model.config",
     },
+    "qconvert.column_order": {"qconvert.core", "qconvert.io", "qconvert.formats"},
     "qconvert.matrix_reader": {"qconvert.core", "qconvert.io", "qconvert.formats"},
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
     "qconvert.run": {
@@ -55,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
-        "qconvert.device",
+        "qconvert.device", "qconvert.column_order",
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",

@@ -12,12 +12,10 @@ import typer
 
 from qconvert.cli import console
 from qconvert.cli.options import HASHES, Device, Json, parse_hash, parse_size
+from qconvert.cli.planned import limits, show_plan
 from qconvert.convert import Conversion, convert, plan_conversion
 from qconvert.core.errors import OutputError
-from qconvert.core.plan import Plan, Quantize
-from qconvert.core.role import EXPERT_KINDS
 from qconvert.device import device_named
-from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
 from qconvert.plan.document import plan_text
@@ -111,7 +109,7 @@ def quantize(
             if json:
                 console.show_parts(plan_text(plan))
             else:
-                _show_plan(plan)
+                show_plan(plan)
             return 0
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:
@@ -136,11 +134,11 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
                 "seconds": round(seconds, 3),
                 **{key: done.record[key] for key in ("source_hash", "policy_hash", "decisions", "sqnr_db")},
                 "source_quantization": done.plan.source_quantization,
-                "engine_limits": _limits(done.plan),
+                "engine_limits": limits(done.plan),
             }
         )
         return
-    _show_plan(done.plan)
+    show_plan(done.plan)
     for path, value in done.record["sqnr_db"].items():
         console.say(f"{path}: signal to rounding error {'exact' if value is None else f'{value:.2f} dB'}")
     console.say(
@@ -150,35 +148,3 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
     for name, reason in done.plan.left_out:
         console.say(f"left out: {name} ({reason})")
     console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(done.out)])}")
-
-
-def _show_plan(plan: Plan) -> None:
-    """One line per action and reason; ``--dry-run --json`` has every tensor."""
-    groups: dict[tuple[str, str], tuple[list[str], int, int]] = {}
-    for role, action, reason, tensors, nbytes in plan.decisions():
-        roles, count, size = groups.get((action, reason), ([], 0, 0))
-        groups[action, reason] = ([*roles, role], count + tensors, size + nbytes)
-    table = console.plain_table("action", ">tensors", ">bytes", "what", "why")
-    for (action, reason), (roles, count, size) in groups.items():
-        what = ", ".join(dict.fromkeys(console.family(role) for role in roles))
-        if len(what) > 60:
-            what = f"all of {roles[0].partition('.')[0]}"
-        table.add_row(action, f"{count:,}", console.gigabytes(size), what, reason)
-    console.show(table)
-    if plan.source_quantization is not None:
-        console.say(
-            f"note: the source is quantized ({plan.source_quantization['quant_method']}): errors are against what it "
-            "means dequantized, not against the checkpoint that it was made from",
-            style="yellow",
-        )
-    for limit in _limits(plan):
-        console.say(f"note: {limit}", style="yellow")
-
-
-def _limits(plan: Plan) -> list[str]:
-    written = {
-        Written(scheme=step.action.scheme, format=step.action.format, experts=step.role.kind in EXPERT_KINDS)
-        for step in plan.steps
-        if isinstance(step.action, Quantize)
-    }
-    return [str(limit) for limit in engine_limits(written)]

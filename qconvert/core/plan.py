@@ -96,7 +96,26 @@ class Quantize:
         return f"{self.scheme} ({self.format})"
 
 
-Action = Keep | Dequantize | Quantize
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reencode:
+    """Store the codes of a matrix that is quantized in the source as ``format`` does under the module name ``module``.
+
+    Attributes:
+        scheme: the source's, with the types that scales are stored and held in.
+        allow_scale_rounding: round scales that these types do not hold, instead of refusing them.
+    """
+
+    reason: str
+    module: str
+    scheme: Scheme
+    format: str
+    allow_scale_rounding: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.scheme} ({self.format}), not rounded"
+
+
+Action = Keep | Dequantize | Quantize | Reencode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

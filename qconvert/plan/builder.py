@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
 
 from qconvert.arch.names import Naming, module_of, name_of
 from qconvert.arch.shapes import STACKED, kept_by_nature
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError, PlanError
-from qconvert.core.plan import Dequantize, Keep, Packed, Plan, Quantize, Reading, Slice, Step
-from qconvert.core.role import Kind, TensorRole
+from qconvert.core.plan import Dequantize, Packed, Plan, Quantize, Reading, Slice, Step
+from qconvert.core.role import TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.engine_rules import ModuleDecision
-from qconvert.formats.quantization_config import quantization_config
 from qconvert.formats.table import format_for
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
+from qconvert.plan.decided import Decided, StoredAs, assemble, keep, kept_module
+from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy, Rule
 from qconvert.plan.row_blocks import packed_peak_bytes, peak_bytes
-from qconvert.plan.shared_scales import share_second_scales
 from qconvert.plan.source import look_at
 from qconvert.transform.experts import unstack
-
-NOTE = "qconvert"
-"""The block of ``config.json`` that tells where the weights come from; engines pass it over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +52,6 @@ class _Matrix:
         return self.info.shape if whole else (rows, self.info.row_width)
 
 
-_Stored = tuple[tuple[DType, tuple[int, ...]], ...]
-"""Type and shape of each output of a step."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Storage:
     """How matrices of one scheme and shape are stored. They share it: a large checkpoint has some 92,000 of them."""
@@ -68,20 +59,8 @@ class _Storage:
     shape: tuple[int, int]
     format: str
     suffixes: tuple[str, ...]
-    stored: _Stored
+    stored: StoredAs
     peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Decided:
-    step: Step
-    stored: _Stored
-    module: ModuleDecision | None
-
-    @property
-    def outputs(self) -> tuple[OutputTensor, ...]:
-        pairs = zip(self.step.outputs, self.stored, strict=True)
-        return tuple(OutputTensor(name=name, dtype=dtype, shape=shape) for name, (dtype, shape) in pairs)
 
 
 def build_plan(
@@ -110,49 +89,9 @@ def build_plan(
         for matrix in _matrices(census.tensors[name], role, policy, used, source.quantized.get(name))
     ]
     _check_rules(policy, used)
-    words: dict[str, _Words] = {}
-    decided.sort(key=lambda one: _order(one.step, words))
-    modules = [one.module for one in decided if one.module is not None]
-    if not any(module.scheme is not None for module in modules):
+    if not any(isinstance(one.step.action, Quantize) for one in decided):
         raise PlanError("the policy quantizes nothing: no rule with a scheme matches a tensor")
-    quantization = quantization_config(modules)
-    del modules
-    return Plan(
-        steps=tuple(share_second_scales(one.step for one in decided)),
-        layout=lay_out((one.outputs for one in decided), shard_bytes),
-        source_hash=checkpoint.header_hash,
-        policy_hash=policy.hash,
-        config=_config(checkpoint.config, quantization, source.quantization),
-        side_files=tuple(file.name for file in checkpoint.side_files),
-        left_out=tuple(sorted(checkpoint.left_out.items())),
-        source_quantization=source.quantization,
-    )
-
-
-def _config(
-    config: Mapping[str, Any], quantization: Mapping[str, Any], source: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The output's ``config.json``: what a source is quantized to moves into a block that no engine reads."""
-    written = {**config, "quantization_config": quantization}
-    if source is not None:
-        text = config.get("text_config")
-        if isinstance(text, Mapping):
-            written["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-        written[NOTE] = {"source_quantization": source}
-    return written
-
-
-_Words = list[tuple[int, str]]
-
-
-def _order(step: Step, known: dict[str, _Words]) -> tuple[_Words, int]:
-    """What steps are sorted by; experts of one projection share the words of their name, which ``known`` holds."""
-    expert = step.role.expert
-    name = step.outputs[0].replace(f".experts.{expert}.", ".experts.")
-    words = known.get(name)
-    if words is None:
-        words = known[name] = [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
-    return words, -1 if expert is None else expert
+    return assemble(checkpoint, source, decided, decided_by=policy.hash, shard_bytes=shard_bytes)
 
 
 def _check_rules(policy: Policy, used: set[Rule]) -> None:
@@ -182,11 +121,13 @@ def _matrices(
         yield _Matrix(info=info, role=one, part=part, rule=rule, reading=reading)
 
 
-def _decide(matrix: _Matrix, naming: Naming) -> _Decided:
+def _decide(matrix: _Matrix, naming: Naming) -> Decided:
     rule = matrix.rule
     name = name_of(matrix.role, naming)
     if rule.scheme is None:
-        return _keep(matrix, name) if matrix.packed is None else _dequantize(matrix, name, matrix.packed)
+        if matrix.packed is not None:
+            return _dequantize(matrix, name, matrix.packed)
+        return keep(matrix.info, matrix.role, matrix.part, matrix.shape, name=name, reason=rule.reason)
     natural = kept_by_nature(matrix.role)
     if natural is not None:
         raise PlanError(
@@ -196,20 +137,7 @@ def _decide(matrix: _Matrix, naming: Naming) -> _Decided:
     return _quantize(matrix, module_of(name), rule.scheme)
 
 
-def _keep(matrix: _Matrix, name: str) -> _Decided:
-    info = matrix.info
-    rows = matrix.part.end - matrix.part.begin
-    step = Step(
-        inputs=(matrix.part,),
-        role=matrix.role,
-        action=Keep(reason=matrix.rule.reason, name=name),
-        outputs=(name,),
-        peak_bytes=peak_bytes(rows, info.row_width, 1, info.dtype.itemsize, rounding=False),
-    )
-    return _Decided(step=step, stored=((info.dtype, matrix.shape),), module=_kept_module(matrix, name))
-
-
-def _dequantize(matrix: _Matrix, name: str, packed: Packed) -> _Decided:
+def _dequantize(matrix: _Matrix, name: str, packed: Packed) -> Decided:
     reason = f"{matrix.rule.reason}; {packed.scheme} in the source"
     step = Step(
         inputs=matrix.inputs,
@@ -219,20 +147,10 @@ def _dequantize(matrix: _Matrix, name: str, packed: Packed) -> _Decided:
         peak_bytes=packed_peak_bytes(packed, 1),
         packed=packed,
     )
-    return _Decided(step=step, stored=((DType.BF16, packed.shape),), module=_kept_module(matrix, name))
+    return Decided(step=step, stored=((DType.BF16, packed.shape),), module=kept_module(matrix.role, packed.shape, name))
 
 
-def _kept_module(matrix: _Matrix, name: str) -> ModuleDecision | None:
-    """What the engines' lists must say of a kept tensor; vectors, tables and convolutions are no linear modules."""
-    linear_by_nature = matrix.role.kind in (Kind.ROUTER, Kind.SHARED_EXPERT_GATE)
-    if kept_by_nature(matrix.role) is not None and not linear_by_nature:
-        return None
-    rows, cols = matrix.shape[-2:]
-    stacked = matrix.shape[0] if len(matrix.shape) == 3 else 0
-    return ModuleDecision(name=module_of(name), shape=(rows, cols), stacked=stacked)
-
-
-def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> _Decided:
+def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> Decided:
     rule = matrix.rule
     try:
         storage = _storage(
@@ -249,7 +167,7 @@ def _quantize(matrix: _Matrix, module: str, scheme: Scheme) -> _Decided:
         packed=matrix.packed,
     )
     decision = ModuleDecision(name=module, shape=storage.shape, scheme=scheme, format=storage.format)
-    return _Decided(step=step, stored=storage.stored, module=decision)
+    return Decided(step=step, stored=storage.stored, module=decision)
 
 
 @lru_cache(maxsize=64)

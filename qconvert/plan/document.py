@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qconvert.core.plan import Plan, Quantize, Step
+from qconvert.core.plan import Plan, Quantize, Reencode, Step
 from qconvert.core.tensor_info import TensorInfo
 
 
@@ -55,13 +55,17 @@ def _place(info: TensorInfo) -> dict[str, Any]:
 
 def _step(step: Step) -> dict[str, Any]:
     action, packed = step.action, step.packed
-    rounding = {"format": action.format, "search": action.search} if isinstance(action, Quantize) else {}
+    stored: dict[str, Any] = {}
+    if isinstance(action, Quantize | Reencode):
+        stored["format"] = action.format
+    if isinstance(action, Quantize):
+        stored["search"] = action.search
     return {
         "inputs": [{"tensor": part.tensor, "rows": [part.begin, part.end]} for part in step.inputs],
         "role": str(step.role),
         "action": str(action.scheme) if isinstance(action, Quantize) else str(action),
         "reason": action.reason,
-        **rounding,
+        **stored,
         **({} if packed is None else {"source": {"format": packed.format, "scheme": str(packed.scheme)}}),
         "outputs": list(step.outputs),
         "peak_bytes": step.peak_bytes,

@@ -1,0 +1,109 @@
+"""`qconvert convert`: a quantized checkpoint in another loader's format, not rounded."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qconvert.cli import console
+from qconvert.cli.options import HASHES, Json, parse_hash, parse_size
+from qconvert.cli.planned import limits, show_plan
+from qconvert.convert import Conversion, move_codes, plan_codes
+from qconvert.core.errors import OutputError
+from qconvert.formats.table import METHODS
+from qconvert.io.hub import resolve
+from qconvert.plan.document import plan_text
+from qconvert.plan.reencoding import Reencoding
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder of a quantized checkpoint, or a hub id ORG/NAME.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; it appears whole or not at all.")],
+    method: Annotated[str, typer.Option("--format", help=f"The loader that shall read it: {', '.join(METHODS)}.")],
+    allow_scale_rounding: Annotated[
+        bool,
+        typer.Option(
+            "--allow-scale-rounding", help="Round scales that the loader cannot hold exactly, and report the error."
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")] = min(
+        os.cpu_count() or 1, 8
+    ),
+    max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of going on from what an earlier run left.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
+    algorithm: Annotated[
+        str, typer.Option("--hash", help=f"Of tensors and files in manifest.json: {' or '.join(HASHES)}.")
+    ] = "xxh3-128",
+    json: Json = False,
+) -> None:
+    """Move a quantized checkpoint into another loader's format without rounding.
+
+    Codes, zero points and scales stay what they are: every matrix means exactly the same numbers, also after the
+    loader has cast its scales (to the type of the model for int4 and int8). What is not quantized is copied. Pairs
+    with another grid, other blocks, zero points that the format has no room for or inputs in activation order are
+    refused before anything is written; for these there is `qconvert quantize --from-quantized`.
+
+    Examples:
+      qconvert convert ./int4 ./gptq --format gptq
+
+      qconvert convert ./Qwen3.5-35B-A3B-GPTQ-Int4 ./int4 --format compressed-tensors --allow-scale-rounding
+    """
+
+    def call() -> int:
+        asked = Reencoding(method=method, allow_scale_rounding=allow_scale_rounding)
+        limit, shard_bytes, hashes = parse_size(max_memory), parse_size(max_shard_size), parse_hash(algorithm)
+        folder = resolve(source)
+        if dry_run:
+            plan = plan_codes(folder, asked, max_memory=limit, shard_bytes=shard_bytes)
+            if os.path.lexists(out):
+                raise OutputError(f"{out} exists already; choose another output folder or remove it")
+            if json:
+                console.show_parts(plan_text(plan))
+            else:
+                show_plan(plan)
+            return 0
+        start = time.perf_counter()
+        with console.progress(in_bytes=True, quiet=json) as advance:
+            done = move_codes(
+                folder, out, asked, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
+                algorithm=hashes, progress=lambda now, total: advance("moving", now, total),
+            )  # fmt: skip
+        _report(done, folder, time.perf_counter() - start, json=json)
+        return 0
+
+    raise typer.Exit(console.guarded(call))
+
+
+def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> None:
+    if json:
+        told = ("source_hash", "policy_hash", "decisions", "source_quantization", "reencoding", "scale_error")
+        console.show_json(
+            {
+                "out": str(done.out),
+                "bytes_before": done.bytes_before,
+                "bytes_after": done.bytes_after,
+                "seconds": round(seconds, 3),
+                **{key: done.record[key] for key in told},
+                "engine_limits": limits(done.plan),
+            }
+        )
+        return
+    show_plan(done.plan)
+    for path, error in done.record["scale_error"].items():
+        console.say(f"{path}: scales {f'rounded, largest relative error {error:.2g}' if error else 'exact'}")
+    sizes = f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)}"
+    console.say(f"{sizes} in {seconds:.1f} s: {done.out}")
+    for name, reason in done.plan.left_out:
+        console.say(f"left out: {name} ({reason})")
+    console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(done.out)])}")

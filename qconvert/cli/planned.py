@@ -1,0 +1,41 @@
+"""A plan printed for people: one line per decision, and what engines make of the output."""
+
+from __future__ import annotations
+
+from qconvert.cli import console
+from qconvert.core.plan import Plan, Quantize, Reencode
+from qconvert.core.role import EXPERT_KINDS
+from qconvert.formats.engine_limits import Written, engine_limits
+
+
+def show_plan(plan: Plan) -> None:
+    """One line per action and reason; ``--dry-run --json`` has every tensor."""
+    groups: dict[tuple[str, str], tuple[list[str], int, int]] = {}
+    for role, action, reason, tensors, nbytes in plan.decisions():
+        roles, count, size = groups.get((action, reason), ([], 0, 0))
+        groups[action, reason] = ([*roles, role], count + tensors, size + nbytes)
+    table = console.plain_table("action", ">tensors", ">bytes", "what", "why")
+    for (action, reason), (roles, count, size) in groups.items():
+        what = ", ".join(dict.fromkeys(console.family(role) for role in roles))
+        if len(what) > 60:
+            what = f"all of {roles[0].partition('.')[0]}"
+        table.add_row(action, f"{count:,}", console.gigabytes(size), what, reason)
+    console.show(table)
+    if plan.source_quantization is not None and any(isinstance(step.action, Quantize) for step in plan.steps):
+        console.say(
+            f"note: the source is quantized ({plan.source_quantization['quant_method']}): errors are against what it "
+            "means dequantized, not against the checkpoint that it was made from",
+            style="yellow",
+        )
+    for limit in limits(plan):
+        console.say(f"note: {limit}", style="yellow")
+
+
+def limits(plan: Plan) -> list[str]:
+    """What engines refuse of it, or read otherwise."""
+    written = {
+        Written(scheme=step.action.scheme, format=step.action.format, experts=step.role.kind in EXPERT_KINDS)
+        for step in plan.steps
+        if isinstance(step.action, Quantize | Reencode)
+    }
+    return [str(limit) for limit in engine_limits(written)]

@@ -1,0 +1,31 @@
+"""Inputs in activation order are found before anything is written: no format that is written keeps it."""
+
+from __future__ import annotations
+
+from qconvert.core.errors import PlanError
+from qconvert.core.plan import Plan, Reencode
+from qconvert.formats.column_groups import consecutive_groups
+from qconvert.formats.gptq import GROUP_OF_INPUT
+from qconvert.formats.pack_quantized import GROUP_OF_INPUT as PACKED_GROUP_OF_INPUT
+from qconvert.io.checkpoint import Checkpoint
+
+
+def check_column_order(plan: Plan, source: Checkpoint) -> None:
+    """Read the group of every input of all matrices whose codes are to be moved: four bytes an input.
+
+    Raises:
+        PlanError: they are in activation order; names the first tensor.
+        SourceError: a file cannot be read.
+    """
+    for step in plan.steps:
+        packed = step.packed
+        if not isinstance(step.action, Reencode) or packed is None:
+            continue
+        for part in step.inputs:
+            if part.tensor.endswith((f".{GROUP_OF_INPUT}", f".{PACKED_GROUP_OF_INPUT}")):
+                index = source.read(part.tensor)
+                if not index.equal(consecutive_groups(packed.scheme, packed.shape)):
+                    raise PlanError(
+                        f"{part.tensor}: inputs are in activation order, and {step.action.format} is written without "
+                        "one; dequantize and round anew with `qconvert quantize --from-quantized`"
+                    )
