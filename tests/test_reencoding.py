@@ -31,7 +31,7 @@ from qconvert.verify import verify
 from qconvert.weights.source import CheckpointWeights
 from tests.checkpoints import make_tiny
 from tests.cli.test_commands import run
-from tests.edits import edit_tensors, quantization_of
+from tests.edits import edit_quantization, edit_tensors, quantization_of
 from tests.manifests import edit_manifest
 from tests.test_convert import digest, manifest_of, tensors
 from tests.test_from_quantized import bits, make_other_gptq
@@ -190,6 +190,49 @@ def test_rounded_scales_are_reported_by_role(sources: Path, tmp_path: Path) -> N
     assert manifest_of(out)["scale_error"] == said["scale_error"]
     assert manifest_of(out)["reencoding"] == {"format": "compressed-tensors", "allow_scale_rounding": True}
     assert verify(out, tmp_path / "src").faults == ()
+
+
+def test_for_the_same_loader_every_scale_stays(sources: Path, tmp_path: Path) -> None:
+    """It casts them as it did."""
+    shutil.copytree(sources / "gptq", tmp_path / "src")
+    make_inexact(tmp_path / "src")
+    move_codes(tmp_path / "src", tmp_path / "out", to("gptq"))
+    assert same_tensors(tmp_path / "src", tmp_path / "out")
+
+
+def test_parts_that_stay_in_their_format_are_copied(sources: Path, tmp_path: Path) -> None:
+    """A reciprocal is stored, and that of a reciprocal is often another number."""
+    shutil.copytree(sources / "nvfp4", tmp_path / "src")
+    numbers = torch.arange(1.0, 1000.0)
+    odd = numbers[numbers.reciprocal().reciprocal() != numbers][:1]
+    assert len(odd) == 1
+    edit_tensors(tmp_path / "src", lambda t: t.update({f"{UP}.weight_global_scale": odd}))
+    move_codes(tmp_path / "src", tmp_path / "out", to("compressed-tensors"))
+    assert same_tensors(tmp_path / "src", tmp_path / "out")
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    before, after = tensors(first), tensors(second)
+    assert before.keys() == after.keys()
+    return all(torch.equal(bits(before[key]), bits(after[key])) for key in before)
+
+
+def test_scales_of_activations_are_not_moved(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "nvfp4", tmp_path / "src")
+    groups = quantization_of(tmp_path / "src")["config_groups"]
+    groups["group_0"]["input_activations"] = {
+        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local",
+    }  # fmt: skip
+    edit_quantization(tmp_path / "src", config_groups=groups)
+
+    def add(all_tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in all_tensors if name.endswith(".weight_global_scale")]:
+            all_tensors[name.replace("weight_global", "input_global")] = torch.ones(1)
+
+    edit_tensors(tmp_path / "src", add)
+    with pytest.raises(FormatError, match="activations by a stored scale is read only"):
+        move_codes(tmp_path / "src", tmp_path / "out", to("compressed-tensors"))
+    convert(tmp_path / "src", tmp_path / "out", default_policy(INT8), from_quantized=True)
 
 
 def test_a_model_in_half_precision_holds_every_scale_of_gptq(sources: Path, tmp_path: Path) -> None:
