@@ -102,7 +102,23 @@ def move(
         return Moved(parts=stored, scale_error=0.0)
     scale, error = _scales(quantized.scale, action)
     moved = replace(quantized, scale=scale, scheme=action.scheme)
-    return Moved(parts=format_named(action.format).pack(moved, shape=shape), scale_error=error)
+    form = format_named(action.format)
+    parts = form.pack(moved, shape=shape)
+    if quantized.second_scale is not None:
+        again = form.unpack(parts, action.scheme, quantized.shape, whole=shape).second_scale
+        error = max(error, _second_error(quantized.second_scale, again, action))
+    return Moved(parts=parts, scale_error=error)
+
+
+def _second_error(before: Tensor, after: Tensor | None, action: Reencode) -> float:
+    """The relative error of a second scale, which one format multiplies by and another divides by."""
+    error = 1.0 if after is None else abs(float(after) / float(before) - 1.0)
+    if error and not action.allow_scale_rounding:
+        raise DataError(
+            f"has a second scale that {action.format} does not hold exactly; its relative error would be {error:.2g}: "
+            "--allow-scale-rounding accepts that"
+        )
+    return error
 
 
 def _scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:

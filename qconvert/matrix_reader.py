@@ -106,10 +106,12 @@ class MatrixReader:
         """
         found = {}
         for number, (spec, part) in enumerate(zip(_specs(reading), reading.inputs, strict=True)):
-            # what is written once is read again for every run, but is one time in the hash
-            first, last = spec.rows_of(begin, end) if spec.rows_per_row else (0, part.end - part.begin)
-            again = begin > 0 and not spec.rows_per_row
-            found[spec.suffix] = self.stored(part, first, last, None if again else into, buffer=number)
+            if spec.rows_per_row:
+                found[spec.suffix] = self.stored(part, *spec.rows_of(begin, end), into, buffer=number)
+            else:
+                # read again for every run, but one time in the hash
+                whole = self.stored(part, 0, part.end - part.begin, None if begin else into, buffer=number)
+                found[spec.suffix] = whole.view(self.info(part).shape)
         return found
 
     def unpacked(self, reading: Reading, begin: int, end: int, parts: Mapping[str, Tensor]) -> QuantizedTensor:

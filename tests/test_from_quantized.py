@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconvert.arch.names import role_of
 from qconvert.convert import Conversion, convert, plan_conversion
 from qconvert.core.errors import DataError, FormatError, Interrupted, SourceError
 from qconvert.core.plan import Dequantize, Packed
 from qconvert.core.scheme import FP8_BLOCK, INT8, NVFP4, W8A8, Scheme, int4
 from qconvert.formats.gptq import GPTQ_V2, Gptq
+from qconvert.formats.table import FORMATS, READ_ONLY, format_named
 from qconvert.io import committer, output_file
+from qconvert.numerics.rounding import quantize
 from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan import row_blocks
 from qconvert.plan.policy import Policy, Rule, default_policy, scheme_named
@@ -24,6 +27,8 @@ from qconvert.weights.source import CheckpointWeights
 from tests.checkpoints import make_tiny, save_checkpoint
 from tests.cli.test_commands import run
 from tests.edits import edit_quantization, edit_tensors, quantization_of
+from tests.formats.test_other_writers import CASES
+from tests.formats.test_other_writers import write as write_as_others
 from tests.manifests import edit_manifest
 from tests.test_convert import digest, manifest_of, tensors
 from tests.test_resume import finished, stop_after
@@ -43,6 +48,8 @@ SOURCES: dict[str, Policy] = {
     "int4-asym": default_policy(int4(128, symmetric=False)),
     "gptq": default_policy(int4(128)).stored_as("gptq"),
     "awq": default_policy(int4(128)).stored_as("awq"),
+    "nf4": default_policy(scheme_named("nf4")),
+    "llm-int8": default_policy(scheme_named("llm-int8")),
 }
 
 TARGETS: dict[str, Scheme] = {
@@ -111,6 +118,24 @@ def test_every_format_that_is_read_can_be_a_source(sources: Path, tmp_path: Path
             w, v = before.matrix(role), after.matrix(role)
             assert torch.allclose(w, v, rtol=2.0**-8, atol=float(w.abs().max()) / 127), role
     assert verify(tmp_path / "out", sources / name).faults == ()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_others_write_is_a_source(tmp_path: Path, case: str) -> None:
+    meant = write_as_others(tmp_path / "src", case)
+    done = again(tmp_path / "src", tmp_path / "out", default_policy(INT8))
+    with CheckpointWeights.open(tmp_path / "out") as after, CheckpointWeights.open(tmp_path / "src") as before:
+        for module in meant:
+            role = role_of(f"{module}.weight")
+            assert torch.equal(after.matrix(role), quantize(before.matrix(role), INT8).quantized.dequantize()), module
+    assert sum(step.packed is not None for step in done.plan.steps) == len(meant)
+    assert verify(tmp_path / "out", tmp_path / "src").faults == ()
+
+
+def test_plans_call_every_format_by_a_name_of_its_own() -> None:
+    known = (*FORMATS, *READ_ONLY)
+    assert len({form.name for form in known}) == len(known)
+    assert all(format_named(form.name) == form for form in known)
 
 
 def test_activation_order_and_the_second_version_of_gptq_are_sources_too(sources: Path, tmp_path: Path) -> None:

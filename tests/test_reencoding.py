@@ -25,7 +25,7 @@ from qconvert.io import committer, output_file
 from qconvert.numerics.rounding import quantize
 from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan import row_blocks
-from qconvert.plan.policy import default_policy
+from qconvert.plan.policy import default_policy, scheme_named
 from qconvert.plan.reencoding import Reencoding
 from qconvert.verify import verify
 from qconvert.weights.source import CheckpointWeights
@@ -50,6 +50,8 @@ POLICIES = {
     "w8a8": default_policy(W8A8),
     "mxfp4": default_policy(MXFP4),
     "nvfp4": default_policy(NVFP4),
+    "nf4": default_policy(scheme_named("nf4")),
+    "llm-int8": default_policy(scheme_named("llm-int8")),
 }
 POSSIBLE = (
     ("int4", "gptq"),
@@ -64,6 +66,8 @@ POSSIBLE = (
     ("fp8-tiles", "fp8"),
     *((name, "compressed-tensors") for name in ("int4", "int4-asym", "fp8", "w8a8", "mxfp4", "nvfp4")),
     ("gptq", "gptq"),
+    ("nf4", "bitsandbytes"),
+    ("llm-int8", "bitsandbytes"),
 )
 IMPOSSIBLE = (
     ("int4", "fp8", "holds fp8 in 128 x 128 tiles, not int4-g128-sym"),
@@ -74,6 +78,8 @@ IMPOSSIBLE = (
     ("fp8-block", "gptq", "gptq holds integers of 4 or 8 bits, not fp8"),
     ("w8a8", "gptq", "gptq is for 16-bit activations"),
     ("mxfp4", "awq", "awq holds integers of 4 bits, not fp4"),
+    ("llm-int8", "compressed-tensors", "holds one BF16, F16 or F32 scale per row"),
+    ("nf4", "compressed-tensors", "holds 4- and 8-bit integers, not bnb-nf4"),
 )
 UP = "model.language_model.layers.1.mlp.experts.2.up_proj"
 
@@ -293,6 +299,24 @@ def test_a_rounded_scale_is_held_exactly_afterwards_and_its_error_is_the_largest
     assert torch.equal(after.codes, before.codes)
 
 
+@settings(max_examples=60)
+@given(second=st.floats(2.0**-20, 2.0**20, width=32))
+def test_a_second_scale_moves_exactly_or_not_at_all(second: float) -> None:
+    """One format multiplies by it, the other stores its reciprocal."""
+    before = quantize(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), NVFP4).quantized
+    before = replace(before, second_scale=torch.tensor(second))
+    action = Reencode(reason="", module="", scheme=NVFP4, format="nvfp4-pack-quantized")
+    form = format_named(action.format)
+    try:
+        moved = move(before, action, (16, 64))
+    except DataError as error:
+        assert "second scale" in str(error)
+        rounded = move(before, replace(action, allow_scale_rounding=True), (16, 64))
+        assert 0 < rounded.scale_error < 2.0**-22
+        return
+    assert torch.equal(form.unpack(moved.parts, NVFP4, (16, 64)).dequantize(), before.dequantize())
+
+
 def test_scales_that_would_vanish_are_refused_even_when_rounding_is_allowed() -> None:
     base = replace(int4(32), scale=ScaleSpec(dtype=DType.F32))
     action = Reencode(
@@ -399,7 +423,7 @@ def test_the_command(sources: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "code", "said"),
     [
-        ("int4", ["--format", "exl3"], 2, "compressed-tensors, fp8, gptq, awq"),
+        ("int4", ["--format", "exl3"], 2, "compressed-tensors, fp8, gptq, awq, bitsandbytes"),
         ("int4", [], 2, "--format"),
         ("int4", ["--format", "gptq", "--max-memory", "1MB"], 4, "--max-memory"),
         ("original", ["--format", "gptq"], 3, "qconvert quantize"),

@@ -49,7 +49,7 @@ def quantize(
         bool,
         typer.Option(
             "--from-quantized",
-            help="SRC may be quantized (fp8, compressed-tensors, gptq, awq): dequantize its matrices and round anew.",
+            help="SRC may be quantized, such as the official FP8: dequantize its matrices and round anew.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,

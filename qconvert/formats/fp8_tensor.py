@@ -75,3 +75,9 @@ class Fp8Tensor:
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SCALE], SCALE)
         return QuantizedTensor(codes=parts[WEIGHT], scale=parts[SCALE].reshape(1, 1), scheme=scheme, shape=shape)
+
+
+TENSOR_SCALED = Fp8Tensor(name="float-quantized-tensor", quant_method="compressed-tensors", scale_shape=(1,))
+"""Its name in plans; a configuration calls it like the one with a scale per row."""
+
+MODELOPT_FP8 = Fp8Tensor(name="modelopt-fp8", quant_method="modelopt", scale_shape=())

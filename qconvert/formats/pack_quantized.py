@@ -146,7 +146,8 @@ class PackReordered(PackQuantized):
         return replace(quantized, column_group=index)
 
 
-REORDERED = PackReordered()
+REORDERED = PackReordered(name="pack-quantized-reordered")
+"""Its name in plans; a configuration calls it like the other."""
 
 
 def _transposed(matrix: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from qconvert.core.errors import SourceError
 from qconvert.core.scheme import Activation, Block, Blocking, Channel, Float, Group, Int, PerTensor, ScaleSpec, Scheme
 from qconvert.formats.base import Format
 from qconvert.formats.declaration import Declaration, Declared, NameList, names_of
-from qconvert.formats.fp8_tensor import Fp8Tensor
-from qconvert.formats.pack_quantized import REORDERED
+from qconvert.formats.float_quantized import FloatQuantized
+from qconvert.formats.fp8_tensor import TENSOR_SCALED
+from qconvert.formats.pack_quantized import REORDERED, PackQuantized
 from qconvert.formats.table import FORMATS
 
 
@@ -59,20 +60,16 @@ def read_compressed_tensors(block: Mapping[str, Any]) -> Declared:
     return CompressedTensors(groups=tuple(read), ignore=ignore)
 
 
-_TENSOR = Fp8Tensor(name="float-quantized", quant_method="compressed-tensors", scale_shape=(1,))
-
-
 def _format(name: Any, group: Mapping[str, Any], scheme: Scheme, where: str) -> Format:
     known = [form for form in FORMATS if form.quant_method == "compressed-tensors"]
     for form in known:
         if form.name != name:
             continue
-        if name == _TENSOR.name and scheme.blocking == PerTensor():
-            return _TENSOR
+        if form == FloatQuantized() and scheme.blocking == PerTensor():
+            return TENSOR_SCALED
         # `static` reorders while it rounds and stores groups that are consecutive
-        return (
-            REORDERED if name == REORDERED.name and group["weights"].get("actorder") in ("group", "dynamic") else form
-        )
+        reordered = group["weights"].get("actorder") in ("group", "dynamic")
+        return REORDERED if form == PackQuantized() and reordered else form
     raise SourceError(
         f"config.json: {where} has the format {name!r}; {', '.join(form.name for form in known)} can be read"
     )

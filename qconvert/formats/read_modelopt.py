@@ -11,14 +11,14 @@ from qconvert.core.dtypes import DType
 from qconvert.core.errors import SourceError
 from qconvert.core.scheme import NVFP4, Activation, Float, PerTensor, ScaleSpec, Scheme
 from qconvert.formats.declaration import Declaration, Declared, names_of
-from qconvert.formats.fp8_tensor import Fp8Tensor
+from qconvert.formats.fp8_tensor import MODELOPT_FP8
 from qconvert.formats.nvfp4_modelopt import Nvfp4ModelOpt
 
 _WHERE = "quantization_config"
 _E4M3 = Float(kind="e4m3fn")
 _DECLARED: Mapping[str, Declaration] = {
     "FP8": Declaration(
-        format=Fp8Tensor(name="modelopt-fp8", quant_method="modelopt", scale_shape=()),
+        format=MODELOPT_FP8,
         scheme=Scheme(
             grid=_E4M3,
             blocking=PerTensor(),

@@ -142,7 +142,7 @@ def _target(packed: Packed, method: str, served: DType) -> _Target:
     Raises:
         FormatError: none does, with the reason of each.
     """
-    if packed.scheme.scale.second is not None and packed.scheme.activation.kind != "none":
+    if packed.scheme.shares_second_scale and packed.scheme.activation.kind != "none":
         raise FormatError("what rounds activations by a stored scale is read only")
     reasons = []
     for form in [known for known in FORMATS if known.quant_method == method]:

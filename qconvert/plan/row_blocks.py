@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import lcm
 
 from qconvert.core.plan import Packed, dtype_bytes
+from qconvert.formats.base import PartSpec
 from qconvert.formats.table import format_named
 
 BLOCK_ELEMENTS = 1 << 22
@@ -39,11 +40,18 @@ def packed_peak_bytes(packed: Packed, multiple: int) -> int:
     rows, cols = packed.shape
     at_once = min(rows, _rows_at_once(cols, rows_together(packed, multiple)))
     stored = sum(
-        dtype_bytes(spec.dtype, (end - begin, *spec.shape[1:]))
+        dtype_bytes(spec.dtype, _shape_of_run(spec, at_once))
         for spec in format_named(packed.format).parts(packed.scheme, packed.shape)
-        for begin, end in [spec.rows_of(0, at_once) if spec.rows_per_row else (0, spec.shape[0])]
     )
     return stored + at_once * cols * UNPACK_BYTES + SCRATCH_BYTES
+
+
+def _shape_of_run(spec: PartSpec, rows: int) -> tuple[int, ...]:
+    """What the first ``rows`` of a matrix take of a part."""
+    if not spec.rows_per_row:
+        return spec.shape
+    begin, end = spec.rows_of(0, rows)
+    return (end - begin, *spec.shape[1:])
 
 
 def rows_together(packed: Packed | None, multiple: int) -> int:
