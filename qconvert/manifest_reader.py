@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.is_dir() and not os.path.lexists(path):
         raise SourceError(
             f"{folder}: no {MANIFEST_FILE}, so nothing says what should be here; expected the output of "
-            "`qconvert quantize`"
+            "`qconvert quantize` or `convert`"
         )
     with os.fdopen(open_regular(path), "rb") as file:
         try:

@@ -19,7 +19,7 @@ FAULTY = 1
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `qconvert quantize` made.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `qconvert quantize` or `convert` made.")],
     deep: Annotated[
         str | None,
         typer.Option("--deep", metavar="SRC", help="Convert SRC again without writing and compare every byte."),
