@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError
 from qconvert.core.plan import Quantize, Reencode
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.formats.table import format_named
 from qconvert.numerics.finite import all_finite
 from qconvert.numerics.rounding import quantize, second_scale_for
+
+_LARGEST_F16 = 65280.0
+"""That is exact in BF16 too: where scales end, and beyond it weights would be cut off."""
 
 WEIGHT = "weight"
 """The one part of a matrix that is not quantized."""
@@ -47,6 +51,8 @@ def encode(rows: Tensor, action: Quantize, shape: tuple[int, int], second: float
         DataError: a value is NaN or infinite.
     """
     rounded = quantize(rows, action.scheme, search=action.search, second=second)
+    if action.scheme.scale.dtype is DType.F16 and bool((rounded.quantized.scale >= _LARGEST_F16).any()):
+        raise DataError("has weights too large for F16 scales: store it as compressed-tensors")
     parts = format_named(action.format).pack(rounded.quantized, shape=shape)
     return Encoded(parts=parts, squared_error=rounded.squared_error, signal=rounded.signal)
 

@@ -256,7 +256,7 @@ def _named(reading: Reading, read: MatrixReader, becomes: str) -> Iterator[None]
 
 
 def _largest(action: Quantize, read: MatrixReader) -> float:
-    """The largest value of all matrices that share a second scale: they are read once more for it."""
+    """The largest value of all matrices that share a second scale: each of them reads them all once more for it."""
     largest = 0.0
     for reading in action.scale_over:
         for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -295,3 +296,15 @@ def test_a_side_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "src" / "tokenizer.json").symlink_to(tmp_path / "gone")
     with pytest.raises(SourceError, match=r"tokenizer\.json"):
         convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))
+
+
+def test_weights_too_large_for_f16_scales_are_named(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "src", shards=1)
+    file = tmp_path / "src" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("experts.down_proj") and "mtp" not in name)
+    weights[name].view(-1)[5] = 1e6
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(DataError, match=f"{re.escape(name)}.*too large for F16 scales"):
+        convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)).stored_as("gptq"))
+    convert(tmp_path / "src", tmp_path / "out", default_policy(int4(32)))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qconvert.convert import convert
 from qconvert.core.scheme import Scheme, int4
@@ -87,3 +88,28 @@ def test_a_pipeline_answers(tmp_path: Path, name: str) -> None:
     prompt = "def area(width, height):\n    return"
     said = answer(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
     assert said.startswith(prompt) and len(said) > len(prompt)
+
+
+@pytest.mark.parametrize("name", ["nf4", "llm-int8"])
+def test_bitsandbytes_leaves_every_other_linear_module_alone(tmp_path: Path, name: str) -> None:
+    convert(DEMO, tmp_path / "out", default_policy(SCHEMES[name]))
+    with CheckpointWeights.open(tmp_path / "out", vision=True) as weights:
+        rounded = {stored.name for stored in weights.stored.values() if stored.scheme is not None}
+    skipped = quantization_of(tmp_path / "out")["llm_int8_skip_modules"]
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert {name for name in linear if should_convert_module(name, skipped)} == rounded
+    assert any(".visual." in name for name in linear)
+
+
+def test_bitsandbytes_sees_an_image(tmp_path: Path) -> None:
+    convert(DEMO, tmp_path / "out", default_policy(SCHEMES["nf4"]))
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    vision = model.config.vision_config
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    with torch.no_grad():
+        seen = model.model.visual(torch.zeros(16, patch, dtype=torch.bfloat16), grid_thw=torch.tensor([[1, 4, 4]]))
+    features = seen.pooler_output if hasattr(seen, "pooler_output") else seen
+    assert bool(torch.isfinite(torch.cat(list(features)) if isinstance(features, list | tuple) else features).all())

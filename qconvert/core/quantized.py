@@ -105,7 +105,7 @@ class QuantizedTensor:
                 table = E2M1_VALUES
             case Codebook(kind=kind):
                 table = CODEBOOKS[kind]
-        return torch.tensor(table, dtype=torch.float32)[self.codes.to(torch.int64)]
+        return torch.tensor(table, dtype=torch.float32, device=self.codes.device)[self.codes.to(torch.int64)]
 
     def _spread(self, per_block: Tensor) -> Tensor:
         """Repeat one value per block to [N, K], or to something that broadcasts to it."""

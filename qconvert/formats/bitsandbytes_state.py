@@ -102,7 +102,7 @@ class Bitsandbytes4:
             raise FormatError(f"{self.state} says {described!r}, expected {self._described(shape)!r}")
         if not torch.equal(parts[QUANT_MAP], torch.tensor(CODEBOOKS[self.codebook], dtype=torch.float32)):
             raise FormatError(f"{QUANT_MAP} is not the codebook {self.codebook}")
-        codes = _swapped(unpack_pairs(parts[WEIGHT].reshape(shape[0], -1)))
+        codes = _swapped(unpack_pairs(parts[WEIGHT].reshape(1, -1))).view(shape)
         return QuantizedTensor(codes=codes, scale=parts[ABSMAX], scheme=scheme, shape=shape)
 
     def _described(self, shape: tuple[int, int]) -> bytes:
@@ -162,6 +162,8 @@ class Bitsandbytes8:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SCB], SCB)
+        if bool((parts[WEIGHT] == -128).any()):
+            raise FormatError(f"{WEIGHT} holds -128, which LLM.int8 has no place for")
         if int(parts[WEIGHT_FORMAT]) != _ROW:
             raise FormatError(f"{WEIGHT_FORMAT} is {int(parts[WEIGHT_FORMAT])}; only codes in rows can be read")
         return QuantizedTensor(

@@ -59,6 +59,29 @@ class NameList:
         return 2 if "Linear" in self.exact else None
 
 
+def plain_names_of(value: Any, where: str) -> frozenset[str]:
+    """The entries of a list whose reader knows no ``re:`` patterns.
+
+    Raises:
+        SourceError: it is no list of names, or holds a pattern.
+    """
+    names = names_of(value, where)
+    if names.patterns:
+        raise SourceError(f"config.json: {where} holds re:{names.patterns[0].pattern}; its loader reads no patterns")
+    return names.exact
+
+
+def whole_number(value: object, where: str) -> int:
+    """A number of ``config.json`` that counts something.
+
+    Raises:
+        SourceError: it is no positive whole number.
+    """
+    if type(value) is not int or value <= 0:
+        raise SourceError(f"config.json: {where} is {value!r}; expected a positive whole number")
+    return value
+
+
 def names_of(value: Any, where: str) -> NameList:
     """The entries of a list in ``config.json``, which ``where`` names.
 

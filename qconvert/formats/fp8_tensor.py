@@ -74,6 +74,8 @@ class Fp8Tensor:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SCALE], SCALE)
+        if INPUT_SCALE in parts:
+            check_scales(parts[INPUT_SCALE], INPUT_SCALE)
         return QuantizedTensor(codes=parts[WEIGHT], scale=parts[SCALE].reshape(1, 1), scheme=scheme, shape=shape)
 
 

@@ -77,7 +77,9 @@ class Nvfp4ModelOpt:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SECOND_SCALE], SECOND_SCALE)
-        check_second_level(parts[SCALE], SCALE)
+        check_second_level(parts[SCALE], SCALE, parts[WEIGHT])
+        if INPUT_SCALE in parts:
+            check_scales(parts[INPUT_SCALE], INPUT_SCALE)
         return QuantizedTensor(
             codes=unpack_pairs(parts[WEIGHT]),
             scale=parts[SCALE],

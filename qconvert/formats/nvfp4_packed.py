@@ -91,21 +91,28 @@ class Nvfp4Packed:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[GLOBAL_SCALE], GLOBAL_SCALE)
-        check_second_level(parts[SCALE], SCALE)
+        check_second_level(parts[SCALE], SCALE, parts[PACKED])
+        over = parts[GLOBAL_SCALE].reciprocal().reshape(())
+        check_scales(over, f"the reciprocal of {GLOBAL_SCALE}")
+        if INPUT_SCALE in parts:
+            check_scales(parts[INPUT_SCALE], INPUT_SCALE)
         return QuantizedTensor(
             codes=unpack_pairs(parts[PACKED]),
             scale=parts[SCALE],
-            second_scale=parts[GLOBAL_SCALE].reciprocal().reshape(()),
+            second_scale=over,
             scheme=scheme,
             shape=shape,
         )
 
 
-def check_second_level(scale: Tensor, suffix: str) -> None:
+def check_second_level(scale: Tensor, suffix: str, packed: Tensor) -> None:
     """Refuse scales that no rounding makes; one of zero is that of a group too small for e4m3.
 
     Raises:
-        FormatError: a scale is negative or NaN.
+        FormatError: a scale is negative or NaN, or all are zero and the packed codes are not.
     """
-    if wrong := int((~(scale.to(torch.float32) >= 0.0)).sum()):
+    values = scale.to(torch.float32)
+    if wrong := int((~(values >= 0.0)).sum()):
         raise FormatError(f"{suffix} holds {wrong} scales that are negative or NaN")
+    if not bool(values.any()) and bool((packed & 0x77).any()):
+        raise FormatError(f"{suffix} holds nothing but zeros, and the codes are others")

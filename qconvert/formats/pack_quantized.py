@@ -14,6 +14,7 @@ from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Channel, Group, Int, Scheme
 from qconvert.formats.base import PartSpec, check_groups, check_parts, check_scales
 from qconvert.formats.column_groups import check_groups_of_inputs
+from qconvert.formats.transposed import flipped
 from qconvert.numerics.packing import pack_int32, unpack_int32
 
 PACKED = "weight_packed"
@@ -85,7 +86,7 @@ class PackQuantized:
             SHAPE: torch.tensor(shape or quantized.shape, dtype=torch.int64),
         }
         if quantized.zero_point is not None:
-            parts[ZERO_POINT] = _transposed(pack_int32(_transposed(quantized.zero_point), scheme.weight_bits))
+            parts[ZERO_POINT] = flipped(pack_int32(flipped(quantized.zero_point), scheme.weight_bits))
         return parts
 
     def unpack(
@@ -104,8 +105,8 @@ class PackQuantized:
         rows, cols = shape
         zero_point = None
         if not scheme.symmetric:
-            packed = _transposed(parts[ZERO_POINT])
-            zero_point = _transposed(unpack_int32(packed, scheme.weight_bits, rows, signed=False))
+            packed = flipped(parts[ZERO_POINT])
+            zero_point = flipped(unpack_int32(packed, scheme.weight_bits, rows, signed=False))
         return QuantizedTensor(
             codes=unpack_int32(parts[PACKED], scheme.weight_bits, cols, signed=scheme.symmetric),
             scale=parts[SCALE],
@@ -148,8 +149,3 @@ class PackReordered(PackQuantized):
 
 REORDERED = PackReordered(name="pack-quantized-reordered")
 """Its name in plans; a configuration calls it like the other."""
-
-
-def _transposed(matrix: Tensor) -> Tensor:
-    """A copy whose bytes can be viewed: ``contiguous`` would keep odd strides where a side is 1."""
-    return matrix.T.clone(memory_format=torch.contiguous_format)

@@ -87,14 +87,14 @@ def _awq(scheme: Scheme, decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
 
 
 def _bitsandbytes(scheme: Scheme, decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
-    """Source: transformers 5.23, ``BitsAndBytesConfig``; it matches the ends of the names that stay."""
+    """Source: transformers 5.23, ``BitsAndBytesConfig``; ``should_convert_module`` matches patterns from the start."""
     four = isinstance(scheme.grid, Codebook)
     block = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": four,
         "load_in_8bit": not four,
         "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": kept_substrings(decisions),
+        "llm_int8_skip_modules": kept_patterns(decisions),
     }
     if not isinstance(scheme.grid, Codebook):
         return block

@@ -32,6 +32,8 @@ def read_bitsandbytes(block: Mapping[str, Any]) -> Declared:
     Raises:
         SourceError: neither width, another codebook, or scales that are quantized a second time.
     """
+    if block.get("load_in_8bit") is True and block.get("load_in_4bit") is True:
+        raise SourceError(f"config.json: {_WHERE} says both load_in_4bit and load_in_8bit")
     if block.get("load_in_8bit") is True:
         return DeclaredBitsandbytes(declaration=Declaration(format=Bitsandbytes8(), scheme=LLM_INT8))
     if block.get("load_in_4bit") is not True:

@@ -53,6 +53,8 @@ def read_compressed_tensors(block: Mapping[str, Any]) -> Declared:
     read = []
     for name, group in groups.items():
         where = f"quantization_config.config_groups.{name}"
+        if not isinstance(group, Mapping):
+            raise SourceError(f"config.json: {where} is {group!r}; expected an object")
         scheme = _scheme(group, where)
         form = _format(group.get("format") or block.get("format"), group, scheme, where)
         read.append((names_of(group.get("targets"), f"{where}.targets"), Declaration(format=form, scheme=scheme)))
@@ -68,8 +70,11 @@ def _format(name: Any, group: Mapping[str, Any], scheme: Scheme, where: str) -> 
         if form == FloatQuantized() and scheme.blocking == PerTensor():
             return TENSOR_SCALED
         # `static` reorders while it rounds and stores groups that are consecutive
-        reordered = group["weights"].get("actorder") in ("group", "dynamic")
-        return REORDERED if form == PackQuantized() and reordered else form
+        if group["weights"].get("actorder") not in ("group", "dynamic"):
+            return form
+        if form != PackQuantized():
+            raise SourceError(f"config.json: {where} has activation order in {name}; it can be read in pack-quantized")
+        return REORDERED
     raise SourceError(
         f"config.json: {where} has the format {name!r}; {', '.join(form.name for form in known)} can be read"
     )
@@ -82,10 +87,13 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
     order = weights.get("actorder")
     if order not in (None, False, "static", "weight", "group", "dynamic"):
         raise SourceError(f"config.json: {where}.weights.actorder is {order!r}; static and group can be read")
+    symmetric = weights.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise SourceError(f"config.json: {where}.weights.symmetric is {symmetric!r}; expected true or false")
     return Scheme(
         grid=_grid(weights, f"{where}.weights"),
         blocking=_blocking(weights, f"{where}.weights"),
-        symmetric=bool(weights.get("symmetric", True)),
+        symmetric=symmetric,
         scale=ScaleSpec(dtype=DType.BF16, second=DType.F32 if weights.get("strategy") == "tensor_group" else None),
         activation=_activation(group.get("input_activations"), f"{where}.input_activations"),
     )
@@ -93,9 +101,9 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
 
 def _grid(arguments: Mapping[str, Any], where: str) -> Int | Float:
     bits, kind = arguments.get("num_bits"), arguments.get("type", "int")
-    if kind == "int" and isinstance(bits, int):
+    if kind == "int" and type(bits) is int and bits > 0:
         return Int(bits=bits)
-    if kind == "float" and bits in (4, 8):
+    if kind == "float" and type(bits) is int and bits in (4, 8):
         return Float(kind="e4m3fn" if bits == 8 else "e2m1")
     raise SourceError(f"config.json: {where} has {bits!r} bits of type {kind!r}")
 
@@ -116,9 +124,11 @@ def _blocking(arguments: Mapping[str, Any], where: str) -> Blocking:
             )
 
 
-def _activation(arguments: Mapping[str, Any] | None, where: str) -> Activation:
+def _activation(arguments: object, where: str) -> Activation:
     if arguments is None:
         return Activation()
+    if not isinstance(arguments, Mapping):
+        raise SourceError(f"config.json: {where} is {arguments!r}; expected an object")
     grid = _grid(arguments, where)
     if not arguments.get("dynamic", False):
         return Activation(kind="static", grid=grid)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import SourceError
 from qconvert.core.scheme import Activation, Block, Float, ScaleSpec, Scheme
-from qconvert.formats.declaration import Declaration, Declared, names_of
+from qconvert.formats.declaration import Declaration, Declared, names_of, whole_number
 from qconvert.formats.fp8_block import Fp8Block
 
 
@@ -36,20 +36,21 @@ def read_fp8(block: Mapping[str, Any]) -> Declared:
     """
     where = "quantization_config"
     size = block.get("weight_block_size")
-    if not isinstance(size, Sequence) or len(size) != 2:
+    if not isinstance(size, list) or len(size) != 2:
         raise SourceError(f"config.json: {where}.weight_block_size is {size!r}; only tiles can be read, not one scale")
     if block.get("activation_scheme", "dynamic") != "dynamic":
         raise SourceError(f"config.json: {where}.activation_scheme is {block['activation_scheme']!r}, not 'dynamic'")
+    tall, wide = (whole_number(side, f"{where}.weight_block_size") for side in size)
     grid = Float(kind="e4m3fn")
     scheme = Scheme(
         grid=grid,
-        blocking=Block(rows=int(size[0]), cols=int(size[1])),
+        blocking=Block(rows=tall, cols=wide),
         scale=ScaleSpec(dtype=DType.BF16),
-        activation=Activation(kind="dynamic", grid=grid, group=int(size[1])),
+        activation=Activation(kind="dynamic", grid=grid, group=wide),
     )
     kept = {
         name
         for field in ("modules_to_not_convert", "ignored_layers")
-        for name in names_of(block.get(field) or (), f"{where}.{field}").exact
+        for name in names_of(block.get(field) or (), f"{where}.{field}").exact  # patterns match nothing there
     }
     return Fp8(declaration=Declaration(format=Fp8Block(), scheme=scheme), kept=frozenset(kept))

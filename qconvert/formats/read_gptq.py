@@ -12,7 +12,7 @@ from qconvert.core.errors import SourceError
 from qconvert.core.scheme import Blocking, Channel, Group, Int, ScaleSpec, Scheme
 from qconvert.formats.awq import Awq
 from qconvert.formats.base import Format
-from qconvert.formats.declaration import Declaration, Declared, names_of
+from qconvert.formats.declaration import Declaration, Declared, plain_names_of
 from qconvert.formats.gptq import GPTQ_V2, Gptq
 
 _WHERE = "quantization_config"
@@ -57,7 +57,8 @@ def read_gptq(block: Mapping[str, Any]) -> Declared:
     Raises:
         SourceError: an argument that cannot be read here; the message names it.
     """
-    version = block.get("checkpoint_format")
+    about = block.get("meta")
+    version = block.get("checkpoint_format") or (about.get("checkpoint_format") if isinstance(about, Mapping) else None)
     if not isinstance(version, str | None) or version not in _FORMATS:
         raise SourceError(f"config.json: {_WHERE}.checkpoint_format is {version!r}; gptq and gptq_v2 can be read")
     rules = block.get("dynamic") or {}
@@ -90,15 +91,17 @@ def read_awq(block: Mapping[str, Any]) -> Declared:
     if not isinstance(version, str) or version.lower() != "gemm":
         raise SourceError(f"config.json: {_WHERE}.version is {version!r}; gemm can be read")
     arguments = {"bits": block.get("w_bit", block.get("bits")), "group_size": block.get("q_group_size", -1), **block}
-    kept = names_of(block.get("modules_to_not_convert") or (), f"{_WHERE}.modules_to_not_convert")
-    declaration = Declaration(format=Awq(), scheme=_scheme(arguments, _WHERE, symmetric=False))
-    return DeclaredAwq(declaration=declaration, kept=kept.exact)
+    if block.get("zero_point", True) is not True:
+        raise SourceError(f"config.json: {_WHERE}.zero_point is {block['zero_point']!r}; true can be read")
+    kept = plain_names_of(block.get("modules_to_not_convert") or (), f"{_WHERE}.modules_to_not_convert")
+    declaration = Declaration(format=Awq(), scheme=_scheme(arguments, _WHERE, symmetric=False, widths=(4,)))
+    return DeclaredAwq(declaration=declaration, kept=kept)
 
 
-def _scheme(arguments: Mapping[str, Any], where: str, *, symmetric: object) -> Scheme:
+def _scheme(arguments: Mapping[str, Any], where: str, *, symmetric: object, widths: tuple[int, ...] = (4, 8)) -> Scheme:
     bits = arguments.get("bits")
-    if bits not in (4, 8) or isinstance(bits, bool):
-        raise SourceError(f"config.json: {where} has {bits!r} bits; 4 and 8 can be read")
+    if type(bits) is not int or bits not in widths:
+        raise SourceError(f"config.json: {where} has {bits!r} bits; {' and '.join(map(str, widths))} can be read")
     if not isinstance(symmetric, bool):
         raise SourceError(f"config.json: {where}.sym is {symmetric!r}; expected true or false")
     return Scheme(

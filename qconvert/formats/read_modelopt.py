@@ -9,8 +9,8 @@ from typing import Any
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import SourceError
-from qconvert.core.scheme import NVFP4, Activation, Float, PerTensor, ScaleSpec, Scheme
-from qconvert.formats.declaration import Declaration, Declared, names_of
+from qconvert.core.scheme import NVFP4, Activation, Float, Group, PerTensor, ScaleSpec, Scheme
+from qconvert.formats.declaration import Declaration, Declared, plain_names_of
 from qconvert.formats.fp8_tensor import MODELOPT_FP8
 from qconvert.formats.nvfp4_modelopt import Nvfp4ModelOpt
 
@@ -60,5 +60,11 @@ def read_modelopt(block: Mapping[str, Any]) -> Declared:
     algorithm = inner.get("quant_algo")
     if not isinstance(algorithm, str) or algorithm not in _DECLARED:
         raise SourceError(f"config.json: {_WHERE}.quant_algo is {algorithm!r}; {', '.join(_DECLARED)} can be read")
+    declaration = _DECLARED[algorithm]
+    size = inner.get("group_size")
+    if isinstance(declaration.scheme.blocking, Group) and size not in (None, declaration.scheme.blocking.size):
+        raise SourceError(
+            f"config.json: {_WHERE}.group_size is {size!r}; {declaration.scheme.blocking.size} can be read"
+        )
     entries = inner.get("ignore") or inner.get("exclude_modules") or ()
-    return DeclaredModelOpt(declaration=_DECLARED[algorithm], kept=names_of(entries, f"{_WHERE}.ignore").exact)
+    return DeclaredModelOpt(declaration=declaration, kept=plain_names_of(entries, f"{_WHERE}.ignore"))

@@ -272,7 +272,7 @@ def _rule(entry: Any, where: str, search: bool) -> Rule:
         scheme=scheme,
         reason=entry.get("reason", where.rpartition(", ")[2] + " of the policy file"),
         layers=_layers(entry["layers"], where) if "layers" in entry else None,
-        search=entry.get("search", search),
+        search=entry.get("search", search and scheme not in _DENSE_ONLY),
     )
     try:
         return _stored_as(rule, entry["format"]) if "format" in entry else rule
