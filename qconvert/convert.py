@@ -13,6 +13,7 @@ from qconvert import __version__
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
 from qconvert.core.plan import Plan
 from qconvert.device import check_device
+from qconvert.engine_check.run import refuse_unreadable
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
@@ -131,7 +132,8 @@ def convert(
                         **{name: source / name for name in plan.side_files},
                         "config.json": plan.config_bytes,
                         MANIFEST_FILE: manifest,  # last: it speaks of all others
-                    }
+                    },
+                    accept=refuse_unreadable,
                 )
             except (PlanError, FormatError, DataError):
                 raise  # the same would happen again: nothing is kept

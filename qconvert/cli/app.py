@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qconvert import __version__
+from qconvert.cli.check import check
 from qconvert.cli.demo import demo
 from qconvert.cli.inspect import inspect
 from qconvert.cli.parity import parity
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (inspect, quantize, verify, parity, demo):
+for command in (inspect, quantize, verify, check, parity, demo):
     app.command()(command)
 
 
