@@ -13,7 +13,7 @@ from qconvert import __version__
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
 from qconvert.core.plan import Plan
 from qconvert.device import check_device
-from qconvert.engine_check.run import refuse_unreadable
+from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
@@ -58,6 +58,7 @@ def plan_conversion(
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+    refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
 
@@ -102,6 +103,7 @@ def convert(
     new_hash(algorithm)  # before anything is read
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes)
+        refuse_unreadable_plan(plan, source)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)

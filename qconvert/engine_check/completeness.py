@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from qconvert.arch.names import name_of
+from qconvert.arch.names import name_of, role_of
 from qconvert.arch.shapes import expected_roles
-from qconvert.core.role import Section, TensorRole
+from qconvert.core.role import EXPERT_KINDS, Section, TensorRole
 from qconvert.engine_check.rule import Effect, Engine, Finding, Proof, Rule
-from qconvert.engine_check.view import View
+from qconvert.engine_check.view import View, quantized_stack
 from qconvert.formats.declared import read_declared
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.weights.quantized_view import QuantizedView, view
@@ -21,7 +21,8 @@ _MOST_MISSING = 10_000
 def stored_problems(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Tensors and modules that are missing, unknown, doubled, misshapen or stored in parts that do not fit.
 
-    What is stored otherwise than the lists declare is left to the rules about lists.
+    What is stored otherwise than the lists declare is left to the rules about lists, quantized experts in stacks to
+    theirs.
 
     Raises:
         SourceError: another architecture, or a configuration that cannot be read.
@@ -29,13 +30,25 @@ def stored_problems(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     seen = view(checkpoint)
     declared = read_declared(checkpoint.config)
     spoken_of: set[TensorRole | None] = set()
+    opaque: set[tuple[Section, int | None]] = set()
     for problem in seen.problems:
+        block = quantized_stack(checkpoint.tensors.get(problem.name))
+        if block is not None:
+            role = role_of(f"{block}.gate_up_proj")
+            opaque.add((role.section, role.layer))
+            continue
         spoken_of.add(problem.role)
         kept = problem.role in seen.stored
         about_lists = problem.name not in checkpoint.tensors and kept == (declared.of(problem.name) is not None)
         if not about_lists:
             yield problem.name, problem.message
-    missing = (role for role in _expected(seen) if role not in seen.stored and role not in spoken_of)
+    missing = (
+        role
+        for role in _expected(seen)
+        if role not in seen.stored
+        and role not in spoken_of
+        and not (role.kind in EXPERT_KINDS and (role.section, role.layer) in opaque)
+    )
     for role in islice(missing, _MOST_MISSING):
         yield name_of(role, seen.naming), "is missing"
 

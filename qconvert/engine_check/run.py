@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qconvert.arch.families import read_config
-from qconvert.core.errors import OutputError
+from qconvert.core.errors import OutputError, PlanError
+from qconvert.core.plan import Plan
+from qconvert.core.tensor_info import TensorInfo
 from qconvert.engine_check.completeness import COMPLETENESS_RULES, stored_problems
 from qconvert.engine_check.limit_rules import LIMIT_RULES
 from qconvert.engine_check.list_rules import LIST_RULES
@@ -17,11 +21,15 @@ from qconvert.engine_check.scheme_rules import SCHEME_RULES
 from qconvert.engine_check.size_rules import SIZE_RULES
 from qconvert.engine_check.view import build_view
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.shard_file import open_shard
+from qconvert.io.source_folder import CONFIG_FILE, WEIGHTS_SUFFIX, read_whole
+from qconvert.io.strict_json import parse_object
 
 RULES: tuple[Rule, ...] = (*COMPLETENESS_RULES, *LIST_RULES, *SCHEME_RULES, *SIZE_RULES, *LIMIT_RULES)
 """Every rule, those about the whole checkpoint first."""
 
-_SHOWN = 5
+_SHOWN = 10
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 _OWN = (Engine.VLLM, Engine.TRANSFORMERS)
 """What is written is held to engines that the tests run."""
 
@@ -78,7 +86,7 @@ def check_checkpoint(path: Path, engines: Collection[Engine] = tuple(Engine), *,
     with Checkpoint.open(path) as checkpoint:
         config = read_config(checkpoint.config, checkpoint.path)
         problems = tuple(stored_problems(checkpoint))
-        view = replace(build_view(config, checkpoint.config, checkpoint.tensors, tp=tp), problems=problems)
+        view = replace(build_view(config, checkpoint.config, checkpoint.tensors.values(), tp=tp), problems=problems)
     chosen = [rule for rule in RULES if rule.engine in engines]
     found = tuple(one for rule in chosen for one in violations(rule, view))
     return EngineCheck(
@@ -86,28 +94,56 @@ def check_checkpoint(path: Path, engines: Collection[Engine] = tuple(Engine), *,
     )
 
 
-def refuse_unreadable(folder: Path) -> None:
-    """Refuse an output of ours that vLLM or transformers would not read as it is meant; announced limits are none.
+def refuse_unreadable_plan(plan: Plan, source: Path) -> None:
+    """Refuse what vLLM or transformers would not read as it is meant, before a byte is written.
 
-    That nothing is missing is the writer's to hold, and costs more time than all else.
+    Announced limits are no reason, and that nothing is missing is the plan's to hold.
 
     Raises:
-        OutputError: what breaks a rule, with the rule; or the folder cannot be read back.
+        PlanError: what breaks a rule, with the rule.
     """
-    with Checkpoint.open(folder) as checkpoint:
-        view = build_view(read_config(checkpoint.config, folder), checkpoint.config, checkpoint.tensors)
-    chosen = [rule for rule in RULES if rule.engine in _OWN and not rule.announced]
-    found = [one for rule in chosen for one in violations(rule, view)]
-    if found:
-        listed = "\n".join(describe(one) for one in found)
+    listed = _unreadable(plan.config, plan.layout.tensors, source)
+    if listed:
+        raise PlanError(f"what is asked for would not be read as it is meant:\n{listed}")
+
+
+def refuse_unreadable(folder: Path) -> None:
+    """The same of what was written, from disk.
+
+    Headers are read one after the other: together they take memory that grows with the checkpoint.
+
+    Raises:
+        OutputError: what breaks a rule, with the rule.
+        SourceError: the folder cannot be read back.
+    """
+    raw = parse_object(read_whole(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    listed = _unreadable(raw, _headers(folder), folder)
+    if listed:
         raise OutputError(f"what was written would not be read as it is meant; nothing has appeared:\n{listed}")
 
 
+def _unreadable(raw: Mapping[str, Any], tensors: Iterable[TensorInfo], where: Path) -> str:
+    view = build_view(read_config(raw, where), raw, tensors)
+    chosen = [rule for rule in RULES if rule.engine in _OWN and not rule.announced]
+    return "\n".join(describe(one) for rule in chosen for one in violations(rule, view))
+
+
+def _headers(folder: Path) -> Iterator[TensorInfo]:
+    for path in sorted(folder.glob(f"*{WEIGHTS_SUFFIX}")):
+        file = open_shard(path)
+        os.close(file.fd)
+        yield from file.header.tensors
+
+
 def describe(one: Violation) -> str:
-    """A violation in a line for people."""
+    """A violation in a line for people; modules that differ in numbers only are one kind."""
     rule = one.rule
-    shown = ", ".join(one.modules[:_SHOWN])
-    more = f" and {len(one.modules) - _SHOWN:,} more" if len(one.modules) > _SHOWN else ""
+    kinds: dict[str, list[str]] = {}
+    for module in one.modules:
+        kinds.setdefault(_NUMBER.sub(".*", module), []).append(module)
+    shown = [names[0] if len(names) == 1 else f"{kind} ({len(names):,})" for kind, names in kinds.items()]
+    more = f" and {len(shown) - _SHOWN:,} more kinds" if len(shown) > _SHOWN else ""
     return (
-        f"{rule.engine}, {rule.id} ({rule.proof.value}): {shown}{more}: {one.detail}; it {rule.happens}: {rule.remedy}"
+        f"{rule.engine}, {rule.id} ({rule.proof.value}): {', '.join(shown[:_SHOWN])}{more}: {one.detail}; "
+        f"it {rule.happens}: {rule.remedy}"
     )

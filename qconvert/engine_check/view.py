@@ -7,7 +7,7 @@ large checkpoint has some 280,000 tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +130,10 @@ class View:
         return any(name.startswith("model.language_model.") for name in self.names)
 
 
-def build_view(config: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo], *, tp: int = 1) -> View:
+def build_view(config: ModelConfig, raw: Mapping[str, Any], tensors: Iterable[TensorInfo], *, tp: int = 1) -> View:
     """Sort tensors into matrices and blocks; tensors of no matrix are passed over.
+
+    ``raw`` is the parsed ``config.json``, which ``config`` was read from.
 
     Raises:
         SourceError: ``quantization_config`` cannot be read.
@@ -139,7 +141,8 @@ def build_view(config: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str
     declared = read_declared(raw)
     parts: dict[str, dict[str, str]] = {}
     blocks: dict[str, dict[tuple[int, str], dict[str, str]]] = {}
-    for name, info in tensors.items():
+    for info in tensors:
+        name = info.name
         expert = _EXPERT.match(name)
         if expert is not None:
             block, index, part, suffix, stack, rest = expert.groups()
@@ -161,6 +164,14 @@ def build_view(config: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str
         names=tuple(parts),
         tp=tp,
     )
+
+
+def quantized_stack(info: TensorInfo | None) -> str | None:
+    """``...mlp.experts`` for codes or scales of all experts of a layer in one tensor."""
+    found = None if info is None else _EXPERT.match(info.name)
+    if info is None or found is None or found[5] is None:
+        return None
+    return found[1] if found[6] or not info.dtype.is_weight else None
 
 
 def _block(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -209,7 +220,7 @@ def _linears(parts: Mapping[str, Mapping[str, str]], config: ModelConfig, declar
         )  # fmt: skip
 
 
-def _sites(linears: Iterator[Linear] | Any) -> Iterator[Site]:
+def _sites(linears: Iterable[Linear]) -> Iterator[Site]:
     stack_of = {part: (stack, parts) for stack, parts in STACKED for part in parts}
     found: dict[str, list[Linear]] = {}
     for linear in linears:
