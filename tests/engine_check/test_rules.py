@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
-from qconvert.core.scheme import FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8_BLOCK, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
 from qconvert.engine_check.rule import Effect
 from qconvert.engine_check.run import RULES, check_checkpoint, describe
 from qconvert.plan.policy import Policy, Rule, default_policy
@@ -49,7 +49,7 @@ BASES: dict[str, Policy] = {
     "w8a8": default_policy(W8A8),
     "mxfp4": default_policy(MXFP4),
     "nvfp4": default_policy(NVFP4),
-    "int8": default_policy(INT8),
+    "llm-int8": default_policy(LLM_INT8),
 }
 
 
@@ -167,6 +167,10 @@ CASES = (
     Case(rule="transformers-w8a8-experts", base="w8a8", says="int-quantized", module=EXPERTS),
     Case(rule="transformers-fp8-tiles", base="fp8-tiles", says="float-quantized", module=EXPERTS),
     Case(rule="transformers-nvfp4-experts", base="nvfp4", says="nvfp4-pack-quantized", module=EXPERTS),
+    *(
+        Case(rule=f"transformers-{name}", base=name, says=f"in {name}", module=EXPERTS) for name in ("gptq", "awq")
+    ),
+    Case(rule="vllm-bitsandbytes", base="llm-int8", says="bitsandbytes", module=f"{TEXT}layers.0.linear_attn.out_proj"),
     Case(rule="vllm-mxfp4-activations", base="mxfp4", says="mxfp4-pack-quantized", module=EXPERTS),
 )  # fmt: skip
 
