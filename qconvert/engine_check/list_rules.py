@@ -105,8 +105,9 @@ LIST_RULES: tuple[Rule, ...] = (
         engine=Engine.VLLM,
         demands="the `-:` patterns of GPTQ's `dynamic` match the name of every block of experts that is stored plain, "
         "from its start, and of nothing that is quantized",
-        source="vllm: utils/gptq_utils.py get_dynamic_override, auto_gptq.py get_moe_quant_method",
-        proof=Proof.READ,
+        source="tests/engines/test_lists.py; vllm: utils/gptq_utils.py get_dynamic_override, auto_gptq.py "
+        "get_moe_quant_method",
+        proof=Proof.RUN,
         effect=Effect.FAILS,
         happens="looks for packed experts that are not there, or for plain ones",
         remedy="write `-:` and a regular expression for vLLM's name of the block",
@@ -119,8 +120,9 @@ LIST_RULES: tuple[Rule, ...] = (
         engine=Engine.VLLM,
         demands="AWQ's `modules_to_not_convert` has a part of the name of everything that is stored plain and of "
         "nothing that is quantized",
-        source="vllm: auto_awq.py AutoAWQConfig.get_quant_method, utils/quant_utils.py is_layer_skipped",
-        proof=Proof.READ,
+        source="tests/engines/test_lists.py; vllm: auto_awq.py AutoAWQConfig.get_quant_method, utils/quant_utils.py "
+        "is_layer_skipped",
+        proof=Proof.RUN,
         effect=Effect.FAILS,
         happens="looks for packed weights that are not there, or for plain ones",
         remedy="add its full name, or make the part that matches it longer",

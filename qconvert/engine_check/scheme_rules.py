@@ -75,6 +75,14 @@ def _gptq(view: View) -> Iterator[Finding]:
             yield Finding(module=where, detail="desc_act is true")
 
 
+def _activation_order(view: View) -> Iterator[Finding]:
+    groups = view.quantization.get("config_groups") or {} if view.method == "compressed-tensors" else {}
+    for name, group in groups.items():
+        order = (group.get("weights") or {}).get("actorder")
+        if order in ("group", "dynamic"):
+            yield Finding(module=f"config_groups.{name}", detail=f"actorder is {order!r}")
+
+
 SCHEME_RULES: tuple[Rule, ...] = (
     Rule(
         id="vllm-stacks",
@@ -176,6 +184,17 @@ SCHEME_RULES: tuple[Rule, ...] = (
         happens="has no parameter for their scales and passes over them",
         remedy="keep them",
         find=partial(_never, ends=(*_GATES, "mtp.fc"), begins=("model.visual.",)),
+    ),
+    Rule(
+        id="vllm-activation-order",
+        engine=Engine.VLLM,
+        demands="compressed-tensors' activation order is `static`, `weight` or none",
+        source="vllm: compressed_tensors.py CompressedTensorsConfig._quantization_scheme_map_from_config",
+        proof=Proof.READ,
+        effect=Effect.FAILS,
+        happens="raises 'group/dynamic activation ordering ... is no longer supported'",
+        remedy="quantize with static activation order",
+        find=_activation_order,
     ),
     Rule(
         id="vllm-gptq-arguments",

@@ -95,6 +95,21 @@ def quantized_router(path: Path) -> None:
     edit_tensors(path, change)
 
 
+def reordered(path: Path) -> None:
+    """Groups of inputs that are not consecutive: their indexes are stored beside."""
+    groups = quantization_of(path)["config_groups"]
+    groups["group_0"]["weights"]["actorder"] = "group"
+    edit_quantization(path, config_groups=groups)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_packed")]:
+            module = name.removesuffix(".weight_packed")
+            cols = int(tensors[f"{module}.weight_shape"][1])
+            tensors[f"{module}.weight_g_idx"] = torch.arange(cols, dtype=torch.int32) // 32
+
+    edit_tensors(path, change)
+
+
 def drop(name: str) -> Callable[[Path], None]:
     return lambda path: edit_tensors(path, lambda tensors: tensors.pop(name))
 
@@ -156,6 +171,8 @@ CASES = (
     ),
     Case(rule="vllm-gptq-arguments", base="gptq", damage=lambda path: edit_quantization(path, desc_act=True),
          says="desc_act", module="quantization_config"),
+    Case(rule="vllm-activation-order", base="int4", damage=reordered, says="actorder is 'group'",
+         module="config_groups.group_0"),
     Case(rule="vllm-tp-heads", base="int4", tp=2, says="9 is not divisible by 2",
          module="config.json num_attention_heads"),
     Case(rule="vllm-linear-groups", base="tiny fusable", tp=2, says="groups of 32 do not divide 16 inputs",
@@ -206,7 +223,7 @@ def test_every_rule_has_a_case_and_says_where_it_is_from() -> None:
     assert len({rule.id for rule in RULES}) == len(RULES)
     for rule in RULES:
         assert rule.id.startswith(rule.engine.value) and rule.source and rule.happens and rule.remedy
-        for file in [word for word in rule.source.split() if word.startswith("tests/")]:
+        for file in [word.rstrip(";") for word in rule.source.split() if word.startswith("tests/")]:
             assert (Path(__file__).parents[2] / file).exists(), file
         assert (rule.proof.value == "run") == ("tests/" in rule.source)
 
