@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from qconvert.core.errors import SourceError
 from qconvert.formats.engine_rules import STACKED, vllm_name
 
 _STACKS: Mapping[str, tuple[str, ...]] = dict(STACKED)
@@ -305,6 +306,13 @@ class TransformersCompressedTensors:
         return None
 
 
+def _up_to_a_dot(entry: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+    except re.error as error:
+        raise SourceError(f"config.json: transformers takes {entry!r} in its list for a pattern: {error}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class TransformersFp8:
     """Names from the start up to a dot, as patterns too, or the end of a name, dot or not.
@@ -318,13 +326,17 @@ class TransformersFp8:
     ends: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Full names apart: they are many, and equality finds them."""
+        """Full names apart: they are many, and equality finds them.
+
+        Raises:
+            SourceError: an entry is a broken pattern, on which transformers stops as well.
+        """
         entries = _listed(self.block, "modules_to_not_convert", "ignored_layers")
         loose = [
             entry for entry in entries if not entry.startswith(("model.", "mtp.")) or re.search(r"[*+?^$\\(\[|]", entry)
         ]
         object.__setattr__(self, "exact", frozenset(entries))
-        object.__setattr__(self, "loose", tuple(re.compile(rf"(?:{e})(?:(?<=\.)|(?=\.|$))") for e in loose))
+        object.__setattr__(self, "loose", tuple(_up_to_a_dot(entry) for entry in loose))
         object.__setattr__(self, "ends", tuple(loose))
 
     def reads(self, name: str) -> bool | None:

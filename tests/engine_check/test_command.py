@@ -13,7 +13,7 @@ from qconvert import convert as module
 from qconvert.cli.app import app
 from qconvert.convert import convert
 from qconvert.core.errors import OutputError, PlanError
-from qconvert.core.scheme import MXFP4, int4
+from qconvert.core.scheme import FP8_BLOCK, MXFP4, int4
 from qconvert.formats import quantization_config
 from qconvert.plan.policy import default_policy
 from tests.checkpoints import make_tiny
@@ -74,6 +74,14 @@ def test_a_limit_alone_is_no_fault(source: Path) -> None:
 def test_a_format_that_cannot_be_read_is_an_error_of_the_source(out: Path) -> None:
     edit_quantization(out, quant_method="hqq")
     assert run(out).exit_code == 3
+
+
+def test_a_broken_pattern_is_an_error_of_the_source(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "large", group=128)
+    out = convert(tmp_path / "large", tmp_path / "fp8", default_policy(FP8_BLOCK), max_memory=4 << 30).out
+    edit_quantization(out, modules_to_not_convert=["model.layers.(0"])
+    shown = run(out)
+    assert shown.exit_code == 3 and "model.layers.(0" in shown.output
 
 
 def test_a_plan_that_engines_would_misread_is_refused_before_anything_is_written(
