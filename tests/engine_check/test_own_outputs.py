@@ -12,7 +12,7 @@ from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Schem
 from qconvert.engine_check.readers import TransformersCompressedTensors, in_vllm
 from qconvert.engine_check.rule import Engine
 from qconvert.formats.engine_rules import STACKED, expert_block, vllm_name
-from qconvert.plan.policy import default_policy
+from qconvert.plan.policy import Rule, default_policy
 from qconvert.plan.presets import PRESET_NAMES, preset_rules
 from tests.checkpoints import Layout, Naming, make_tiny
 from tests.engine_check.planned import Headers
@@ -53,6 +53,18 @@ def test_every_scheme_and_preset_breaks_no_rule(
     if preset == "mixed" and SCHEMES[scheme] == FP8_BLOCK:
         return  # two quant_methods in one checkpoint: refused before
     assert unannounced(Headers.of(sources[layout, naming], default_policy(SCHEMES[scheme], rules=rules))) == []
+
+
+@pytest.mark.parametrize("method", [None, "gptq"])
+@pytest.mark.parametrize("match", ["text.shared_expert.*", "text.attention.*"])
+def test_a_stack_that_is_quantized_in_some_layers_only_is_not_kept_by_a_pattern(
+    tmp_path: Path, match: str, method: str | None
+) -> None:
+    make_tiny(tmp_path / "src", layers=6)
+    norms = Rule(match="text.attention.*_norm", scheme=None, reason="a vector")
+    rule = Rule(match=match, scheme=int4(32), reason="some layers", layers=frozenset({1, 2}))
+    policy = default_policy(int4(32), rules=(norms, rule))
+    assert unannounced(Headers.of(tmp_path / "src", policy.stored_as(method) if method else policy)) == []
 
 
 def modules_of(name: str) -> set[str]:
