@@ -14,6 +14,7 @@ from qconvert.column_order import check_column_order
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
 from qconvert.core.plan import Plan
 from qconvert.device import check_device
+from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
@@ -64,6 +65,7 @@ def plan_conversion(
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized)
+    refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
 
@@ -132,6 +134,7 @@ def plan_codes(
     """
     with Checkpoint.open(source) as checkpoint:
         plan = _plan_codes(checkpoint, reencoding, shard_bytes)
+    refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
 
@@ -198,6 +201,7 @@ def _carry_out(
     new_hash(algorithm)  # before anything is read
     with Checkpoint.open(source) as checkpoint:
         plan = decide(checkpoint)
+        refuse_unreadable_plan(plan, source)
         before = sum(info.nbytes for info in checkpoint.tensors.values())
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)
@@ -229,7 +233,8 @@ def _carry_out(
                         **{name: source / name for name in plan.side_files},
                         "config.json": plan.config_bytes,
                         MANIFEST_FILE: manifest,  # last: it speaks of all others
-                    }
+                    },
+                    accept=refuse_unreadable,
                 )
             except (PlanError, FormatError, DataError):
                 raise  # the same would happen again: nothing is kept

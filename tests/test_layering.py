@@ -56,11 +56,15 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
-        "qconvert.device", "qconvert.column_order",
+        "qconvert.device", "qconvert.column_order", "qconvert.engine_check",
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",
         "reference_model.load", "reference_model.config",
+    },
+    "qconvert.engine_check": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",
+        "reference_model.config",
     },
     "calibration": {"qconvert.core", "qconvert.numerics", "qconvert.weights", "reference_model"},
     "qconvert.parity": {

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qconvert import __version__
+from qconvert.cli.check import check
 from qconvert.cli.convert import convert
 from qconvert.cli.demo import demo
 from qconvert.cli.inspect import inspect
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (inspect, quantize, convert, verify, parity, demo):
+for command in (inspect, quantize, convert, verify, check, parity, demo):
     app.command()(command)
 
 

@@ -71,7 +71,8 @@ def quantize(
 
     Routed experts are rounded; everything else is carried bit for bit unless a policy says otherwise. Every tensor
     has a decision with a reason: see it with --dry-run. A run that was killed, interrupted or stopped by a full disk
-    goes on when the same command is given again.
+    goes on when the same command is given again. What engines would misread, by the rules of `qconvert check`, is
+    refused.
 
     Examples:
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --scheme int4 --group 128

@@ -1,12 +1,14 @@
 """Formats that an engine refuses, or reads otherwise than they are meant: what a converter says when it writes one.
 
-What was run is held by tests/formats and tests/engines; what was only read in an engine's source says so.
+What was run is held by the tests that each limit names; what was only read in an engine's source says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from qconvert.core.scheme import Block, Int, Scheme
 from qconvert.formats.awq import Awq
@@ -15,6 +17,7 @@ from qconvert.formats.gptq import Gptq
 from qconvert.formats.int_quantized import IntQuantized
 from qconvert.formats.mxfp4_packed import Mxfp4Packed
 from qconvert.formats.nvfp4_packed import Nvfp4Packed
+from qconvert.formats.pack_quantized import PackQuantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +31,21 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """What one version of one engine makes of it, and how that is known."""
+    """What one version of one engine makes of it, and how that is known.
 
+    Attributes:
+        effect: whether the engine refuses it, answers with wrong numbers, or serves it with a restriction.
+        source: the test that ran it, or where it was read.
+        applies: whether it is about a way of storing.
+    """
+
+    id: str
     engine: str
     says: str
-    proof: str
+    effect: Literal["refused", "wrong", "restricted"]
+    proof: Literal["run", "read"]
+    source: str
+    applies: Callable[[Written], bool]
 
     def __str__(self) -> str:
         return f"{self.engine} {self.says} ({self.proof})"
@@ -42,39 +55,98 @@ TRANSFORMERS = "transformers 5.23"
 VLLM = "vLLM 0.32"
 
 
+def _asymmetric(written: Written) -> bool:
+    integers = isinstance(written.scheme.grid, Int) and not written.scheme.symmetric
+    return integers and written.format == PackQuantized().name
+
+
+def _in_format(written: Written, *, name: str) -> bool:
+    return written.format == name
+
+
+LIMITS: tuple[Limit, ...] = (
+    Limit(
+        id="transformers-zero-points",
+        engine=TRANSFORMERS,
+        says="refuses compressed-tensors' integers with zero points",
+        effect="refused",
+        proof="run",
+        source="tests/formats/test_transformers_reads_it.py REFUSED",
+        applies=_asymmetric,
+    ),
+    Limit(
+        id="vllm-zero-points",
+        engine=VLLM,
+        says="reads experts with zero points through its Marlin kernels only",
+        effect="restricted",
+        proof="read",
+        source="vllm: compressed_tensors_moe_wna16.py",
+        applies=lambda written: _asymmetric(written) and written.experts,
+    ),
+    Limit(
+        id="transformers-w8a8-experts",
+        engine=TRANSFORMERS,
+        says="refuses experts with int8 activations",
+        effect="refused",
+        proof="run",
+        source="tests/formats/test_transformers_reads_it.py REFUSED",
+        applies=lambda written: written.format == IntQuantized().name and written.experts,
+    ),
+    Limit(
+        id="transformers-fp8-tiles",
+        engine=TRANSFORMERS,
+        says="refuses experts in compressed-tensors' fp8 tiles",
+        effect="refused",
+        proof="run",
+        source="tests/engine_check/test_transformers_is_silent.py",
+        applies=lambda written: (
+            written.format == FloatQuantized().name and isinstance(written.scheme.blocking, Block) and written.experts
+        ),
+    ),
+    Limit(
+        id="transformers-nvfp4-experts",
+        engine=TRANSFORMERS,
+        says="reads nvfp4 experts wrong without a word: it does not apply their second scale",
+        effect="wrong",
+        proof="run",
+        source="tests/engine_check/test_transformers_is_silent.py",
+        applies=lambda written: written.format == Nvfp4Packed().name and written.experts,
+    ),
+    *(
+        Limit(
+            id=f"transformers-{name}",
+            engine=TRANSFORMERS,
+            says=f"reads {name} only where optimum and gptqmodel are installed",
+            effect="restricted",
+            proof="read",
+            source=f"transformers: quantizers/quantizer_{name}.py validate_environment",
+            applies=partial(_in_format, name=name),
+        )
+        for name in (Gptq().name, Awq().name)
+    ),
+    Limit(
+        id="vllm-bitsandbytes",
+        engine=VLLM,
+        says="has no loader for bitsandbytes",
+        effect="refused",
+        proof="read",
+        source="vllm: layers/quantization/__init__.py QUANTIZATION_METHODS",
+        applies=lambda written: written.format.startswith("bitsandbytes"),
+    ),
+    Limit(
+        id="vllm-mxfp4-activations",
+        engine=VLLM,
+        says="rounds the activations of mxfp4 matrices to 4 bits as well on GPUs that multiply in FP4",
+        effect="restricted",
+        proof="read",
+        source="vllm: compressed_tensors/schemes/compressed_tensors_w4a4_mxfp4.py",
+        applies=lambda written: written.format == Mxfp4Packed().name,
+    ),
+)
+
+
 def engine_limits(written: Iterable[Written]) -> list[Limit]:
     """Every limit that applies, once, in the order of the engines' names."""
-    found = {limit: None for one in written for limit in _limits(one)}
+    ways = set(written)
+    found = [limit for limit in LIMITS if any(map(limit.applies, ways))]
     return sorted(found, key=lambda limit: (limit.engine, limit.says))
-
-
-def _limits(written: Written) -> list[Limit]:
-    limits = []
-    asymmetric = isinstance(written.scheme.grid, Int) and not written.scheme.symmetric
-    if asymmetric:
-        limits.append(Limit(engine=TRANSFORMERS, says="refuses integers with zero points", proof="run"))
-    if asymmetric and written.experts:
-        limits.append(
-            Limit(engine=VLLM, says="reads experts with zero points through its Marlin kernels only", proof="read")
-        )
-    if written.format == IntQuantized().name and written.experts:
-        limits.append(Limit(engine=TRANSFORMERS, says="refuses experts with int8 activations", proof="run"))
-    if written.format == FloatQuantized().name and isinstance(written.scheme.blocking, Block) and written.experts:
-        limits.append(Limit(engine=TRANSFORMERS, says="refuses experts in compressed-tensors' fp8 tiles", proof="run"))
-    if written.format == Nvfp4Packed().name and written.experts:
-        says = "reads nvfp4 experts wrong without a word: it does not apply their second scale"
-        limits.append(Limit(engine=TRANSFORMERS, says=says, proof="run"))
-    if written.format in (Gptq().name, Awq().name):
-        says = f"reads {written.format} only where optimum and gptqmodel are installed"
-        limits.append(Limit(engine=TRANSFORMERS, says=says, proof="read"))
-    if written.format.startswith("bitsandbytes"):
-        limits.append(Limit(engine=VLLM, says="has no loader for bitsandbytes", proof="read"))
-    if written.format == Mxfp4Packed().name:
-        limits.append(
-            Limit(
-                engine=VLLM,
-                says="rounds the activations of mxfp4 matrices to 4 bits as well on GPUs that multiply in FP4",
-                proof="read",
-            )
-        )
-    return limits

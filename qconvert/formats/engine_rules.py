@@ -107,12 +107,24 @@ def ignore_list(decisions: Sequence[ModuleDecision]) -> list[str]:
     """
     names = exact_names(decisions)
     quantized = [name for decision in decisions if decision.scheme is not None for name in expand(decision)]
+    quantized += _stack_names(quantized)  # engines ask for a stack by its own name first
     quantized += [vllm_name(name) for name in quantized]
     patterns: dict[str, None] = {}
     for name in names:
         patterns.update(dict.fromkeys(_patterns(name)))
     safe = [pattern for pattern in patterns if not any(map(re.compile(pattern[3:]).match, quantized))]
     return safe + names
+
+
+def _stack_names(names: Iterable[str]) -> list[str]:
+    """The stacks that engines make of modules, routed experts left out."""
+    plain = [name for name in names if not _EXPERT.match(name)]
+    return [
+        name.removesuffix(parts[0]) + stack
+        for stack, parts in STACKED
+        for name in plain
+        if name.endswith("." + parts[0])
+    ]
 
 
 def kept_patterns(decisions: Sequence[ModuleDecision]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -130,8 +130,12 @@ class ShardWriter:
             self._add_step(step)
         self._running()[0].commit(step)
 
-    def finish(self, extra: Extra = MappingProxyType({})) -> dict[str, str]:
+    def finish(
+        self, extra: Extra = MappingProxyType({}), accept: Callable[[Path], None] = lambda folder: None
+    ) -> dict[str, str]:
         """Wait until all is durable and has been read back, add ``extra`` and the index, publish.
+
+        ``accept`` sees the hidden folder as it will appear, and keeps it from appearing by raising.
 
         Raises:
             OutputError: a tensor is incomplete or reads back differently, a name of ``extra`` is taken or not plain,
@@ -151,6 +155,7 @@ class ShardWriter:
                 raise OutputError(f"{self._folder.out}: cannot add a file {name!r}: its name is taken or not plain")
             added.add(name)
             self._add(name, content(hashes) if callable(content) else content)
+        accept(self.path)
         self._folder.publish()
         return hashes
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qconvert.core.errors import DataError, UsageError
 from qconvert.core.quantized import CODEBOOKS, QuantizedTensor
-from qconvert.core.scheme import Channel, Codebook, Flat, Int, Scheme
+from qconvert.core.scheme import LLM_INT8, Channel, Codebook, Flat, Scheme, bnb4
 from qconvert.numerics.finite import all_finite
 from qconvert.numerics.packing import unpack_pairs
 from qconvert.numerics.rounding_rule import Rounded, describe_not_finite
@@ -18,13 +18,15 @@ from qconvert.numerics.rounding_torch import sum_of_squares
 PIECE_ELEMENTS = 1 << 18
 """Elements rounded at a time, or as many rows as hold whole blocks."""
 
+_SCHEMES = (bnb4("nf4"), bnb4("fp4"), LLM_INT8)
+
 LARGEST_INT8 = 127
 """LLM.int8 leaves -128 out (Dettmers et al. 2022, arXiv 2208.07339)."""
 
 
 def is_bitsandbytes(scheme: Scheme) -> bool:
-    """Whether this module rounds to the scheme: codebooks, and integers with a second scale, which is 1/127."""
-    return isinstance(scheme.grid, Codebook) or (isinstance(scheme.grid, Int) and scheme.scale.second is not None)
+    """Whether this module rounds to the scheme."""
+    return scheme in _SCHEMES
 
 
 def quantize_bitsandbytes(w: Tensor, scheme: Scheme) -> Rounded:

@@ -201,7 +201,7 @@ def test_an_existing_output_is_refused(source: Path, converted: Path) -> None:
 
 def test_help_has_examples_and_exit_codes() -> None:
     assert "Exit codes" in run("--help").stdout
-    for command in ("inspect", "quantize", "convert", "verify", "parity", "demo"):
+    for command in ("inspect", "quantize", "convert", "verify", "check", "parity", "demo"):
         assert f"qconvert {command}" in run(command, "--help").stdout
 
 

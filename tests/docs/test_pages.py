@@ -13,7 +13,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 )
 
 
-@pytest.mark.parametrize("name", ["make_architecture.py", "make_formats.py"])
+@pytest.mark.parametrize("name", ["make_architecture.py", "make_check.py", "make_formats.py"])
 def test_the_tables_are_current(name: str) -> None:
     script = ROOT / "docs" / name
     assert subprocess.run([sys.executable, script, "--check"], cwd=ROOT, check=False).returncode == 0
