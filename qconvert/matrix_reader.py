@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qconvert.core.errors import FormatError, PlanError
+from qconvert.core.errors import DataError, FormatError, PlanError
 from qconvert.core.plan import Packed, Reading, Slice
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.tensor_info import TensorInfo
@@ -92,7 +92,7 @@ class MatrixReader:
 
         Raises:
             StoppedError, SourceError: see ``stored``.
-            FormatError: see ``unpacked``.
+            DataError: see ``unpacked``.
         """
         if reading.packed is None:
             return self.stored(reading.inputs[0], begin, end, into)
@@ -118,7 +118,7 @@ class MatrixReader:
         """Codes and scales of the rows that ``parts`` hold.
 
         Raises:
-            FormatError: parts that contradict each other; the message names file and tensor.
+            DataError: parts that contradict each other, or scales that no rounding makes; names file and tensor.
         """
         packed = _packed(reading)
         try:
@@ -126,7 +126,8 @@ class MatrixReader:
             return form.unpack(parts, packed.scheme, (end - begin, packed.shape[1]), whole=packed.shape)
         except FormatError as error:
             first = reading.inputs[0]
-            raise FormatError(f"{self.info(first).shard}: {first.tensor} cannot be read: {error}") from None
+            place = self._source.path / self.info(first).shard
+            raise DataError(f"{place}: {first.tensor} cannot be read: {error}; get the file again") from None
 
 
 def _packed(reading: Reading) -> Packed:

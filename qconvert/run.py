@@ -98,8 +98,8 @@ def run(
 
     Raises:
         PlanError: a step needs more than ``memory``.
-        DataError: a weight is NaN or infinite, or scales cannot be moved as they are; names file and tensor.
-        FormatError: parts of a quantized matrix contradict each other; the message names file and tensor.
+        DataError: a weight is NaN or infinite, parts of a quantized matrix contradict each other, or scales cannot be
+            moved as they are; names file and tensor.
         SourceError: the source changed or cannot be read.
         OutputError: the output cannot be written.
     """

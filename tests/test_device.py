@@ -28,6 +28,12 @@ OPTIONS: dict[str, list[str]] = {
     "int8": ["--scheme", "int8"],
     "fp8": ["--scheme", "fp8"],
     "fp8-block": ["--scheme", "fp8-block"],
+    "fp8-tiles": ["--scheme", "fp8-block", "--format", "compressed-tensors"],
+    "nvfp4": ["--scheme", "nvfp4"],
+    "gptq": ["--group", "32", "--format", "gptq"],
+    "awq": ["--group", "32", "--asymmetric", "--format", "awq"],
+    "nf4": ["--scheme", "nf4"],
+    "llm-int8": ["--scheme", "llm-int8"],
 }
 
 

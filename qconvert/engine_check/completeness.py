@@ -9,7 +9,7 @@ from qconvert.arch.names import name_of, role_of
 from qconvert.arch.shapes import expected_roles
 from qconvert.core.role import EXPERT_KINDS, Section, TensorRole
 from qconvert.engine_check.rule import Effect, Engine, Finding, Proof, Rule
-from qconvert.engine_check.view import View, quantized_stack
+from qconvert.engine_check.view import CACHE_SCALES, View, quantized_stack
 from qconvert.formats.declared import read_declared
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.quantized_view import QuantizedView, view
@@ -32,6 +32,8 @@ def stored_problems(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     spoken_of: set[TensorRole | None] = set()
     opaque: set[tuple[Section, int | None]] = set()
     for problem in seen.problems:
+        if problem.name.rpartition(".")[2] in CACHE_SCALES:
+            continue
         block = quantized_stack(checkpoint.tensors.get(problem.name))
         if block is not None:
             role = role_of(f"{block}.gate_up_proj")
@@ -64,6 +66,11 @@ def _problems(view: View) -> Iterator[Finding]:
         yield Finding(module=name, detail=message)
 
 
+def _problems_of_the_model(view: View) -> Iterator[Finding]:
+    """Without the draft head, which transformers does not read."""
+    return (finding for finding in _problems(view) if not finding.module.startswith("mtp."))
+
+
 _DEMANDS = "every tensor that config.json asks for is there in its type and shape, and no other"
 
 COMPLETENESS_RULES: tuple[Rule, ...] = (
@@ -88,7 +95,7 @@ COMPLETENESS_RULES: tuple[Rule, ...] = (
         effect=Effect.WRONG,
         happens="fills what is missing with random numbers and warns",
         remedy="convert again, or copy the file again",
-        find=_problems,
+        find=_problems_of_the_model,
     ),
     Rule(
         id="sglang-complete",

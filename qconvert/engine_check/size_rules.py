@@ -62,6 +62,10 @@ def _per(view: View) -> str:
     return f" on each of {view.tp} ranks" if view.tp > 1 else ""
 
 
+_SMALLEST_GROUP = 32
+"""Of experts of GPTQ and AWQ in vLLM."""
+
+
 def _experts(view: View) -> Iterator[Finding]:
     text = view.config.text
     width = text.moe_intermediate_size // view.tp
@@ -71,13 +75,21 @@ def _experts(view: View) -> Iterator[Finding]:
             continue
         blocking = declaration.scheme.blocking
         if isinstance(blocking, Group):
+            group = _split_group(view, blocking.size, (text.hidden_size, width))
             for what, size in (("hidden", text.hidden_size), ("expert", width)):
-                if size % blocking.size:
-                    detail = f"groups of {blocking.size} do not divide the {what} width {size}{_per(view)}"
+                if size % group:
+                    detail = f"groups of {group} do not divide the {what} width {size}{_per(view)}"
                     yield Finding(module=block.name, detail=detail)
         if isinstance(blocking, Block) and width % blocking.rows:
             detail = f"tiles of {blocking.rows} do not divide the expert width {width}{_per(view)}"
             yield Finding(module=block.name, detail=detail)
+
+
+def _split_group(view: View, group: int, sizes: tuple[int, int]) -> int:
+    """The group that vLLM goes on with: it halves those of GPTQ and AWQ down to 32 and repeats their scales."""
+    while view.method in ("gptq", "awq") and group > _SMALLEST_GROUP and any(size % group for size in sizes):
+        group //= 2
+    return group
 
 
 SIZE_RULES: tuple[Rule, ...] = (
@@ -112,7 +124,8 @@ SIZE_RULES: tuple[Rule, ...] = (
         engine=Engine.VLLM,
         demands="groups divide the hidden width and the part of an expert's width that a rank has; tiles divide the "
         "latter",
-        source="vllm: compressed_tensors_moe_wna16.py create_weights, utils/fp8_utils.py validate_fp8_block_shape_moe",
+        source="vllm: compressed_tensors_moe_wna16.py create_weights, utils/fp8_utils.py "
+        "validate_fp8_block_shape_moe, moe_wna16.py MoeWNA16Method.create_weights",
         proof=Proof.READ,
         effect=Effect.FAILS,
         happens="raises 'to be divisible by group_size' or 'is not divisible by'",

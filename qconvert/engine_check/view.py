@@ -199,9 +199,13 @@ def _split(name: str) -> tuple[str, str]:
     return "", name
 
 
+CACHE_SCALES = ("k_scale", "v_scale", "output_scale", "prob_output_scale")
+"""What tells how keys and values are cached, beside attention or its projections: no part of a weight."""
+
+
 def _storage(parts: Mapping[str, str]) -> Storage:
-    """Everything but a bias; nothing for a weight in 16 or 32 bits without scales."""
-    found = frozenset((suffix, dtype) for suffix, dtype in parts.items() if suffix != "bias")
+    """Everything but a bias and scales of the cache; nothing for a weight in 16 or 32 bits without scales."""
+    found = frozenset((suffix, dtype) for suffix, dtype in parts.items() if suffix not in ("bias", *CACHE_SCALES))
     plain = all(suffix in ("weight", "") and dtype in ("BF16", "F16", "F32") for suffix, dtype in found)
     return PLAIN if plain else found
 
