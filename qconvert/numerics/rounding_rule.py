@@ -200,7 +200,8 @@ def second_scale_for(scheme: Scheme, largest: float) -> float:
     if not scheme.shares_second_scale:
         return 1.0
     most = Rule(scheme=scheme).steps * torch.finfo(scheme.scale.dtype.torch_dtype).max
-    exponent = math.ceil(math.log2(largest / most)) if largest > 0.0 else 0
+    tiny = 2.0 ** (2 * -_WIDEST_SECOND)  # whose quotient is still a number
+    exponent = math.ceil(math.log2(max(largest, tiny) / most)) if largest > 0.0 else 0
     return 2.0 ** min(max(exponent, -_WIDEST_SECOND), _WIDEST_SECOND)
 
 

@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as upstream_dequantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as upstream_quantize
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,6 +71,7 @@ def test_compressed_tensors_chooses_the_same_codes_and_reads_the_same_numbers() 
 
 
 @quick
+@example(largest=5e-324)
 @given(largest=st.floats(min_value=0.0, max_value=3.3e38))
 def test_scales_fill_the_upper_half_of_e4m3(largest: float) -> None:
     second = second_scale_for(NVFP4, largest)
