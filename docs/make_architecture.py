@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from marked_table import run
 
 from qconvert.arch.names import Naming, name_of
 from qconvert.arch.shapes import expected_roles, expected_shape, is_linear_weight, kept_by_nature
@@ -57,24 +58,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def page(text: str) -> str:
-    """``text`` with a fresh table between the markers."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
-
-
-def main() -> int:
-    """Write the page, or with ``--check`` say whether it is current."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
-    arguments = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    if arguments.check:
-        return int(page(text) != text)
-    PAGE.write_text(page(text), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, PAGE, BEGIN, END, table()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from marked_table import run
 
 PAGE = Path(__file__).with_name("formats.md")
 PROOFS = Path(__file__).with_name("formats.json")
@@ -43,24 +44,5 @@ def _sources(proofs: dict[str, Any]) -> Iterator[str]:
     yield from (f"- `{test}`" for test in sorted(tests))
 
 
-def page(text: str) -> str:
-    """``text`` with a fresh table between the markers."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(json.loads(PROOFS.read_text(encoding='utf-8')))}\n\n{END}{after}"
-
-
-def main() -> int:
-    """Write the page, or with ``--check`` say whether it is current."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
-    arguments = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    if arguments.check:
-        return int(page(text) != text)
-    PAGE.write_text(page(text), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, PAGE, BEGIN, END, table(json.loads(PROOFS.read_text(encoding="utf-8")))))

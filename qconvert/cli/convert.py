@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from pathlib import Path
@@ -11,13 +10,22 @@ from typing import Annotated
 import typer
 
 from qconvert.cli import console
-from qconvert.cli.options import HASHES, Json, parse_hash, parse_size
-from qconvert.cli.planned import limits, show_plan
+from qconvert.cli.options import (
+    PROCESSORS,
+    DryRun,
+    Fresh,
+    HashName,
+    Jobs,
+    Json,
+    MaxMemory,
+    MaxShardSize,
+    parse_hash,
+    parse_size,
+)
+from qconvert.cli.planned import limits, preview, show_plan
 from qconvert.convert import Conversion, move_codes, plan_codes
-from qconvert.core.errors import OutputError
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
-from qconvert.plan.document import plan_text
 from qconvert.plan.reencoding import Reencoding
 
 
@@ -33,18 +41,12 @@ def convert(
             "--allow-scale-rounding", help="Round scales that the loader cannot hold exactly, and report the error."
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")] = min(
-        os.cpu_count() or 1, 8
-    ),
-    max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over instead of going on from what an earlier run left.")
-    ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
-    algorithm: Annotated[
-        str, typer.Option("--hash", help=f"Of tensors and files in manifest.json: {' or '.join(HASHES)}.")
-    ] = "xxh3-128",
+    dry_run: DryRun = False,
+    jobs: Jobs = PROCESSORS,
+    max_memory: MaxMemory = "1GiB",
+    fresh: Fresh = False,
+    max_shard_size: MaxShardSize = "5GB",
+    algorithm: HashName = "xxh3-128",
     json: Json = False,
 ) -> None:
     """Move a quantized checkpoint into another loader's format without rounding.
@@ -66,12 +68,7 @@ def convert(
         folder = resolve(source)
         if dry_run:
             plan = plan_codes(folder, asked, max_memory=limit, shard_bytes=shard_bytes)
-            if os.path.lexists(out):
-                raise OutputError(f"{out} exists already; choose another output folder or remove it")
-            if json:
-                console.show_parts(plan_text(plan))
-            else:
-                show_plan(plan)
+            preview(plan, out, json=json)
             return 0
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:

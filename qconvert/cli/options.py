@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated
 
@@ -19,6 +20,20 @@ Device = Annotated[
 ]
 
 HASHES = {"xxh3-128": XXH3, "sha256": SHA256}
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+
+PROCESSORS = min(os.cpu_count() or 1, 8)
+
+Jobs = Annotated[int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")]
+
+MaxMemory = Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")]
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on from what an earlier run left.")]
+
+MaxShardSize = Annotated[str, typer.Option(help="Largest output file.")]
+
+HashName = Annotated[str, typer.Option("--hash", help=f"Of tensors and files in manifest.json: {' or '.join(HASHES)}.")]
 
 
 def parse_hash(name: str) -> str:

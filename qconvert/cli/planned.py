@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from qconvert.cli import console
+from qconvert.core.errors import OutputError
 from qconvert.core.plan import Plan, Quantize, Reencode
 from qconvert.core.role import EXPERT_KINDS
 from qconvert.formats.engine_limits import Written, engine_limits
+from qconvert.plan.document import plan_text
 
 
 def show_plan(plan: Plan) -> None:
@@ -29,6 +34,20 @@ def show_plan(plan: Plan) -> None:
         )
     for limit in limits(plan):
         console.say(f"note: {limit}", style="yellow")
+
+
+def preview(plan: Plan, out: Path, *, json: bool) -> None:
+    """What ``--dry-run`` prints.
+
+    Raises:
+        OutputError: ``out`` is there already.
+    """
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists already; choose another output folder or remove it")
+    if json:
+        console.show_parts(plan_text(plan))
+    else:
+        show_plan(plan)
 
 
 def limits(plan: Plan) -> list[str]:

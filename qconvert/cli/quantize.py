@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from pathlib import Path
@@ -11,14 +10,24 @@ from typing import Annotated
 import typer
 
 from qconvert.cli import console
-from qconvert.cli.options import HASHES, Device, Json, parse_hash, parse_size
-from qconvert.cli.planned import limits, show_plan
+from qconvert.cli.options import (
+    PROCESSORS,
+    Device,
+    DryRun,
+    Fresh,
+    HashName,
+    Jobs,
+    Json,
+    MaxMemory,
+    MaxShardSize,
+    parse_hash,
+    parse_size,
+)
+from qconvert.cli.planned import limits, preview, show_plan
 from qconvert.convert import Conversion, convert, plan_conversion
-from qconvert.core.errors import OutputError
 from qconvert.device import device_named
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
-from qconvert.plan.document import plan_text
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
 from qconvert.plan.presets import preset_rules
 
@@ -52,22 +61,16 @@ def quantize(
             help="SRC may be quantized, such as the official FP8: dequantize its matrices and round anew.",
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Steps that run at once; the bytes do not depend on it.")] = min(
-        os.cpu_count() or 1, 8
-    ),
-    max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over instead of going on from what an earlier run left.")
-    ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
-    algorithm: Annotated[
-        str, typer.Option("--hash", help=f"Of tensors and files in manifest.json: {' or '.join(HASHES)}.")
-    ] = "xxh3-128",
+    dry_run: DryRun = False,
+    jobs: Jobs = PROCESSORS,
+    max_memory: MaxMemory = "1GiB",
+    fresh: Fresh = False,
+    max_shard_size: MaxShardSize = "5GB",
+    algorithm: HashName = "xxh3-128",
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """Round a checkpoint to int4, int8 or fp8, tensor by tensor.
+    """Round a checkpoint to eight or four bits, tensor by tensor.
 
     Routed experts are rounded; everything else is carried bit for bit unless a policy says otherwise. Every tensor
     has a decision with a reason: see it with --dry-run. A run that was killed, interrupted or stopped by a full disk
@@ -105,12 +108,7 @@ def quantize(
             plan = plan_conversion(
                 folder, rules, max_memory=limit, shard_bytes=shard_bytes, from_quantized=from_quantized
             )
-            if os.path.lexists(out):
-                raise OutputError(f"{out} exists already; choose another output folder or remove it")
-            if json:
-                console.show_parts(plan_text(plan))
-            else:
-                show_plan(plan)
+            preview(plan, out, json=json)
             return 0
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:

@@ -101,7 +101,7 @@ def block(method: str, **more: Any) -> dict[str, Any]:
     return {"quant_method": method, **more}
 
 
-def groups(form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def groups(form: str, weights: Mapping[str, Any], inputs: object = None) -> dict[str, Any]:
     group = {"targets": [r"re:.*layers\.\d+\.mlp\.experts\..*"], "weights": weights, "input_activations": inputs}
     return block("compressed-tensors", format=form, config_groups={"group_0": group}, ignore=["re:^mtp.*"])
 
@@ -188,7 +188,7 @@ def test_a_scale_that_no_rounding_makes_is_named(tmp_path: Path, case: str) -> N
         (block("fp8", weight_block_size=[0, 128]), "weight_block_size is 0"),
         (block("fp8", weight_block_size="ab"), "only tiles can be read"),
         (block("compressed-tensors", format="pack-quantized", config_groups={"group_0": 3}), "group_0 is 3"),
-        (groups("pack-quantized", {"num_bits": 4, "strategy": "channel"}, 3), "input_activations is 3"),  # type: ignore[arg-type]
+        (groups("pack-quantized", {"num_bits": 4, "strategy": "channel"}, 3), "input_activations is 3"),
         (groups("pack-quantized", {"num_bits": True, "strategy": "channel"}), "True bits of type 'int'"),
         (groups("pack-quantized", {"num_bits": 4, "strategy": "channel", "symmetric": "no"}), "symmetric is 'no'"),
         (groups("nvfp4-pack-quantized", {**FP4, "actorder": "group"}), "activation order in nvfp4-pack-quantized"),

@@ -217,7 +217,7 @@ def leave_out(method: type, name: str, where: Callable[[Any], bool]) -> None:
 
     That is the scales of inputs that stay in 16 bits, from which nothing is read, and biases, which are zeros then.
     """
-    create = method.create_weights  # type: ignore[attr-defined]
+    create = vars(method)["create_weights"]
 
     def create_weights(self: Any, layer: nn.Module, *arguments: Any, **named: Any) -> None:
         create(self, layer, *arguments, **named)
@@ -225,7 +225,7 @@ def leave_out(method: type, name: str, where: Callable[[Any], bool]) -> None:
             delattr(layer, f"w13_{name}")
             delattr(layer, f"w2_{name}")
 
-    method.create_weights = create_weights  # type: ignore[attr-defined]
+    setattr(method, create_weights.__name__, create_weights)
 
 
 def replace_parameters(layer: nn.Module, weights: dict[str, Tensor]) -> None:

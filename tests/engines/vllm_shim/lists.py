@@ -54,6 +54,12 @@ def skipped(entries: list[str], fused: Any, mode: Any) -> Answer:
     return lambda name: not is_layer_skipped(name, entries, fused, match_mode=mode)
 
 
+def dynamic(rules: dict[str, Any]) -> Answer:
+    """As ``AutoGPTQConfig``."""
+    config = SimpleNamespace(dynamic=rules)
+    return lambda name: get_dynamic_override(config, name) is not False
+
+
 def answers(case: dict[str, Any]) -> dict[str, bool | None]:
     """One case."""
     model = Qwen3_5MoeForConditionalGeneration if case["mapped"] else Qwen3_5MoeForCausalLM
@@ -66,8 +72,7 @@ def answers(case: dict[str, Any]) -> dict[str, bool | None]:
     if case["method"] == "compressed-tensors":
         answer = compressed_tensors(block, mapped, fused)
     elif case["method"] == "gptq":
-        rules = SimpleNamespace(dynamic=block["dynamic"])
-        answer = lambda name: get_dynamic_override(rules, name) is not False  # noqa: E731
+        answer = dynamic(block["dynamic"])
     else:
         mode = "exact" if case["method"] == "fp8" else "substring"
         answer = skipped(mapped(block["modules_to_not_convert"]), fused, mode)
