@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,24 @@ from qconvert.run import CPU, Progress, check_memory, run
 
 DEFAULT_MEMORY = 1 << 30
 """Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be written, decided from the headers of a checkpoint.
+
+    Attributes:
+        beside: files beside the weights that no source has, besides ``config.json`` and the manifest.
+        policy: the rules that decided, as ``Policy.entries`` gives them.
+        reencoding: what decided where codes are only moved.
+        accept: sees the output before it appears, and keeps it from appearing by raising.
+    """
+
+    plan: Plan
+    accept: Callable[[Path], None]
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    policy: Sequence[Mapping[str, Any]] = ()
+    reencoding: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +127,16 @@ def convert(
         SourceError, PlanError, FormatError, OutputError, DataError: see ``plan_conversion`` and ``run``.
         Interrupted: on a ``KeyboardInterrupt`` after which a run can go on.
     """
-    return _carry_out(
+
+    def decide(checkpoint: Checkpoint) -> Task:
+        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized)
+        refuse_unreadable_plan(plan, source)
+        return Task(plan=plan, policy=policy.entries(), accept=refuse_unreadable)
+
+    return carry_out(
         source,
         out,
-        lambda checkpoint: build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized),
-        policy=policy.entries(),
+        decide,
         jobs=jobs,
         max_memory=max_memory,
         fresh=fresh,
@@ -168,40 +191,42 @@ def move_codes(
         DataError: codes that are NaN, or scales that cannot be held exactly and ``reencoding`` does not allow to round.
         UsageError, OutputError, Interrupted: see ``convert``.
     """
-    return _carry_out(
+
+    def decide(checkpoint: Checkpoint) -> Task:
+        plan = _plan_codes(checkpoint, reencoding, shard_bytes)
+        refuse_unreadable_plan(plan, source)
+        return Task(plan=plan, reencoding=reencoding.entry, accept=refuse_unreadable)
+
+    return carry_out(
         source,
         out,
-        lambda checkpoint: _plan_codes(checkpoint, reencoding, shard_bytes),
-        reencoding=reencoding.entry,
+        decide,
         jobs=jobs,
         max_memory=max_memory,
         fresh=fresh,
         algorithm=algorithm,
-        device=CPU,
         progress=progress,
     )
 
 
-def _carry_out(
+def carry_out(
     source: Path,
     out: Path,
-    decide: Callable[[Checkpoint], Plan],
+    decide: Callable[[Checkpoint], Task],
     *,
-    policy: Sequence[Mapping[str, Any]] = (),
-    reencoding: Mapping[str, Any] | None = None,
     jobs: int,
     max_memory: int | None,
     fresh: bool,
     algorithm: str,
-    device: torch.device,
+    device: torch.device = CPU,
     progress: Progress,
 ) -> Conversion:
-    """Plan, execute and record one conversion, which ``decide`` decides by ``policy`` or ``reencoding``."""
+    """Execute and record what ``decide`` makes of ``source``; see ``convert`` for the arguments and errors."""
     check_device(device)
     new_hash(algorithm)  # before anything is read
     with Checkpoint.open(source) as checkpoint:
-        plan = decide(checkpoint)
-        refuse_unreadable_plan(plan, source)
+        task = decide(checkpoint)
+        plan = task.plan
         before = sum(info.nbytes for info in checkpoint.tensors.values())
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)
@@ -217,8 +242,8 @@ def _carry_out(
                 record = summary(
                     plan,
                     outcomes,
-                    policy=policy,
-                    reencoding=reencoding,
+                    policy=task.policy,
+                    reencoding=task.reencoding,
                     algorithm=algorithm,
                     config_hash=checkpoint.config_hash,
                     device=device.type,
@@ -231,10 +256,11 @@ def _carry_out(
                 sink.finish(
                     {
                         **{name: source / name for name in plan.side_files},
+                        **task.beside,
                         "config.json": plan.config_bytes,
                         MANIFEST_FILE: manifest,  # last: it speaks of all others
                     },
-                    accept=refuse_unreadable,
+                    accept=task.accept,
                 )
             except (PlanError, FormatError, DataError):
                 raise  # the same would happen again: nothing is kept

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError
-from qconvert.core.plan import Quantize, Reencode
+from qconvert.core.plan import Formula, Quantize, Reencode
 from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.scheme import Channel
 from qconvert.formats.table import format_named
 from qconvert.numerics.finite import all_finite
 from qconvert.numerics.rounding import quantize, second_scale_for
@@ -57,18 +58,26 @@ def encode(rows: Tensor, action: Quantize, shape: tuple[int, int], second: float
     return Encoded(parts=parts, squared_error=rounded.squared_error, signal=rounded.signal)
 
 
-def to_bf16(rows: Tensor) -> Encoded:
-    """Cast some float32 rows to the part ``WEIGHT`` in BF16.
+def cast(rows: Tensor, dtype: DType, formula: Formula = Formula.SAME) -> Encoded:
+    """Store some rows as the part ``WEIGHT`` in ``dtype``; ``formula`` is computed from them in float32 before.
 
     Raises:
         DataError: a value is NaN or infinite, or becomes so.
     """
-    cast = rows.to(torch.bfloat16)
-    if not all_finite(cast):
-        raise DataError("has NaN or infinite values in BF16")
-    lost = cast.to(torch.float32).sub_(rows).view(-1)
-    flat = rows.reshape(-1)
-    return Encoded(parts={WEIGHT: cast}, squared_error=float(lost.dot(lost)), signal=float(flat.dot(flat)))
+    exact = rows.to(torch.float32)
+    match formula:
+        case Formula.ONE_PLUS:
+            exact = exact + 1.0
+        case Formula.MINUS_EXP:
+            exact = exact.exp().neg_()
+        case Formula.SAME:
+            pass
+    stored = exact.to(dtype.torch_dtype)
+    if not all_finite(stored):
+        raise DataError(f"has NaN or infinite values in {dtype}")
+    lost = stored.to(torch.float32).sub(exact).view(-1)
+    flat = exact.reshape(-1)
+    return Encoded(parts={WEIGHT: stored}, squared_error=float(lost.dot(lost)), signal=float(flat.dot(flat)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +116,11 @@ def move(
     if stored is not None:
         return Moved(parts=stored, scale_error=0.0)
     scale, error = _scales(quantized.scale, action)
-    moved = replace(quantized, scale=scale, scheme=action.scheme)
+    zero_point, wanted = quantized.zero_point, action.scheme.scale_shape(*quantized.shape)
+    if isinstance(quantized.scheme.blocking, Channel) and scale.shape != wanted:
+        scale = scale.expand(wanted).contiguous()
+        zero_point = None if zero_point is None else zero_point.expand(wanted).contiguous()
+    moved = replace(quantized, scale=scale, zero_point=zero_point, scheme=action.scheme)
     form = format_named(action.format)
     parts = form.pack(moved, shape=shape)
     if quantized.second_scale is not None:

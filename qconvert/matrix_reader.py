@@ -30,11 +30,11 @@ class SourceHash:
 
     def __init__(self, algorithm: str, inputs: Sequence[Slice]) -> None:
         self._algorithm = algorithm
-        self._of: dict[str, Hash] = {part.tensor: new_hash(algorithm) for part in inputs}
+        self._of: dict[Slice, Hash] = {part: new_hash(algorithm) for part in inputs}
 
-    def update(self, tensor: str, view: memoryview) -> None:
-        """Take the next bytes of ``tensor``."""
-        self._of[tensor].update(view)
+    def update(self, part: Slice, view: memoryview) -> None:
+        """Take the next bytes of ``part``."""
+        self._of[part].update(view)
 
     def hexdigest(self) -> str:
         """The hash of what was read so far."""
@@ -84,28 +84,34 @@ class MatrixReader:
         memory = self._buffers[buffer]
         rows = self._source.read(part.tensor, part.begin + begin, part.begin + end, buffer=memory)
         if into is not None:
-            into.update(part.tensor, byte_view(memory[:needed]))
+            into.update(part, byte_view(memory[:needed]))
         return rows
 
-    def rows(self, reading: Reading, begin: int, end: int, into: SourceHash | None) -> Tensor:
+    def rows(self, reading: Reading, begin: int, end: int, into: SourceHash | None, *, buffer: int = 0) -> Tensor:
         """Rows of a matrix: those of a plain tensor as they are, those of a quantized one in float32.
+
+        They are valid until memory number ``buffer``, or a later one, is read into again.
 
         Raises:
             StoppedError, SourceError: see ``stored``.
             DataError: see ``unpacked``.
         """
         if reading.packed is None:
-            return self.stored(reading.inputs[0], begin, end, into)
-        return self.unpacked(reading, begin, end, self.parts(reading, begin, end, into)).dequantize()
+            return self.stored(reading.inputs[0], begin, end, into, buffer=buffer)
+        return self.unpacked(reading, begin, end, self.parts(reading, begin, end, into, buffer=buffer)).dequantize()
 
-    def parts(self, reading: Reading, begin: int, end: int, into: SourceHash | None) -> dict[str, Tensor]:
+    def parts(
+        self, reading: Reading, begin: int, end: int, into: SourceHash | None, *, buffer: int = 0
+    ) -> dict[str, Tensor]:
         """What is stored of some rows of a quantized matrix, by suffix; they begin at a multiple of its row block.
+
+        They are read into memory number ``buffer`` and those that follow.
 
         Raises:
             StoppedError, SourceError: see ``stored``.
         """
         found = {}
-        for number, (spec, part) in enumerate(zip(_specs(reading), reading.inputs, strict=True)):
+        for number, (spec, part) in enumerate(zip(_specs(reading), reading.inputs, strict=True), start=buffer):
             if spec.rows_per_row:
                 found[spec.suffix] = self.stored(part, *spec.rows_of(begin, end), into, buffer=number)
             else:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError, PlanError
-from qconvert.core.plan import Dequantize, Keep, Plan, Quantize, Reading, Reencode, Slice, Step
-from qconvert.encode import WEIGHT, encode, move, second_scale, to_bf16
+from qconvert.core.plan import Cast, Dequantize, Formula, Keep, Plan, Quantize, Reading, Reencode, Slice, Step
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.encode import WEIGHT, cast, encode, move, second_scale
 from qconvert.formats.table import format_named
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.piece import Piece
@@ -22,10 +25,12 @@ from qconvert.io.sink import Sink
 from qconvert.matrix_reader import MatrixReader, SourceHash, StoppedError
 from qconvert.numerics.finite import all_finite, largest_of
 from qconvert.plan.row_blocks import row_blocks, rows_together
+from qconvert.transform.turns import quantized_in_turns, take_turns
 
 CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]
+Matrices = tuple[tuple[Reading, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,11 +172,13 @@ def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) ->
         case Keep(name=name):
             pieces = [_keep(step.inputs[0], name, read, sink, source_hash)]
         case Dequantize(name=name):
-            loss, pieces = _dequantize(step.reading, name, read, sink, source_hash)
+            loss, pieces = _cast(step.matrices, name, DType.BF16, Formula.SAME, read, sink, source_hash)
+        case Cast(name=name, dtype=dtype, formula=formula):
+            loss, pieces = _cast(step.matrices, name, dtype, formula, read, sink, source_hash)
         case Quantize() as action:
-            loss, pieces = _quantize(step.reading, action, read, sink, source_hash, device)
+            loss, pieces = _quantize(step.matrices, action, read, sink, source_hash, device)
         case Reencode() as action:
-            scale_error, pieces = _reencode(step.reading, action, read, sink, source_hash)
+            scale_error, pieces = _reencode(step.matrices, action, read, sink, source_hash)
     outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss, scale_error=scale_error)
     sink.commit(step.key, pieces, outcome.note())
     return outcome
@@ -188,61 +195,99 @@ def _keep(part: Slice, name: str, read: MatrixReader, sink: Sink, source_hash: S
     return piece
 
 
-def _dequantize(
-    reading: Reading, name: str, read: MatrixReader, sink: Sink, source_hash: SourceHash
+def _cast(
+    matrices: Matrices,
+    name: str,
+    dtype: DType,
+    formula: Formula,
+    read: MatrixReader,
+    sink: Sink,
+    source_hash: SourceHash,
 ) -> tuple[Loss, list[Piece]]:
     piece = sink.piece(name)
     squared_error = signal = 0.0
-    for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
-        rows = read.rows(reading, begin, end, source_hash)
-        with _named(reading, read, name):
-            cast = to_bf16(rows)
-        piece.append(cast.parts[WEIGHT])
-        squared_error += cast.squared_error
-        signal += cast.signal
+    for readings in matrices:
+        for begin, end in row_blocks(*read.shape(readings[0]), rows_together(readings[0].packed, 1)):
+            rows = _rows(readings, begin, end, read, source_hash)
+            with _named(readings[0], read, name):
+                stored = cast(rows, dtype, formula)
+            piece.append(stored.parts[WEIGHT])
+            squared_error += stored.squared_error
+            signal += stored.signal
     return Loss(squared_error=squared_error, signal=signal), [piece]
 
 
 def _quantize(
-    reading: Reading, action: Quantize, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+    matrices: Matrices, action: Quantize, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
 ) -> tuple[Loss, list[Piece]]:
-    shape = read.shape(reading)
+    shape = _shape(matrices[0], read)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
     second = second_scale(action, _largest(action, read))
-    for begin, end in row_blocks(*shape, rows_together(reading.packed, form.row_block(action.scheme, shape))):
-        rows = read.rows(reading, begin, end, source_hash).to(device)
-        with _named(reading, read, action.module):
-            encoded = encode(rows, action, shape, second)
-        for spec in specs:
-            if spec.rows_per_row or begin == 0:
-                pieces[spec.suffix].append(encoded.parts[spec.suffix].cpu())
-        squared_error += encoded.squared_error
-        signal += encoded.signal
+    for readings in matrices:
+        multiple = rows_together(readings[0].packed, form.row_block(action.scheme, shape))
+        for begin, end in row_blocks(*read.shape(readings[0]), multiple):
+            rows = _rows(readings, begin, end, read, source_hash).to(device)
+            with _named(readings[0], read, action.module):
+                encoded = encode(rows, action, shape, second)
+            for spec in specs:
+                if spec.rows_per_row or begin == 0:
+                    pieces[spec.suffix].append(encoded.parts[spec.suffix].cpu())
+            squared_error += encoded.squared_error
+            signal += encoded.signal
     return Loss(squared_error=squared_error, signal=signal), list(pieces.values())
 
 
 def _reencode(
-    reading: Reading, action: Reencode, read: MatrixReader, sink: Sink, source_hash: SourceHash
+    matrices: Matrices, action: Reencode, read: MatrixReader, sink: Sink, source_hash: SourceHash
 ) -> tuple[float, list[Piece]]:
-    shape = read.shape(reading)
+    shape = _shape(matrices[0], read)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
-    packed, scale_error = reading.packed, 0.0
-    same = packed is not None and (packed.format, packed.scheme) == (action.format, action.scheme)
-    for begin, end in row_blocks(*shape, rows_together(packed, form.row_block(action.scheme, shape))):
-        stored = read.parts(reading, begin, end, source_hash)
-        quantized = read.unpacked(reading, begin, end, stored)
-        with _named(reading, read, action.module):
-            moved = move(quantized, action, shape, stored if same else None)
-        for spec in specs:
-            if spec.rows_per_row or begin == 0:
-                pieces[spec.suffix].append(moved.parts[spec.suffix])
-        scale_error = max(scale_error, moved.scale_error)
+    scale_error = 0.0
+    for readings in matrices:
+        packed = readings[0].packed
+        same = packed is not None and (packed.format, packed.scheme) == (action.format, action.scheme)
+        multiple = rows_together(packed, form.row_block(action.scheme, shape))
+        for begin, end in row_blocks(*read.shape(readings[0]), multiple):
+            quantized, stored = _codes(readings, begin, end, read, source_hash)
+            with _named(readings[0], read, action.module):
+                moved = move(quantized, action, shape, stored if same else None)
+            for spec in specs:
+                if spec.rows_per_row or begin == 0:
+                    pieces[spec.suffix].append(moved.parts[spec.suffix])
+            scale_error = max(scale_error, moved.scale_error)
     return scale_error, list(pieces.values())
+
+
+def _shape(readings: tuple[Reading, ...], read: MatrixReader) -> tuple[int, int]:
+    """Of the matrix that they are written as."""
+    rows, cols = read.shape(readings[0])
+    return rows * len(readings), cols
+
+
+def _rows(readings: tuple[Reading, ...], begin: int, end: int, read: MatrixReader, source_hash: SourceHash) -> Tensor:
+    """Rows of one matrix, or of two in turns."""
+    first = read.rows(readings[0], begin, end, source_hash)
+    if len(readings) == 1:
+        return first
+    return take_turns(first, read.rows(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs)))
+
+
+def _codes(
+    readings: tuple[Reading, ...], begin: int, end: int, read: MatrixReader, source_hash: SourceHash
+) -> tuple[QuantizedTensor, dict[str, Tensor]]:
+    """The same of quantized matrices, and what is stored of the first one."""
+    stored = read.parts(readings[0], begin, end, source_hash)
+    first = read.unpacked(readings[0], begin, end, stored)
+    if len(readings) == 1:
+        return first, stored
+    other = read.parts(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs))
+    with _named(readings[0], read, readings[1].inputs[0].tensor):
+        return quantized_in_turns(first, read.unpacked(readings[1], begin, end, other)), {}
 
 
 @contextmanager

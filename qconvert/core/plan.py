@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -76,6 +77,27 @@ class Dequantize:
         return "dequantize to BF16"
 
 
+class Formula(enum.Enum):
+    """What is computed in float32 from the numbers of a tensor before they are stored as dense ones."""
+
+    SAME = ""
+    ONE_PLUS = "1 + w"
+    MINUS_EXP = "-exp(w)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast:
+    """Store the numbers of a tensor, quantized in the source or not, in another element type under ``name``."""
+
+    reason: str
+    name: str
+    dtype: DType
+    formula: Formula = Formula.SAME
+
+    def __str__(self) -> str:
+        return f"{self.formula.value} as {self.dtype}".strip()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantize:
     """Round a matrix to ``scheme`` and store it as ``format`` does under the module name ``module``.
@@ -115,7 +137,7 @@ class Reencode:
         return f"{self.scheme} ({self.format}), not rounded"
 
 
-Action = Keep | Dequantize | Quantize | Reencode
+Action = Keep | Dequantize | Cast | Quantize | Reencode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +148,8 @@ class Step:
         outputs: names of the output tensors that the step writes, all of them and nobody else.
         peak_bytes: memory that the step holds at most while it runs.
         packed: how ``inputs`` are read where they are the parts of one quantized matrix.
+        stack: the matrices that are written below each other where they are several: each is one reading, or two of
+            one shape whose rows take turns. ``inputs`` are then those of all of them.
     """
 
     inputs: tuple[Slice, ...]
@@ -134,11 +158,17 @@ class Step:
     outputs: tuple[str, ...]
     peak_bytes: int
     packed: Packed | None = None
+    stack: tuple[tuple[Reading, ...], ...] = ()
 
     @property
     def reading(self) -> Reading:
         """What the step reads."""
         return Reading(inputs=self.inputs, packed=self.packed)
+
+    @property
+    def matrices(self) -> tuple[tuple[Reading, ...], ...]:
+        """What the step reads and writes one below the other."""
+        return self.stack or ((self.reading,),)
 
     @property
     def key(self) -> str:

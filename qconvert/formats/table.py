@@ -15,6 +15,7 @@ from qconvert.formats.fp8_block import Fp8Block
 from qconvert.formats.fp8_tensor import MODELOPT_FP8, TENSOR_SCALED
 from qconvert.formats.gptq import GPTQ_V2, Gptq
 from qconvert.formats.int_quantized import IntQuantized
+from qconvert.formats.matmul_nbits import MatMulNBits
 from qconvert.formats.mxfp4_packed import Mxfp4Packed
 from qconvert.formats.nvfp4_modelopt import Nvfp4ModelOpt
 from qconvert.formats.nvfp4_packed import Nvfp4Packed
@@ -38,6 +39,9 @@ FORMATS: tuple[Format, ...] = (
 READ_ONLY: tuple[Format, ...] = (GPTQ_V2, REORDERED, TENSOR_SCALED, MODELOPT_FP8, Nvfp4ModelOpt())
 """Those that only checkpoints of others have."""
 
+IN_PACKAGES: tuple[Format, ...] = (MatMulNBits(),)
+"""Those that no checkpoint has: weights of ONNX packages."""
+
 METHODS = tuple(dict.fromkeys(form.quant_method for form in FORMATS))
 """What ``--format`` and policies choose among: the loaders, as ``quantization_config`` names them."""
 
@@ -48,7 +52,7 @@ def format_named(name: str) -> Format:
     Raises:
         FormatError: there is none.
     """
-    for known in (*FORMATS, *READ_ONLY):
+    for known in (*FORMATS, *READ_ONLY, *IN_PACKAGES):
         if known.name == name:
             return known
     raise FormatError(f"no format is called {name!r}; there are {', '.join(known.name for known in FORMATS)}")

@@ -1,0 +1,1 @@
+"""Checkpoints as ONNX packages: graphs built from the configuration, weights streamed beside them."""

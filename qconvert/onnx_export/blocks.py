@@ -1,0 +1,263 @@
+"""The blocks of a decoder as ONNX subgraphs; the formulas are those of ``reference_model``.
+
+Shapes: B batch, S new tokens, P tokens before, A = P + S all tokens, D hidden, H / M query and key-value heads, K their
+width, R rotated dimensions of a head, Hk / Hv key and value heads of linear attention, dk / dv their widths, C channels
+of the convolution, W its width, E experts, F their width. Everything is float32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qconvert.core.role import Kind
+from qconvert.onnx_export.graph_writer import MICROSOFT, GraphWriter
+from qconvert.onnx_export.weight import Weight, Weights
+from reference_model.config import TextConfig
+
+L2_EPSILON = 1e-6
+"""Added to the sum of squares of queries and keys of linear attention."""
+
+
+def linear(graph: GraphWriter, x: ir.Value, weight: Weight, accuracy_level: int) -> ir.Value:
+    """``x weight^T``: x [..., K], weight [N, K] dense or in integer codes; [..., N]."""
+    rows, cols = weight.shape
+    if weight.scheme is None:
+        return graph.op("FusedMatMul", x, weight.dense(graph), domain=MICROSOFT, transB=1)
+    block = weight.block_size
+    return graph.op(
+        "MatMulNBits",
+        x,
+        weight.codes(graph, (rows, cols // block, block * weight.bits // 8)),
+        weight.scales(graph),
+        weight.zero_points(graph),
+        domain=MICROSOFT,
+        K=cols,
+        N=rows,
+        bits=weight.bits,
+        block_size=block,
+        accuracy_level=accuracy_level,
+    )
+
+
+def rms_norm(graph: GraphWriter, x: ir.Value, weight: Weight, eps: float) -> ir.Value:
+    """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension; the 1 is in the weight already."""
+    return graph.op("RMSNormalization", x, weight.dense(graph), axis=-1, epsilon=eps)
+
+
+def per_head(graph: GraphWriter, x: ir.Value, width: int) -> ir.Value:
+    """[B, S, heads width] -> [B, S, heads, width]."""
+    return graph.op("Reshape", x, graph.integers(0, 0, -1, width))
+
+
+def side_by_side(graph: GraphWriter, x: ir.Value) -> ir.Value:
+    """[B, S, heads, width] -> [B, S, heads width]."""
+    return graph.op("Reshape", x, graph.integers(0, 0, -1))
+
+
+class Decoder:
+    """Writes the layers of one decoder; what all of them share is written once.
+
+    Attributes:
+        real: which new tokens are no padding [B, S, 1], 1.0 or 0.0.
+        bias: what attention adds to scores [B, 1, S, A]: 0, or a very negative number where a key is not seen.
+        window: rows of a layer's past and new inputs of the convolution that the next call needs, int64 [B, W - 1, 1].
+        cos, sin: of the rotation [B, S, R / 2].
+    """
+
+    def __init__(
+        self,
+        graph: GraphWriter,
+        config: TextConfig,
+        weights: Weights,
+        *,
+        real: ir.Value,
+        bias: ir.Value,
+        window: ir.Value,
+        rotation: tuple[ir.Value, ir.Value],
+        accuracy_level: int,
+    ) -> None:
+        self.graph = graph
+        self.config = config
+        self.weights = weights
+        self.real = real
+        self.bias = bias
+        self.window = window
+        self.cos, self.sin = rotation
+        self.accuracy_level = accuracy_level
+
+    def linear(self, x: ir.Value, kind: Kind, layer: int) -> ir.Value:
+        """Multiply with a matrix of a layer."""
+        return linear(self.graph, x, self.weights(kind, layer), self.accuracy_level)
+
+    def norm(self, x: ir.Value, kind: Kind, layer: int | None = None) -> ir.Value:
+        """One of the RMS norms whose weights are offsets from 1."""
+        return rms_norm(self.graph, x, self.weights(kind, layer), self.config.rms_norm_eps)
+
+    def attention(
+        self, x: ir.Value, layer: int, past_key: ir.Value, past_value: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Gated attention: x [B, S, D], past [B, M, P, K]; gives [B, S, D], and keys and values of all [B, M, A, K]."""
+        graph, config = self.graph, self.config
+        both = per_head(graph, self.linear(x, Kind.ATTENTION_QUERY, layer), 2 * config.head_dim)
+        query, gate = graph.ops("Split", 2, both, axis=-1, num_outputs=2)
+        key = per_head(graph, self.linear(x, Kind.ATTENTION_KEY, layer), config.head_dim)
+        value = self.linear(x, Kind.ATTENTION_VALUE, layer)
+        query = self._rotate(self.norm(query, Kind.ATTENTION_QUERY_NORM, layer), config.num_attention_heads)
+        key = self._rotate(self.norm(key, Kind.ATTENTION_KEY_NORM, layer), config.num_key_value_heads)
+        mixed, all_keys, all_values = graph.ops(
+            "Attention",
+            3,
+            query,
+            key,
+            value,
+            self.bias,
+            past_key,
+            past_value,
+            q_num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+        )
+        gated = graph.op("Mul", mixed, graph.op("Sigmoid", side_by_side(graph, gate)))
+        return self.linear(gated, Kind.ATTENTION_OUTPUT, layer), all_keys, all_values
+
+    def _rotate(self, x: ir.Value, heads: int) -> ir.Value:
+        """Rotate the first R dimensions of each head: [B, S, heads, K] -> [B, S, heads K]."""
+        return self.graph.op(
+            "RotaryEmbedding",
+            side_by_side(self.graph, x),
+            self.cos,
+            self.sin,
+            num_heads=heads,
+            rotary_embedding_dim=self.config.rotary_dim,
+        )
+
+    def linear_attention(
+        self, x: ir.Value, layer: int, past_conv: ir.Value, past_state: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Gated DeltaNet: x [B, S, D], past_conv [B, C, W - 1], past_state [B, Hv, dk, dv]; gives [B, S, D] and both.
+
+        Padding enters neither the convolution nor the state: its inputs, decay and strength are zero.
+        """
+        graph, config = self.graph, self.config
+        raw = graph.op("Mul", self.linear(x, Kind.LINEAR_QKV, layer), self.real)
+        conv_weight = self.weights(Kind.LINEAR_CONV, layer)
+        channels_first = graph.op("Transpose", raw, perm=(0, 2, 1))
+        mixed, _ = graph.ops(
+            "CausalConvWithState",
+            2,
+            channels_first,
+            conv_weight.dense(graph),
+            None,
+            past_conv,
+            domain=MICROSOFT,
+            activation="silu",
+        )
+        recent = self._recent_inputs(past_conv, raw)
+        qkv = graph.op("Transpose", mixed, perm=(0, 2, 1))
+        sizes = graph.integers(config.key_dim, config.key_dim, config.value_dim)
+        query, key, value = graph.ops("Split", 3, qkv, sizes, axis=-1)
+        decay, beta = graph.ops(
+            "LinearAttentionGate",
+            2,
+            self.linear(x, Kind.LINEAR_A, layer),
+            self.weights(Kind.LINEAR_DT_BIAS, layer).dense(graph),
+            self.weights(Kind.LINEAR_A_LOG, layer).dense(graph),
+            self.linear(x, Kind.LINEAR_B, layer),
+            domain=MICROSOFT,
+        )
+        read, state = graph.ops(
+            "LinearAttention",
+            2,
+            self._unit(query),
+            self._unit(key),
+            value,
+            past_state,
+            graph.op("Mul", decay, self.real),
+            graph.op("Mul", beta, self.real),
+            domain=MICROSOFT,
+            q_num_heads=config.linear_num_key_heads,
+            kv_num_heads=config.linear_num_value_heads,
+            update_rule="gated_delta",
+        )
+        gated = graph.op(
+            "GatedRMSNorm",
+            read,
+            self.weights(Kind.LINEAR_NORM, layer).dense(graph),
+            self.linear(x, Kind.LINEAR_Z, layer),
+            domain=MICROSOFT,
+            epsilon=config.rms_norm_eps,
+            activation="silu",
+        )
+        return self.linear(gated, Kind.LINEAR_OUTPUT, layer), recent, state
+
+    def _unit(self, x: ir.Value) -> ir.Value:
+        """``x / sqrt(sum(x ** 2) + L2_EPSILON)`` of each key head: an RMS norm of that many dimensions.
+
+        ``rsqrt(sum + e) = rsqrt(mean + e / dk) / sqrt(dk)``; [B, S, Hk dk], the same.
+        """
+        graph, width = self.graph, self.config.linear_key_head_dim
+        scale = graph.floats(np.full(width, width**-0.5))
+        normal = graph.op("RMSNormalization", per_head(graph, x, width), scale, axis=-1, epsilon=L2_EPSILON / width)
+        return side_by_side(graph, normal)
+
+    def _recent_inputs(self, past: ir.Value, raw: ir.Value) -> ir.Value:
+        """The convolution's last W - 1 inputs up to each row's last real token: past [B, C, W - 1], raw [B, S, C]."""
+        graph = self.graph
+        inputs = graph.op("Concat", graph.op("Transpose", past, perm=(0, 2, 1)), raw, axis=1)
+        recent = graph.op("GatherND", inputs, self.window, batch_dims=1)
+        return graph.op("Transpose", recent, perm=(0, 2, 1))
+
+    def moe(self, x: ir.Value, layer: int) -> ir.Value:
+        """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)`` for x [B, S, D]."""
+        graph = self.graph
+        logits = graph.op("Reshape", self.linear(x, Kind.ROUTER, layer), graph.integers(-1, self.config.num_experts))
+        routed = self._experts(x, logits, layer)
+        gate = graph.op("Sigmoid", self.linear(x, Kind.SHARED_EXPERT_GATE, layer))
+        opened = self.linear(x, Kind.SHARED_GATE, layer)
+        opened = graph.op("Mul", opened, graph.op("Sigmoid", opened))
+        inner = graph.op("Mul", opened, self.linear(x, Kind.SHARED_UP, layer))
+        shared = self.linear(inner, Kind.SHARED_DOWN, layer)
+        return graph.op("GatedAdd", routed, shared, gate, domain=MICROSOFT)
+
+    def _experts(self, x: ir.Value, logits: ir.Value, layer: int) -> ir.Value:
+        """The routed experts; their gate and up rows take turns. Router logits [B S, E]."""
+        graph = self.graph
+        up, down = self.weights(Kind.EXPERT_GATE_UP, layer), self.weights(Kind.EXPERT_DOWN, layer)
+        common = {
+            "k": self.config.num_experts_per_tok,
+            "normalize_routing_weights": 1,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+        }
+        if up.scheme is None:
+            return graph.op("MoE", x, logits, up.dense(graph), None, down.dense(graph), domain=MICROSOFT, **common)
+        blocks = {"block_size": up.block_size} if up.block_size else {}
+        return graph.op(
+            "QMoE",
+            x,
+            logits,
+            _packed(graph, up),
+            up.scales(graph),
+            None,
+            _packed(graph, down),
+            down.scales(graph),
+            None,
+            None,
+            None,
+            None,
+            up.zero_points(graph),
+            down.zero_points(graph),
+            domain=MICROSOFT,
+            expert_weight_bits=up.bits,
+            accuracy_level=self.accuracy_level,
+            **common,
+            **blocks,
+        )
+
+
+def _packed(graph: GraphWriter, weight: Weight) -> ir.Value:
+    """Codes of stacked experts: [E, N, K bits / 8]."""
+    experts, rows, cols = weight.shape
+    return weight.codes(graph, (experts, rows, cols * weight.bits // 8))

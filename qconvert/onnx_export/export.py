@@ -1,0 +1,109 @@
+"""A whole export: open, plan, write the graph, stream the weights, publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from qconvert.arch.families import read_config
+from qconvert.convert import Conversion, Task, carry_out
+from qconvert.core.errors import OutputError
+from qconvert.core.plan import Layout
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.hashing import XXH3
+from qconvert.onnx_export.genai_config import GENAI_CONFIG, genai_config
+from qconvert.onnx_export.plan import PackageOptions, plan_package
+from qconvert.onnx_export.text_graph import text_graph
+from qconvert.onnx_export.weight import Weights
+from qconvert.plan.layout import DEFAULT_SHARD_BYTES
+from qconvert.run import Progress
+
+MODEL_FILE = "model.onnx"
+
+
+def export_onnx(
+    source: Path,
+    out: Path,
+    options: PackageOptions,
+    *,
+    jobs: int = 2,
+    max_memory: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    fresh: bool = False,
+    algorithm: str = XXH3,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Conversion:
+    """Write the checkpoint ``source`` as an ONNX package into the new folder ``out``, whole or not at all.
+
+    The graph is ``model.onnx``; the weights stand beside it in safetensors files, to which its external data points:
+    they are read by any tool, hashed in the manifest and checked by ``qconvert verify``. Arguments as for ``convert``.
+
+    Args:
+        source: folder with a checkpoint, quantized or not.
+        out: folder that does not exist yet.
+        options: what is asked of the package.
+        jobs: steps that run at once.
+        max_memory: bytes that the whole process may hold.
+        shard_bytes: largest weight file.
+        fresh: start over instead of going on from what an earlier run left.
+        algorithm: hash of the tensors in the manifest.
+        progress: called with source bytes done and in all.
+        say: takes a sentence for each part of the checkpoint that the package does not have.
+
+    Raises:
+        SourceError, PlanError, FormatError: see ``plan_package``.
+        DataError, UsageError, OutputError, Interrupted: see ``convert``.
+    """
+
+    def decide(checkpoint: Checkpoint) -> Task:
+        planned = plan_package(checkpoint, options, shard_bytes=shard_bytes)
+        for sentence in planned.left_out:
+            say(sentence)
+        config = read_config(checkpoint.config, checkpoint.path)
+        model = text_graph(config.text, Weights(of=planned.weights), accuracy_level=options.accuracy_level)
+        point_to(model, planned.plan.layout)
+        return Task(
+            plan=planned.plan,
+            beside={
+                MODEL_FILE: ir.to_proto(model).SerializeToString(deterministic=True),
+                GENAI_CONFIG: _json(genai_config(config.text, checkpoint.path)),
+            },
+            policy=() if options.policy is None else options.policy.entries(),
+            accept=refuse_invalid,
+        )
+
+    return carry_out(
+        source, out, decide, jobs=jobs, max_memory=max_memory, fresh=fresh, algorithm=algorithm, progress=progress
+    )
+
+
+def point_to(model: ir.Model, layout: Layout) -> None:
+    """Give every initializer without numbers its place in the weight files."""
+    infos = {info.name: info for info in layout.tensors}
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            info = infos[name]
+            value.const_value = ir.ExternalTensor(
+                info.shard, info.begin, info.nbytes, value.dtype, shape=value.shape, name=name
+            )
+
+
+def refuse_invalid(folder: Path) -> None:
+    """Have ONNX's own checker look at the graph before the package appears.
+
+    Raises:
+        OutputError: it found a fault.
+    """
+    try:
+        onnx.checker.check_model(str(folder / MODEL_FILE))
+    except onnx.checker.ValidationError as error:
+        raise OutputError(f"{folder / MODEL_FILE}: onnx.checker refuses the graph: {error}") from error
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,78 @@
+"""`genai_config.json`: what onnxruntime-genai must know to run a package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qconvert.io.source_folder import read_whole
+from qconvert.io.strict_json import parse_object
+from reference_model.config import TextConfig
+
+GENAI_CONFIG = "genai_config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def genai_config(config: TextConfig, source: Path) -> dict[str, Any]:
+    """The runtime's configuration of a text package; sampling defaults are those of ``generation_config.json``.
+
+    Source: onnxruntime-genai 0.18, model type ``qwen3_5_moe_text``.
+    """
+    generation = _generation(source)
+    eos = generation.get("eos_token_id", list(config.eos_token_ids))
+    first_eos = eos[0] if isinstance(eos, list) and eos else eos
+    return {
+        "model": {
+            "bos_token_id": generation.get("bos_token_id", first_eos),
+            "context_length": config.max_position_embeddings,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                    "past_conv_names": "past.%d.conv",
+                    "past_recurrent_names": "past.%d.recurrent",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                    "present_conv_names": "present.%d.conv",
+                    "present_recurrent_names": "present.%d.recurrent",
+                },
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": config.num_key_value_heads,
+                "layer_types": list(config.layer_types),
+            },
+            "eos_token_id": eos,
+            "pad_token_id": generation.get("pad_token_id", first_eos),
+            "type": "qwen3_5_moe_text",
+            "vocab_size": config.vocab_size,
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "length_penalty": 1.0,
+            "max_length": config.max_position_embeddings,
+            "min_length": 0,
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            **{key: generation[key] for key in _SEARCH if key in generation},
+        },
+    }
+
+
+def _generation(source: Path) -> Mapping[str, Any]:
+    path = source / _GENERATION_CONFIG
+    return parse_object(read_whole(path), str(path)) if path.is_file() else {}

@@ -1,0 +1,74 @@
+"""What all layers of a graph share: which tokens are real, which keys they see, and how positions rotate heads.
+
+Shapes as in ``blocks``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qconvert.onnx_export.graph_writer import GraphWriter
+
+UNSEEN = -1e30
+"""Added to scores of keys that are not seen. Not infinite: where a padding token sees no key at all, infinities would
+make NaN of it."""
+
+
+def new_tokens(graph: GraphWriter, input_ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """How many tokens are new (S) and came before (P), int64 [1] both, and which new ones are real int64 [B, S].
+
+    ``mask`` int64 [B, A] is of all tokens, before and new.
+    """
+    count = graph.op("Shape", input_ids, start=1, end=2)
+    before = graph.op("Sub", graph.op("Shape", mask, start=1, end=2), count)
+    real = graph.op("Slice", mask, before, graph.op("Shape", mask, start=1, end=2), graph.integers(1))
+    return count, before, real
+
+
+def attention_bias(graph: GraphWriter, mask: ir.Value, count: ir.Value, before: ir.Value) -> ir.Value:
+    """0 where a real key is not later than the query, ``UNSEEN`` elsewhere: [B, 1, S, A]."""
+    zero, one = graph.integer(0), graph.integer(1)
+    first = graph.op("Squeeze", before)
+    total = graph.op("Add", first, graph.op("Squeeze", count))
+    queries = graph.op("Unsqueeze", graph.op("Range", first, total, one), graph.integers(1))
+    earlier = graph.op("LessOrEqual", graph.op("Range", zero, total, one), queries)
+    real = graph.op("Unsqueeze", graph.op("Cast", mask, to=ir.DataType.BOOL.value), graph.integers(1, 2))
+    return graph.op("Where", graph.op("And", real, earlier), graph.float(0.0), graph.float(UNSEEN))
+
+
+def recent_window(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> ir.Value:
+    """Rows of [before | new] inputs of a convolution of ``width`` taps that end at the last real token.
+
+    Where padding is on the left these are the last rows, on the right earlier ones, and of a row of nothing but padding
+    those from before. int64 [B, width - 1, 1] from ``real`` int64 [B, S].
+    """
+    places = graph.op(
+        "Range", graph.integer(1), graph.op("Add", graph.op("Squeeze", count), graph.integer(1)), graph.integer(1)
+    )
+    last = graph.op("ReduceMax", graph.op("Mul", real, places), graph.integers(1), keepdims=1)
+    rows = graph.op("Add", last, graph.integers(*range(width - 1)))
+    return graph.op("Unsqueeze", rows, graph.integers(2))
+
+
+def rotation(
+    graph: GraphWriter, positions: ir.Value, frequencies: np.ndarray, factor: float, axes: np.ndarray
+) -> tuple[ir.Value, ir.Value]:
+    """Cosines and sines [B, S, R / 2] of positions int64 [3, B, S]: time, height, width.
+
+    Plane p turns by ``positions[axes[p]] * frequencies[p]``. The angles are computed, not looked up: a context may be
+    of any length.
+    """
+    of_plane = graph.op("Gather", positions, graph.integers(*(int(axis) for axis in axes)), axis=0)
+    turned = graph.op("Cast", graph.op("Transpose", of_plane, perm=(1, 2, 0)), to=ir.DataType.FLOAT.value)
+    angles = graph.op("Mul", turned, graph.floats(frequencies))
+    both = graph.op("Cos", angles), graph.op("Sin", angles)
+    if factor == 1.0:
+        return both
+    cos, sin = (graph.op("Mul", one, graph.float(factor)) for one in both)
+    return cos, sin
+
+
+def spread_real(graph: GraphWriter, real: ir.Value) -> ir.Value:
+    """``real`` int64 [B, S] as float32 [B, S, 1]."""
+    return graph.op("Cast", graph.op("Unsqueeze", real, graph.integers(2)), to=ir.DataType.FLOAT.value)

@@ -1,0 +1,288 @@
+"""Which weights a package holds and how each is stored: decided from headers, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import xxhash
+
+from qconvert.arch.names import Naming, module_of, name_of
+from qconvert.arch.shapes import STACKED, is_linear_weight
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import FormatError, PlanError
+from qconvert.core.plan import Cast, Formula, Plan, Quantize, Reading, Reencode, Slice, Step
+from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
+from qconvert.core.scheme import Channel, Group, Int, Scheme
+from qconvert.core.tensor_info import TensorInfo
+from qconvert.formats.matmul_nbits import MatMulNBits
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.onnx_export.weight import Weight
+from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
+from qconvert.plan.policy import Policy
+from qconvert.plan.row_blocks import packed_peak_bytes, peak_bytes
+from qconvert.plan.source import PlannedSource, look_at
+from qconvert.transform.experts import stacked_role, unstack
+
+NBITS = MatMulNBits()
+
+OFFSET_NORMS = frozenset(
+    {
+        Kind.NORM,
+        Kind.INPUT_NORM,
+        Kind.POST_ATTENTION_NORM,
+        Kind.ATTENTION_QUERY_NORM,
+        Kind.ATTENTION_KEY_NORM,
+    }
+)
+"""Norms whose weights are stored as offsets from 1."""
+
+GROUPS = (128, 64, 32, 16)
+"""Blocks that a row with one scale is cut into, for operators that know no such rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageOptions:
+    """What is asked of a package.
+
+    Attributes:
+        policy: rounds what is not quantized in the source; ``None`` rounds nothing.
+        dequantize: store what no operator reads as codes in float32, instead of refusing it.
+        accuracy_level: of products with integer codes, 0 for float32 activations, 4 for 8-bit ones.
+    """
+
+    policy: Policy | None = None
+    dequantize: bool = False
+    accuracy_level: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagePlan:
+    """A package, decided.
+
+    Attributes:
+        plan: its weights.
+        weights: how the graph finds them.
+        left_out: what of the checkpoint is in no graph, one sentence each.
+    """
+
+    plan: Plan
+    weights: Mapping[TensorRole, Weight]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrix:
+    """One matrix, or one tensor of any shape, before it is decided."""
+
+    role: TensorRole
+    shape: tuple[int, ...]
+    reading: Reading
+    itemsize: int
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return None if self.reading.packed is None else self.reading.packed.scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decided:
+    step: Step
+    weight: Weight
+    outputs: tuple[OutputTensor, ...]
+
+
+def plan_package(
+    checkpoint: Checkpoint, options: PackageOptions, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> PackagePlan:
+    """Decide every weight of the decoder of ``checkpoint``, quantized or not; reads headers only.
+
+    Raises:
+        SourceError: another architecture, or tensors missing, unknown or misshapen.
+        PlanError: experts of one layer differ, or a matrix is quantized as no operator reads it.
+        FormatError: a matrix does not fit the blocks of its scheme.
+    """
+    source = look_at(checkpoint, from_quantized=True)
+    decided = [_decide(role, group, options) for role, group in _grouped(source)]
+    plan = Plan(
+        steps=tuple(one.step for one in decided),
+        layout=lay_out((one.outputs for one in decided), shard_bytes),
+        source_hash=checkpoint.header_hash,
+        policy_hash=_hash(options),
+        config=_config(checkpoint.config),
+        side_files=tuple(file.name for file in checkpoint.side_files),
+        left_out=tuple(sorted(checkpoint.left_out.items())),
+        source_quantization=source.quantization,
+    )
+    return PackagePlan(
+        plan=plan,
+        weights={one.step.role: one.weight for one in decided},
+        left_out=tuple(_left_out(source)),
+    )
+
+
+def _hash(options: PackageOptions) -> str:
+    rules = None if options.policy is None else options.policy.hash
+    return xxhash.xxh3_128_hexdigest(repr((rules, options.dequantize, options.accuracy_level)).encode())
+
+
+def _config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's configuration without what describes its own storage."""
+    written = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(text := written.get("text_config"), Mapping):
+        written["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return written
+
+
+def _left_out(source: PlannedSource) -> Iterator[str]:
+    sections = {role.section for role in source.census.roles.values()}
+    if Section.MTP in sections:
+        yield "the multi-token-prediction head is not exported: the package decodes one token at a time"
+    if Section.VISION in sections:
+        yield "the vision tower is not exported: the package takes text alone"
+
+
+def _grouped(source: PlannedSource) -> Iterator[tuple[TensorRole, list[list[_Matrix]]]]:
+    """The decoder's weights in the order of the checkpoint's roles: matrices below each other, of each its halves."""
+    experts: dict[TensorRole, dict[int, dict[Kind, _Matrix]]] = {}
+    for name, role in source.census.roles.items():
+        if role.section is not Section.TEXT:
+            continue
+        info = source.census.tensors[name]
+        if role.kind in EXPERT_KINDS:
+            for matrix in _of_experts(info, role, source.quantized.get(name)):
+                stack = experts.setdefault(stacked_role(matrix.role), {})
+                stack.setdefault(matrix.role.expert or 0, {})[matrix.role.kind] = matrix
+            continue
+        reading = source.quantized.get(name) or Reading(inputs=(_whole(info),))
+        yield role, [[_Matrix(role=role, shape=info.shape, reading=reading, itemsize=info.dtype.itemsize)]]
+    for role, stack in experts.items():
+        order = (Kind.EXPERT_GATE, Kind.EXPERT_UP) if role.kind is Kind.EXPERT_GATE_UP else (Kind.EXPERT_DOWN,)
+        yield role, [[stack[expert][kind] for kind in order] for expert in range(len(stack))]
+
+
+def _of_experts(info: TensorInfo, role: TensorRole, reading: Reading | None) -> Iterator[_Matrix]:
+    size = info.dtype.itemsize
+    if role.kind in STACKED and role.expert is None:
+        for one, part in unstack(info, role):
+            shape = (part.end - part.begin, info.row_width)
+            yield _Matrix(role=one, shape=shape, reading=Reading(inputs=(part,)), itemsize=size)
+    else:
+        yield _Matrix(role=role, shape=info.shape, reading=reading or Reading(inputs=(_whole(info),)), itemsize=size)
+
+
+def _whole(info: TensorInfo) -> Slice:
+    return Slice(tensor=info.name, begin=0, end=info.numel // info.row_width)
+
+
+def _decide(role: TensorRole, group: list[list[_Matrix]], options: PackageOptions) -> _Decided:
+    """One weight of the graph: ``group`` has one matrix, or of each expert one or two."""
+    stacked = role.kind in STACKED
+    first = group[0][0]
+    name = name_of(role, Naming.TEXT)
+    shape = (first.shape[0] * len(group[0]), *first.shape[1:])
+    action = _action(role, name, [one for halves in group for one in halves], options)
+    stack = tuple(tuple(one.reading for one in halves) for halves in group) if stacked else ()
+    inputs = tuple(part for halves in group for one in halves for part in one.reading.inputs)
+    leading = (len(group),) if stacked else ()
+    if isinstance(action, Cast):
+        outputs = (OutputTensor(name=name, dtype=action.dtype, shape=(*leading, *shape)),)
+        weight = Weight(name=name, shape=(*leading, *shape))
+    else:
+        matrix = (shape[0], shape[1])
+        outputs = tuple(
+            OutputTensor(name=f"{action.module}.{part.suffix}", dtype=part.dtype, shape=(*leading, *part.shape))
+            for part in NBITS.parts(action.scheme, matrix)
+        )
+        weight = Weight(name=action.module, shape=(*leading, *shape), scheme=action.scheme)
+    step = Step(
+        inputs=inputs,
+        role=role,
+        action=action,
+        outputs=tuple(output.name for output in outputs),
+        peak_bytes=len(group[0]) * _peak_bytes(first),
+        packed=None if stacked else first.reading.packed,
+        stack=stack,
+    )
+    return _Decided(step=step, weight=weight, outputs=outputs)
+
+
+def _peak_bytes(matrix: _Matrix) -> int:
+    if matrix.reading.packed is not None:
+        return packed_peak_bytes(matrix.reading.packed, 1)
+    rows, cols = _rows_and_cols(matrix.shape)
+    return peak_bytes(rows, cols, 1, matrix.itemsize, rounding=True)
+
+
+def _rows_and_cols(shape: tuple[int, ...]) -> tuple[int, int]:
+    cols = shape[-1] if len(shape) > 1 else 1
+    rows = 1
+    for size in shape[: max(len(shape) - 1, 1)]:
+        rows *= size
+    return rows, cols
+
+
+def _action(
+    role: TensorRole, name: str, matrices: list[_Matrix], options: PackageOptions
+) -> Cast | Quantize | Reencode:
+    """What becomes of matrices that one operator reads.
+
+    Raises:
+        PlanError: they differ, or are quantized as no operator reads them.
+    """
+    if not is_linear_weight(role):
+        formula = Formula.SAME
+        if role.kind in OFFSET_NORMS:
+            formula = Formula.ONE_PLUS
+        elif role.kind is Kind.LINEAR_A_LOG:
+            formula = Formula.MINUS_EXP
+        return Cast(reason="no matrix with codes", name=name, dtype=DType.F32, formula=formula)
+    stored = _one_of({one.scheme for one in matrices}, name, "are quantized in different ways in the source")
+    if stored is not None:
+        try:
+            scheme = held_scheme(stored, matrices[0].shape[-1], stacked=role.kind in STACKED)
+        except FormatError as reason:
+            if not options.dequantize:
+                raise PlanError(
+                    f"{name} is {stored} in the source, which no operator of ONNX Runtime's CPU provider reads: "
+                    f"{reason}. --dequantize stores it in float32"
+                ) from None
+            return Cast(reason=f"{stored} in the source, which no operator reads", name=name, dtype=DType.F32)
+        return Reencode(reason="codes of the source", module=module_of(name), scheme=scheme, format=NBITS.name)
+    if options.policy is None:
+        return Cast(reason="not quantized in the source", name=name, dtype=DType.F32)
+    rule = _one_of({options.policy.decide(one.role) for one in matrices}, name, "are decided by different rules")
+    if rule.scheme is None:
+        return Cast(reason=rule.reason, name=name, dtype=DType.F32)
+    scheme = held_scheme(rule.scheme, matrices[0].shape[-1], stacked=role.kind in STACKED)
+    return Quantize(reason=rule.reason, module=module_of(name), scheme=scheme, format=NBITS.name, search=rule.search)
+
+
+def _one_of(found: set[Any], name: str, problem: str) -> Any:
+    if len(found) > 1:
+        kinds = ", ".join(sorted(str(one) for one in found))
+        raise PlanError(f"the matrices of {name} {problem}: {kinds}; one operator reads them all in one way")
+    return next(iter(found))
+
+
+def held_scheme(scheme: Scheme, cols: int, *, stacked: bool) -> Scheme:
+    """``scheme`` as the operators hold it: float32 scales, and of single matrices none for a whole row.
+
+    A row's one scale is repeated for each of its blocks, which changes no number.
+
+    Raises:
+        FormatError: no operator holds these codes.
+    """
+    held = replace(scheme.weight_only(), scale=replace(scheme.scale, dtype=DType.F32, exact_in=None))
+    if (
+        isinstance(scheme.grid, Int)
+        and isinstance(scheme.blocking, Channel)
+        and not (stacked and scheme.grid.bits == 8)
+    ):
+        sizes = [size for size in GROUPS if not cols % size]
+        if not sizes:
+            raise FormatError(f"no block of 16 or more inputs divides {cols} columns")
+        held = replace(held, blocking=Group(size=sizes[0]))
+    NBITS.check_scheme(held)
+    return held

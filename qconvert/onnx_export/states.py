@@ -1,0 +1,45 @@
+"""What a decoder keeps between calls, under the names of onnxruntime-genai."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reference_model.config import TextConfig
+
+GROWS = "tokens"
+"""Stands for the dimension of a state that counts tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """One tensor that a call takes and gives back.
+
+    Attributes:
+        past: name of the input.
+        present: name of the output.
+        dims: sizes after the batch; ``GROWS`` for one that counts tokens.
+    """
+
+    past: str
+    present: str
+    dims: tuple[int | str, ...]
+
+    def shape(self, tokens: int | str, batch: int | str = "batch") -> tuple[int | str, ...]:
+        """Of the whole tensor, or the names of what varies."""
+        return (batch, *(tokens if dim == GROWS else dim for dim in self.dims))
+
+
+def layer_states(config: TextConfig, layer: int) -> tuple[State, State]:
+    """Keys and values [B, M, tokens, K], or the convolution [B, C, W - 1] and the memory [B, Hv, dk, dv]."""
+    if config.layer_types[layer] == "full_attention":
+        dims: tuple[int | str, ...] = (config.num_key_value_heads, GROWS, config.head_dim)
+        return _state(f"past_key_values.{layer}.key", dims), _state(f"past_key_values.{layer}.value", dims)
+    memory = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+    return (
+        _state(f"past.{layer}.conv", (config.conv_dim, config.linear_conv_kernel_dim - 1)),
+        _state(f"past.{layer}.recurrent", memory),
+    )
+
+
+def _state(past: str, dims: tuple[int | str, ...]) -> State:
+    return State(past=past, present="present" + past.removeprefix("past").removeprefix("_key_values"), dims=dims)

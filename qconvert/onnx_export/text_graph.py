@@ -1,0 +1,63 @@
+"""The decoder as an ONNX graph, in the contract of onnxruntime-genai."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qconvert import __version__
+from qconvert.core.role import Kind
+from qconvert.onnx_export import placing
+from qconvert.onnx_export.blocks import Decoder, linear
+from qconvert.onnx_export.graph_writer import GraphWriter
+from qconvert.onnx_export.states import layer_states
+from qconvert.onnx_export.weight import Weights
+from reference_model.config import TextConfig
+from reference_model.rope import axis_of_planes, inverse_frequencies
+
+
+def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int) -> ir.Model:
+    """Tokens to logits.
+
+    Inputs: ``input_ids`` int64 [B, S]; ``attention_mask`` int64 [B, A], zero at padding, which may be on either side;
+    ``position_ids`` int64 [3, B, S]; for every attention layer ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K],
+    for every other ``past.{i}.conv`` [B, C, W - 1] and ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first.
+    Outputs: ``logits`` [B, S, V] and all of these as ``present...``. Source: the contract of onnxruntime-genai 0.18.
+    """
+    graph = GraphWriter("decoder")
+    integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
+    ids = graph.input("input_ids", integer, ("batch", "sequence"))
+    mask = graph.input("attention_mask", integer, ("batch", "total"))
+    positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
+    with graph.scope("placing"):
+        count, before, real = placing.new_tokens(graph, ids, mask)
+        frequencies, factor = inverse_frequencies(config)
+        decoder = Decoder(
+            graph,
+            config,
+            weights,
+            real=placing.spread_real(graph, real),
+            bias=placing.attention_bias(graph, mask, count, before),
+            window=placing.recent_window(graph, real, count, config.linear_conv_kernel_dim),
+            rotation=placing.rotation(
+                graph, positions, frequencies.numpy(), factor, axis_of_planes(config.rope.mrope_section).numpy()
+            ),
+            accuracy_level=accuracy_level,
+        )
+    x = graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), ids, axis=0)
+    present = []
+    for layer, kind in enumerate(config.layer_types):
+        with graph.scope(f"layers.{layer}"):
+            states = layer_states(config, layer)
+            past = [graph.input(state.past, real_number, state.shape("past")) for state in states]
+            mix = decoder.attention if kind == "full_attention" else decoder.linear_attention
+            mixed, *after = mix(decoder.norm(x, Kind.INPUT_NORM, layer), layer, past[0], past[1])
+            x = graph.op("Add", x, mixed)
+            x = graph.op("Add", x, decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer))
+            present += zip(after, states, strict=True)
+    hidden = decoder.norm(x, Kind.NORM)
+    head = weights(Kind.EMBEDDING if config.tie_word_embeddings else Kind.HEAD)
+    logits = linear(graph, hidden, head, accuracy_level)
+    graph.output(logits, "logits", real_number, ("batch", "sequence", config.vocab_size))
+    for value, state in present:
+        graph.output(value, state.present, real_number, state.shape("total"))
+    return graph.model(__version__)

@@ -1,0 +1,71 @@
+"""What a graph must know of a weight: its name, shape, and how its numbers are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qconvert.core.role import Kind, Part, Section, TensorRole
+from qconvert.core.scheme import Group, Scheme
+from qconvert.formats.matmul_nbits import CODES, SCALES, ZERO_POINTS
+from qconvert.onnx_export.graph_writer import GraphWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A matrix, a vector, or the stacked matrices of all experts.
+
+    Attributes:
+        name: of its initializer, or what the names of its parts begin with.
+        shape: what it means, not how it is stored.
+        scheme: of integer codes; ``None`` for dense float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Inputs that share a scale; 0 where all of a row do."""
+        return self.scheme.blocking.size if self.scheme and isinstance(self.scheme.blocking, Group) else 0
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.scheme.weight_bits if self.scheme else 32
+
+    def dense(self, graph: GraphWriter) -> ir.Value:
+        """The float32 initializer."""
+        return graph.weight(self.name, ir.DataType.FLOAT, self.shape)
+
+    def codes(self, graph: GraphWriter, shape: tuple[int, ...]) -> ir.Value:
+        """Packed codes in the shape that the operator asks for."""
+        return graph.weight(f"{self.name}.{CODES}", ir.DataType.UINT8, shape)
+
+    def scales(self, graph: GraphWriter) -> ir.Value:
+        """[..., N, G], or [..., N] where a row has one."""
+        groups = (self.shape[-1] // self.block_size,) if self.block_size else ()
+        return graph.weight(f"{self.name}.{SCALES}", ir.DataType.FLOAT, (*self.shape[:-1], *groups))
+
+    def zero_points(self, graph: GraphWriter) -> ir.Value | None:
+        """Packed along the groups of a row [..., N, ceil(G bits / 8)]; ``None`` where all are the middle."""
+        if self.scheme is None or self.scheme.symmetric:
+            return None
+        groups = self.shape[-1] // self.block_size if self.block_size else 1
+        packed = -(-groups * self.bits // 8)
+        return graph.weight(f"{self.name}.{ZERO_POINTS}", ir.DataType.UINT8, (*self.shape[:-1], packed))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """All weights of a graph by role; a layer's experts under the roles of their stacks."""
+
+    of: Mapping[TensorRole, Weight]
+    section: Section = Section.TEXT
+
+    def __call__(self, kind: Kind, layer: int | None = None, part: Part = Part.WEIGHT) -> Weight:
+        """The weight of a kind in a layer."""
+        return self.of[TensorRole(section=self.section, kind=kind, layer=layer, part=part)]
