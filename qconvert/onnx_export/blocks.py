@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qconvert.core.role import Kind
 from qconvert.onnx_export.graph_writer import MICROSOFT, GraphWriter
+from qconvert.onnx_export.placing import Packing
 from qconvert.onnx_export.weight import Weight, Weights
 from reference_model.config import TextConfig
 
@@ -61,7 +62,7 @@ class Decoder:
     Attributes:
         real: which new tokens are no padding [B, S, 1], 1.0 or 0.0.
         bias: what attention adds to scores [B, 1, S, A]: 0, or a very negative number where a key is not seen.
-        window: rows of a layer's past and new inputs of the convolution that the next call needs, int64 [B, W - 1, 1].
+        packing: how the convolution finds the real tokens side by side.
         cos, sin: of the rotation [B, S, R / 2].
     """
 
@@ -73,7 +74,7 @@ class Decoder:
         *,
         real: ir.Value,
         bias: ir.Value,
-        window: ir.Value,
+        packing: Packing,
         rotation: tuple[ir.Value, ir.Value],
         accuracy_level: int,
     ) -> None:
@@ -82,7 +83,7 @@ class Decoder:
         self.weights = weights
         self.real = real
         self.bias = bias
-        self.window = window
+        self.packing = packing
         self.cos, self.sin = rotation
         self.accuracy_level = accuracy_level
 
@@ -136,24 +137,10 @@ class Decoder:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Gated DeltaNet: x [B, S, D], past_conv [B, C, W - 1], past_state [B, Hv, dk, dv]; gives [B, S, D] and both.
 
-        Padding enters neither the convolution nor the state: its inputs, decay and strength are zero.
+        Padding changes neither: the convolution has it behind the real tokens, its decay and strength are zero.
         """
         graph, config = self.graph, self.config
-        raw = graph.op("Mul", self.linear(x, Kind.LINEAR_QKV, layer), self.real)
-        conv_weight = self.weights(Kind.LINEAR_CONV, layer)
-        channels_first = graph.op("Transpose", raw, perm=(0, 2, 1))
-        mixed, _ = graph.ops(
-            "CausalConvWithState",
-            2,
-            channels_first,
-            conv_weight.dense(graph),
-            None,
-            past_conv,
-            domain=MICROSOFT,
-            activation="silu",
-        )
-        recent = self._recent_inputs(past_conv, raw)
-        qkv = graph.op("Transpose", mixed, perm=(0, 2, 1))
+        qkv, recent = self._convolution(self.linear(x, Kind.LINEAR_QKV, layer), layer, past_conv)
         sizes = graph.integers(config.key_dim, config.key_dim, config.value_dim)
         query, key, value = graph.ops("Split", 3, qkv, sizes, axis=-1)
         decay, beta = graph.ops(
@@ -190,6 +177,25 @@ class Decoder:
         )
         return self.linear(gated, Kind.LINEAR_OUTPUT, layer), recent, state
 
+    def _convolution(self, raw: ir.Value, layer: int, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """``silu(conv(raw))`` [B, S, C] of raw [B, S, C] behind past [B, C, W - 1], and the past of the next call."""
+        graph = self.graph
+        packed = graph.op("GatherND", raw, self.packing.order, batch_dims=1)
+        mixed, _ = graph.ops(
+            "CausalConvWithState",
+            2,
+            graph.op("Transpose", packed, perm=(0, 2, 1)),
+            self.weights(Kind.LINEAR_CONV, layer).dense(graph),
+            None,
+            past,
+            domain=MICROSOFT,
+            activation="silu",
+        )
+        out = graph.op("GatherND", graph.op("Transpose", mixed, perm=(0, 2, 1)), self.packing.inverse, batch_dims=1)
+        inputs = graph.op("Concat", graph.op("Transpose", past, perm=(0, 2, 1)), packed, axis=1)
+        recent = graph.op("GatherND", inputs, self.packing.window, batch_dims=1)
+        return out, graph.op("Transpose", recent, perm=(0, 2, 1))
+
     def _unit(self, x: ir.Value) -> ir.Value:
         """``x / sqrt(sum(x ** 2) + L2_EPSILON)`` of each key head: an RMS norm of that many dimensions.
 
@@ -199,13 +205,6 @@ class Decoder:
         scale = graph.floats(np.full(width, width**-0.5))
         normal = graph.op("RMSNormalization", per_head(graph, x, width), scale, axis=-1, epsilon=L2_EPSILON / width)
         return side_by_side(graph, normal)
-
-    def _recent_inputs(self, past: ir.Value, raw: ir.Value) -> ir.Value:
-        """The convolution's last W - 1 inputs up to each row's last real token: past [B, C, W - 1], raw [B, S, C]."""
-        graph = self.graph
-        inputs = graph.op("Concat", graph.op("Transpose", past, perm=(0, 2, 1)), raw, axis=1)
-        recent = graph.op("GatherND", inputs, self.window, batch_dims=1)
-        return graph.op("Transpose", recent, perm=(0, 2, 1))
 
     def moe(self, x: ir.Value, layer: int) -> ir.Value:
         """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)`` for x [B, S, D]."""

@@ -17,12 +17,11 @@ from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.onnx_export.genai_config import GENAI_CONFIG, genai_config
 from qconvert.onnx_export.plan import PackageOptions, plan_package
+from qconvert.onnx_export.states import MODEL_FILE
 from qconvert.onnx_export.text_graph import text_graph
 from qconvert.onnx_export.weight import Weights
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.run import Progress
-
-MODEL_FILE = "model.onnx"
 
 
 def export_onnx(

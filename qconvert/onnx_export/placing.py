@@ -5,6 +5,8 @@ Shapes as in ``blocks``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -37,18 +39,32 @@ def attention_bias(graph: GraphWriter, mask: ir.Value, count: ir.Value, before: 
     return graph.op("Where", graph.op("And", real, earlier), graph.float(0.0), graph.float(UNSEEN))
 
 
-def recent_window(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> ir.Value:
-    """Rows of [before | new] inputs of a convolution of ``width`` taps that end at the last real token.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How a convolution finds the real tokens side by side, wherever the padding is.
 
-    Where padding is on the left these are the last rows, on the right earlier ones, and of a row of nothing but padding
-    those from before. int64 [B, width - 1, 1] from ``real`` int64 [B, S].
+    Attributes:
+        order: int64 [B, S, 1], the new tokens of each row, the real ones first.
+        inverse: int64 [B, S, 1], where each is in that order.
+        window: int64 [B, W - 1, 1], rows of [before | new, in order] that end at the last real token.
     """
-    places = graph.op(
-        "Range", graph.integer(1), graph.op("Add", graph.op("Squeeze", count), graph.integer(1)), graph.integer(1)
-    )
-    last = graph.op("ReduceMax", graph.op("Mul", real, places), graph.integers(1), keepdims=1)
-    rows = graph.op("Add", last, graph.integers(*range(width - 1)))
-    return graph.op("Unsqueeze", rows, graph.integers(2))
+
+    order: ir.Value
+    inverse: ir.Value
+    window: ir.Value
+
+
+def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> Packing:
+    """The packing of tokens that are ``real`` int64 [B, S], for a convolution of ``width`` taps."""
+    zero, one = graph.integer(0), graph.integer(1)
+    places = graph.op("Range", zero, graph.op("Squeeze", count), one)
+    behind = graph.op("Mul", graph.op("Sub", one, real), count)
+    _, order = graph.ops("TopK", 2, graph.op("Add", behind, places), count, axis=1, largest=0)
+    _, inverse = graph.ops("TopK", 2, order, count, axis=1, largest=0)
+    first = graph.op("ReduceSum", real, graph.integers(1), keepdims=1)
+    window = graph.op("Add", first, graph.integers(*range(width - 1)))
+    order, inverse, window = (graph.op("Unsqueeze", one, graph.integers(2)) for one in (order, inverse, window))
+    return Packing(order=order, inverse=inverse, window=window)
 
 
 def rotation(

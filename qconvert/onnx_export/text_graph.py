@@ -18,7 +18,7 @@ from reference_model.rope import axis_of_planes, inverse_frequencies
 def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int) -> ir.Model:
     """Tokens to logits.
 
-    Inputs: ``input_ids`` int64 [B, S]; ``attention_mask`` int64 [B, A], zero at padding, which may be on either side;
+    Inputs: ``input_ids`` int64 [B, S]; ``attention_mask`` int64 [B, A], zero at padding, which may be anywhere;
     ``position_ids`` int64 [3, B, S]; for every attention layer ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K],
     for every other ``past.{i}.conv`` [B, C, W - 1] and ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first.
     Outputs: ``logits`` [B, S, V] and all of these as ``present...``. Source: the contract of onnxruntime-genai 0.18.
@@ -37,7 +37,7 @@ def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int) -> 
             weights,
             real=placing.spread_real(graph, real),
             bias=placing.attention_bias(graph, mask, count, before),
-            window=placing.recent_window(graph, real, count, config.linear_conv_kernel_dim),
+            packing=placing.packing(graph, real, count, config.linear_conv_kernel_dim),
             rotation=placing.rotation(
                 graph, positions, frequencies.numpy(), factor, axis_of_planes(config.rope.mrope_section).numpy()
             ),
