@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
     "qconvert.run": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
-        "qconvert.numerics.finite", "qconvert.matrix_reader",
+        "qconvert.numerics.finite", "qconvert.matrix_reader", "qconvert.transform.turns",
     },
     "qconvert.memory": set(),
     "qconvert.device": {"qconvert.core"},
@@ -53,6 +53,11 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.verify_source": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest",
         "qconvert.manifest_reader",
+    },
+    "qconvert.onnx_export": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
+        "qconvert.run", "qconvert.convert", "reference_model.config", "reference_model.config_fields",
+        "reference_model.rope",
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",

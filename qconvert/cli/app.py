@@ -10,9 +10,11 @@ from qconvert import __version__
 from qconvert.cli.check import check
 from qconvert.cli.convert import convert
 from qconvert.cli.demo import demo
+from qconvert.cli.export_onnx import export_onnx
 from qconvert.cli.inspect import inspect
 from qconvert.cli.parity import parity
 from qconvert.cli.quantize import quantize
+from qconvert.cli.run import run
 from qconvert.cli.verify import verify
 
 EXIT_CODES = """Exit codes: 0 done; 1 a parity limit is exceeded or a fault was found; 2 wrong options;
@@ -30,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (inspect, quantize, convert, verify, check, parity, demo):
+for command in (inspect, quantize, convert, export_onnx, run, verify, check, parity, demo):
     app.command()(command)
 
 

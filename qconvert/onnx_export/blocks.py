@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qconvert.core.role import Kind
-from qconvert.onnx_export.graph_writer import MICROSOFT, GraphWriter
+from qconvert.onnx_export.graph_writer import MICROSOFT, Attribute, GraphWriter
 from qconvert.onnx_export.placing import Packing
 from qconvert.onnx_export.weight import Weight, Weights
 from reference_model.config import TextConfig
@@ -222,7 +222,7 @@ class Decoder:
         """The routed experts; their gate and up rows take turns. Router logits [B S, E]."""
         graph = self.graph
         up, down = self.weights(Kind.EXPERT_GATE_UP, layer), self.weights(Kind.EXPERT_DOWN, layer)
-        common = {
+        common: dict[str, Attribute] = {
             "k": self.config.num_experts_per_tok,
             "normalize_routing_weights": 1,
             "activation_type": "swiglu",
@@ -232,7 +232,7 @@ class Decoder:
         }
         if up.scheme is None:
             return graph.op("MoE", x, logits, up.dense(graph), None, down.dense(graph), domain=MICROSOFT, **common)
-        blocks = {"block_size": up.block_size} if up.block_size else {}
+        blocks: dict[str, Attribute] = {"block_size": up.block_size} if up.block_size else {}
         return graph.op(
             "QMoE",
             x,

@@ -10,18 +10,19 @@ import onnx
 import onnx_ir as ir
 
 from qconvert.arch.families import read_config
-from qconvert.convert import Conversion, Task, carry_out
+from qconvert.convert import Conversion, Task, carry_out, working_memory
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Layout
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
+from qconvert.io.shard_writer import BACKGROUND_BYTES
 from qconvert.onnx_export.genai_config import GENAI_CONFIG, genai_config
-from qconvert.onnx_export.plan import PackageOptions, plan_package
+from qconvert.onnx_export.plan import PackageOptions, PackagePlan, plan_package
 from qconvert.onnx_export.states import MODEL_FILE
 from qconvert.onnx_export.text_graph import text_graph
 from qconvert.onnx_export.weight import Weights
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
-from qconvert.run import Progress
+from qconvert.run import Progress, check_memory
 
 
 def export_onnx(
@@ -81,11 +82,25 @@ def export_onnx(
     )
 
 
+def plan_export(
+    source: Path, options: PackageOptions, *, max_memory: int | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> PackagePlan:
+    """Decide every weight of the package of ``source``; reads headers only.
+
+    Raises:
+        SourceError, PlanError, FormatError: see ``plan_package``.
+    """
+    with Checkpoint.open(source) as checkpoint:
+        planned = plan_package(checkpoint, options, shard_bytes=shard_bytes)
+    check_memory(planned.plan, working_memory(max_memory, BACKGROUND_BYTES))
+    return planned
+
+
 def point_to(model: ir.Model, layout: Layout) -> None:
     """Give every initializer without numbers its place in the weight files."""
     infos = {info.name: info for info in layout.tensors}
     for name, value in model.graph.initializers.items():
-        if value.const_value is None:
+        if value.const_value is None and value.dtype is not None and isinstance(value.shape, ir.Shape):
             info = infos[name]
             value.const_value = ir.ExternalTensor(
                 info.shard, info.begin, info.nbytes, value.dtype, shape=value.shape, name=name

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from qconvert.arch.names import Naming, module_of, name_of
-from qconvert.arch.shapes import STACKED, is_linear_weight
+from qconvert.arch.shapes import STACKED, expected_roles, is_linear_weight
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError, PlanError
 from qconvert.core.plan import Cast, Formula, Plan, Quantize, Reading, Reencode, Slice, Step
@@ -144,7 +144,8 @@ def _left_out(source: PlannedSource) -> Iterator[str]:
 
 
 def _grouped(source: PlannedSource) -> Iterator[tuple[TensorRole, list[list[_Matrix]]]]:
-    """The decoder's weights in the order of the checkpoint's roles: matrices below each other, of each its halves."""
+    """The decoder's weights in the order of the forward pass: matrices below each other, of each its halves."""
+    groups: dict[TensorRole, list[list[_Matrix]]] = {}
     experts: dict[TensorRole, dict[int, dict[Kind, _Matrix]]] = {}
     for name, role in source.census.roles.items():
         if role.section is not Section.TEXT:
@@ -156,10 +157,13 @@ def _grouped(source: PlannedSource) -> Iterator[tuple[TensorRole, list[list[_Mat
                 stack.setdefault(matrix.role.expert or 0, {})[matrix.role.kind] = matrix
             continue
         reading = source.quantized.get(name) or Reading(inputs=(_whole(info),))
-        yield role, [[_Matrix(role=role, shape=info.shape, reading=reading, itemsize=info.dtype.itemsize)]]
+        groups[role] = [[_Matrix(role=role, shape=info.shape, reading=reading, itemsize=info.dtype.itemsize)]]
     for role, stack in experts.items():
         order = (Kind.EXPERT_GATE, Kind.EXPERT_UP) if role.kind is Kind.EXPERT_GATE_UP else (Kind.EXPERT_DOWN,)
-        yield role, [[stack[expert][kind] for kind in order] for expert in range(len(stack))]
+        groups[role] = [[stack[expert][kind] for kind in order] for expert in range(len(stack))]
+    for role in expected_roles(source.census.config):
+        if role in groups:
+            yield role, groups[role]
 
 
 def _of_experts(info: TensorInfo, role: TensorRole, reading: Reading | None) -> Iterator[_Matrix]:
@@ -187,7 +191,7 @@ def _decide(role: TensorRole, group: list[list[_Matrix]], options: PackageOption
     inputs = tuple(part for halves in group for one in halves for part in one.reading.inputs)
     leading = (len(group),) if stacked else ()
     if isinstance(action, Cast):
-        outputs = (OutputTensor(name=name, dtype=action.dtype, shape=(*leading, *shape)),)
+        outputs: tuple[OutputTensor, ...] = (OutputTensor(name=name, dtype=action.dtype, shape=(*leading, *shape)),)
         weight = Weight(name=name, shape=(*leading, *shape))
     else:
         matrix = (shape[0], shape[1])

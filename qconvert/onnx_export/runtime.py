@@ -9,12 +9,24 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qconvert.core.errors import SourceError
 from qconvert.onnx_export.states import MODEL_FILE, State, layer_states
-from reference_model.config import ConfigError, ModelConfig
+from reference_model.config import ModelConfig
+from reference_model.config_fields import ConfigError
 
 Array = NDArray[np.generic]
+
+_REFUSALS = (
+    errors.Fail,
+    errors.InvalidArgument,
+    errors.InvalidGraph,
+    errors.InvalidProtobuf,
+    errors.NotImplemented,
+    errors.RuntimeException,
+)
+"""What ONNX Runtime raises for a graph; they have no class of their own in common."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +71,15 @@ class Package:
             self.config = ModelConfig.from_file(folder / "config.json")
         except ConfigError as error:
             raise SourceError(str(error)) from error
+        if not (folder / MODEL_FILE).is_file():
+            raise SourceError(f"{folder}: no {MODEL_FILE}, so no package; `qconvert export-onnx` makes one")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         try:
             self._session = onnxruntime.InferenceSession(
                 str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"]
             )
-        except RuntimeError as error:
+        except _REFUSALS as error:
             raise SourceError(
                 f"{folder / MODEL_FILE}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}"
             ) from error
@@ -101,7 +115,7 @@ class Package:
         feeds: dict[str, Array] = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
         for state in self._states:
             feeds[state.past] = (
-                np.zeros(state.shape(0, batch), np.float32) if cache is None else cache.states[state.present]
+                np.zeros(state.sizes(0, batch), np.float32) if cache is None else cache.states[state.present]
             )
         names = ["logits", *(state.present for state in self._states)]
         logits, *states = self._session.run(names, feeds)

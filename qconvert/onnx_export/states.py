@@ -27,9 +27,13 @@ class State:
     present: str
     dims: tuple[int | str, ...]
 
-    def shape(self, tokens: int | str, batch: int | str = "batch") -> tuple[int | str, ...]:
-        """Of the whole tensor, or the names of what varies."""
-        return (batch, *(tokens if dim == GROWS else dim for dim in self.dims))
+    def shape(self, tokens: str) -> tuple[int | str, ...]:
+        """Of the whole tensor, with names for what varies: ``tokens`` for how many there are."""
+        return ("batch", *(tokens if dim == GROWS else dim for dim in self.dims))
+
+    def sizes(self, tokens: int, batch: int) -> tuple[int, ...]:
+        """Of the whole tensor in a call."""
+        return (batch, *(tokens if isinstance(dim, str) else dim for dim in self.dims))
 
 
 def layer_states(config: TextConfig, layer: int) -> tuple[State, State]:

@@ -9,7 +9,7 @@ from qconvert.core.role import Kind
 from qconvert.onnx_export import placing
 from qconvert.onnx_export.blocks import Decoder, linear
 from qconvert.onnx_export.graph_writer import GraphWriter
-from qconvert.onnx_export.states import layer_states
+from qconvert.onnx_export.states import State, layer_states
 from qconvert.onnx_export.weight import Weights
 from reference_model.config import TextConfig
 from reference_model.rope import axis_of_planes, inverse_frequencies
@@ -44,7 +44,7 @@ def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int) -> 
             accuracy_level=accuracy_level,
         )
     x = graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), ids, axis=0)
-    present = []
+    present: list[tuple[ir.Value, State]] = []
     for layer, kind in enumerate(config.layer_types):
         with graph.scope(f"layers.{layer}"):
             states = layer_states(config, layer)

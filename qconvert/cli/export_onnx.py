@@ -1,0 +1,157 @@
+"""`qconvert export-onnx`: a checkpoint as a package for ONNX Runtime."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qconvert.cli import console
+from qconvert.cli.options import (
+    PROCESSORS,
+    DryRun,
+    Fresh,
+    HashName,
+    Jobs,
+    Json,
+    MaxMemory,
+    MaxShardSize,
+    parse_hash,
+    parse_size,
+)
+from qconvert.cli.planned import preview, show_plan
+from qconvert.convert import Conversion
+from qconvert.core.errors import UsageError
+from qconvert.io.hub import resolve
+from qconvert.plan.policy import Policy, default_policy, read_rules, scheme_named
+
+SCHEMES = ("int4", "int8")
+ACCURACY_LEVELS = (0, 4)
+
+
+def export_onnx(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, quantized or not, or a hub id ORG/NAME.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; it appears whole or not at all.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(help=f"Round routed experts that are not quantized in SRC: {' or '.join(SCHEMES)}."),
+    ] = None,
+    group: Annotated[int | None, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128 (default).")] = None,
+    asymmetric: Annotated[bool, typer.Option(help="int4 with zero points.")] = False,
+    search: Annotated[bool, typer.Option(help="Choose every scale by least squared error.")] = False,
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML of ordered rules, as for `quantize`; with --scheme only.")
+    ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize", help="Store what no operator reads as codes, such as FP8, in float32, and do not refuse it."
+        ),
+    ] = False,
+    accuracy_level: Annotated[
+        int,
+        typer.Option(
+            help="Of products with integer codes: 0 multiplies float32 activations and is exact; 4 rounds activations "
+            "to 8 bits, which is several times faster."
+        ),
+    ] = 4,
+    dry_run: DryRun = False,
+    jobs: Jobs = PROCESSORS,
+    max_memory: MaxMemory = "1GiB",
+    fresh: Fresh = False,
+    max_shard_size: MaxShardSize = "5GB",
+    algorithm: HashName = "xxh3-128",
+    json: Json = False,
+) -> None:
+    """Write a checkpoint as an ONNX package that ONNX Runtime and onnxruntime-genai run.
+
+    int4 and int8 codes of a quantized checkpoint are carried as they are, whoever wrote it: nothing is rounded twice.
+    Everything else becomes float32. The graph is model.onnx; the weights stand beside it in safetensors files. Like
+    `quantize` this streams: a run that was killed or stopped by a full disk goes on when the same command is given
+    again. The package holds the text decoder; MTP head and vision tower are left out, and the command says so.
+
+    Examples:
+      qconvert export-onnx ./int4 ./package
+
+      qconvert export-onnx ./Qwen3.5-35B-A3B ./package --scheme int4 --group 128 --max-memory 1500MB
+
+      qconvert export-onnx ./Qwen3.5-35B-A3B-FP8 ./package --dequantize --dry-run
+    """
+
+    def call() -> int:
+        # Here, because onnx takes a while to import, and no other command needs it.
+        from qconvert.onnx_export.export import export_onnx, plan_export
+        from qconvert.onnx_export.plan import PackageOptions
+
+        if accuracy_level not in ACCURACY_LEVELS:
+            raise UsageError(f"accuracy level {accuracy_level} is unknown; expected 0 or 4")
+        options = PackageOptions(
+            policy=_policy(scheme, group, policy, symmetric=not asymmetric, search=search),
+            dequantize=dequantize,
+            accuracy_level=accuracy_level,
+        )
+        limit, shard_bytes, hashes = parse_size(max_memory), parse_size(max_shard_size), parse_hash(algorithm)
+        folder = resolve(source)
+        if dry_run:
+            planned = plan_export(folder, options, max_memory=limit, shard_bytes=shard_bytes)
+            preview(planned.plan, out, json=json)
+            return 0
+        notes: list[str] = []
+        start = time.perf_counter()
+        with console.progress(in_bytes=True, quiet=json) as advance:
+            done = export_onnx(
+                folder, out, options, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
+                algorithm=hashes, progress=lambda now, total: advance("writing", now, total), say=notes.append,
+            )  # fmt: skip
+        _report(done, folder, notes, time.perf_counter() - start, json=json)
+        return 0
+
+    raise typer.Exit(console.guarded(call))
+
+
+def _policy(
+    scheme: str | None, group: int | None, policy: Path | None, *, symmetric: bool, search: bool
+) -> Policy | None:
+    """The rules for what is not quantized in the source.
+
+    Raises:
+        UsageError: a scheme that no operator reads, or options that need one.
+    """
+    if scheme is None:
+        if group is not None or policy is not None or search or not symmetric:
+            raise UsageError("--group, --asymmetric, --search and --policy refine --scheme: name one")
+        return None
+    if scheme not in SCHEMES:
+        raise UsageError(f"scheme {scheme!r} cannot be exported; operators read {' and '.join(SCHEMES)}")
+    rules = () if policy is None else read_rules(policy, search=search)
+    return default_policy(scheme_named(scheme, group=group, symmetric=symmetric), search=search, rules=tuple(rules))
+
+
+def _report(done: Conversion, source: Path, notes: list[str], seconds: float, *, json: bool) -> None:
+    if json:
+        told = ("source_hash", "policy_hash", "decisions", "sqnr_db")
+        console.show_json(
+            {
+                "out": str(done.out),
+                "bytes_before": done.bytes_before,
+                "bytes_after": done.bytes_after,
+                "seconds": round(seconds, 3),
+                **{key: done.record[key] for key in told},
+                "source_quantization": done.plan.source_quantization,
+                "notes": notes,
+            }
+        )
+        return
+    show_plan(done.plan)
+    for note in notes:
+        console.say(f"note: {note}", style="yellow")
+    sizes = f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)}"
+    console.say(f"{sizes} in {seconds:.1f} s: {done.out}")
+    for name, reason in done.plan.left_out:
+        console.say(f"left out: {name} ({reason})")
+    console.say(f"Next: {shlex.join(['qconvert', 'run', str(done.out), 'Once upon a time'])}")

@@ -1,0 +1,81 @@
+"""Greedy text from a package, with its rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qconvert.core.errors import UsageError
+from qconvert.io.source_folder import read_whole
+from qconvert.io.strict_json import parse_object
+from qconvert.onnx_export.runtime import Package
+
+PREFILL_TOKENS = 512
+"""Tokens of a prompt that are run at once: the scores of attention and the logits grow with them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What was generated.
+
+    Attributes:
+        tokens: without the prompt; the last one ends the text, or there are as many as were allowed.
+        prefill_rate: tokens of the prompt a second.
+        decode_rate: tokens a second after the first; ``None`` where there are none.
+    """
+
+    prompt_tokens: int
+    tokens: list[int]
+    prefill_rate: float
+    decode_rate: float | None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a package.
+
+    Raises:
+        SourceError: ``tokenizer.json`` is missing or no JSON.
+    """
+    path = folder / "tokenizer.json"
+    raw = read_whole(path)
+    parse_object(raw, str(path))  # tokenizers has no exception of its own
+    return Tokenizer.from_str(raw.decode())
+
+
+def generate(
+    package: Package,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Generation:
+    """Go on from ``prompt`` with the most likely token each time, until one ends the text.
+
+    Raises:
+        UsageError: the prompt is empty.
+    """
+    if not prompt:
+        raise UsageError("the prompt has no tokens: nothing to go on from")
+    ids = np.asarray([prompt], dtype=np.int64)
+    start = time.perf_counter()
+    out = package.forward(ids[:, :PREFILL_TOKENS])
+    for begin in range(PREFILL_TOKENS, ids.shape[1], PREFILL_TOKENS):
+        out = package.forward(ids[:, begin : begin + PREFILL_TOKENS], cache=out.cache)
+    filled = time.perf_counter()
+    tokens = [int(out.logits[0, -1].argmax())]
+    while len(tokens) < max_tokens and tokens[-1] not in package.config.text.eos_token_ids:
+        out = package.forward(np.asarray([tokens[-1:]], dtype=np.int64), cache=out.cache)
+        tokens.append(int(out.logits[0, -1].argmax()))
+        progress(len(tokens))
+    seconds = time.perf_counter() - filled
+    return Generation(
+        prompt_tokens=len(prompt),
+        tokens=tokens,
+        prefill_rate=len(prompt) / (filled - start),
+        decode_rate=(len(tokens) - 1) / seconds if len(tokens) > 1 else None,
+    )

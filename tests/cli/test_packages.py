@@ -1,0 +1,75 @@
+"""`export-onnx` and `run` as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from qconvert.cli.app import app
+from qconvert.cli.demo import CHECKPOINT
+from tests.checkpoints import make_tiny
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in int4."""
+    out = tmp_path_factory.mktemp("package") / "int4"
+    done = run("export-onnx", CHECKPOINT, out, "--scheme", "int4", "--group", "32", "--accuracy-level", "0")
+    assert done.exit_code == 0, done.output
+    assert "vision tower is not exported" in done.output
+    assert "qconvert run" in done.output
+    return out
+
+
+def test_a_package_answers_a_prompt_with_its_rates(package: Path) -> None:
+    document = json.loads(run("run", package, "The river", "--max-tokens", "9", "--json").stdout)
+    assert document["generated_tokens"] == len(document["tokens"]) <= 9
+    assert document["prefill_tokens_per_second"] > 0
+    shown = run("run", package, "The river", "--max-tokens", "9").stdout
+    assert f"The river{document['text']}" in shown
+
+
+def test_a_package_is_checked_against_its_manifest(package: Path) -> None:
+    assert run("verify", package).exit_code == 0
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "source")
+    asked = ("export-onnx", tmp_path / "source", tmp_path / "out", "--scheme", "int4", "--group", "32", "--dry-run")
+    document = json.loads(run(*asked, "--json").stdout)
+    formats = {step["role"]: step.get("format") for step in document["steps"]}
+    assert formats["text.expert.down layer 0"] == "matmul-nbits"
+    assert "int4-g32-sym" in run(*asked).stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--group", "32"), "refine --scheme"),
+        (("--scheme", "fp8"), "cannot be exported"),
+        (("--accuracy-level", "3"), "expected 0 or 4"),
+        (("--scheme", "int8", "--group", "32"), "has no groups"),
+    ],
+)
+def test_a_wrong_option_is_named(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    make_tiny(tmp_path / "source")
+    done = run("export-onnx", tmp_path / "source", tmp_path / "out", *options)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_package_is_named(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_bytes((CHECKPOINT / "tokenizer.json").read_bytes())
+    done = run("run", tmp_path / "source", "text")
+    assert done.exit_code == 3
+    assert "model.onnx" in done.output
