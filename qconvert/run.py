@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ from qconvert.plan.row_blocks import row_blocks, rows_together
 from qconvert.transform.turns import quantized_in_turns, take_turns
 
 CPU = torch.device("cpu")
+
+READ_AHEAD_STEPS = 4
+"""Steps before its turn at which the input of a step is fetched: reading cold files takes longer than rounding."""
+
+READ_AHEAD_PARTS = 4
+"""Of a step's inputs that are fetched: those of one matrix, and not all experts of a stack."""
 
 Progress = Callable[[int, int], None]
 Matrices = tuple[tuple[Reading, ...], ...]
@@ -118,16 +125,19 @@ def run(
     progress(done, total)
     lock = threading.Lock()
     stop = threading.Event()
-    waiting = iter(left)
+    waiting, later = iter(left), islice(left, READ_AHEAD_STEPS, None)
 
     def work() -> None:
         nonlocal done
         reader = MatrixReader(source, stop)
         while not stop.is_set():
             with lock:
-                step = next(waiting, None)
+                step, announced = next(waiting, None), next(later, None)
             if step is None:
                 return
+            if announced is not None:
+                for part in announced.inputs[:READ_AHEAD_PARTS]:
+                    source.will_read(part.tensor, part.begin, part.end)
             with budget.holding(step.peak_bytes, stop):
                 outcome = execute(step, reader, sink, device)
             with lock:

@@ -25,11 +25,16 @@ from qconvert.cli.options import (
 from qconvert.cli.planned import preview, show_plan
 from qconvert.convert import Conversion
 from qconvert.core.errors import UsageError
+from qconvert.core.scheme import INT8
 from qconvert.io.hub import resolve
-from qconvert.plan.policy import Policy, default_policy, read_rules, scheme_named
+from qconvert.plan.policy import Policy, Rule, default_policy, read_rules, scheme_named
+from qconvert.plan.presets import preset_rules
 
 SCHEMES = ("int4", "int8")
 ACCURACY_LEVELS = (0, 4)
+
+KEEP = Rule(match="*", scheme=None, reason="not quantized in the source", default=True)
+"""What becomes of all that no rule of the user rounds."""
 
 
 def export_onnx(
@@ -44,8 +49,12 @@ def export_onnx(
     group: Annotated[int | None, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128 (default).")] = None,
     asymmetric: Annotated[bool, typer.Option(help="int4 with zero points.")] = False,
     search: Annotated[bool, typer.Option(help="Choose every scale by least squared error.")] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="mixed: attention, linear attention and shared expert in 8 bits."),
+    ] = None,
     policy: Annotated[
-        Path | None, typer.Option(help="TOML of ordered rules, as for `quantize`; with --scheme only.")
+        Path | None, typer.Option(help="TOML of ordered rules, as for `quantize`, for what is not quantized in SRC.")
     ] = None,
     dequantize: Annotated[
         bool,
@@ -78,6 +87,8 @@ def export_onnx(
     Examples:
       qconvert export-onnx ./int4 ./package
 
+      qconvert export-onnx ./int4 ./package --preset mixed
+
       qconvert export-onnx ./Qwen3.5-35B-A3B ./package --scheme int4 --group 128 --max-memory 1500MB
 
       qconvert export-onnx ./Qwen3.5-35B-A3B-FP8 ./package --dequantize --dry-run
@@ -91,7 +102,16 @@ def export_onnx(
         if accuracy_level not in ACCURACY_LEVELS:
             raise UsageError(f"accuracy level {accuracy_level} is unknown; expected 0 or 4")
         options = PackageOptions(
-            policy=_policy(scheme, group, policy, symmetric=not asymmetric, search=search),
+            policy=_policy(
+                scheme,
+                group,
+                (
+                    *(() if policy is None else read_rules(policy, search=search)),
+                    *(() if preset is None else _preset(preset)),
+                ),
+                symmetric=not asymmetric,
+                search=search,
+            ),
             dequantize=dequantize,
             accuracy_level=accuracy_level,
         )
@@ -114,22 +134,32 @@ def export_onnx(
     raise typer.Exit(console.guarded(call))
 
 
+def _preset(name: str) -> tuple[Rule, ...]:
+    """The rules of a preset that makes sense in a package.
+
+    Raises:
+        UsageError: another one.
+    """
+    if name != "mixed":
+        raise UsageError(f"preset {name!r} is unknown; expected mixed")
+    return preset_rules(name, INT8)
+
+
 def _policy(
-    scheme: str | None, group: int | None, policy: Path | None, *, symmetric: bool, search: bool
+    scheme: str | None, group: int | None, rules: tuple[Rule, ...], *, symmetric: bool, search: bool
 ) -> Policy | None:
-    """The rules for what is not quantized in the source.
+    """The rules for what is not quantized in the source; ``rules`` go first.
 
     Raises:
         UsageError: a scheme that no operator reads, or options that need one.
     """
-    if scheme is None:
-        if group is not None or policy is not None or search or not symmetric:
-            raise UsageError("--group, --asymmetric, --search and --policy refine --scheme: name one")
-        return None
-    if scheme not in SCHEMES:
+    if scheme is not None and scheme not in SCHEMES:
         raise UsageError(f"scheme {scheme!r} cannot be exported; operators read {' and '.join(SCHEMES)}")
-    rules = () if policy is None else read_rules(policy, search=search)
-    return default_policy(scheme_named(scheme, group=group, symmetric=symmetric), search=search, rules=tuple(rules))
+    if scheme is not None:
+        return default_policy(scheme_named(scheme, group=group, symmetric=symmetric), search=search, rules=rules)
+    if group is not None or not symmetric:
+        raise UsageError("--group and --asymmetric refine --scheme: name one")
+    return Policy(rules=(*rules, KEEP)) if rules else None
 
 
 def _report(done: Conversion, source: Path, notes: list[str], seconds: float, *, json: bool) -> None:

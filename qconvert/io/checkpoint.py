@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -27,6 +28,9 @@ from qconvert.io.source_folder import (
     survey,
 )
 from qconvert.io.strict_json import parse_object
+
+READ_AHEAD_BYTES = 16 << 20
+"""Of a tensor that are fetched before they are asked for; the system goes on by itself in what is read in order."""
 
 
 class Checkpoint:
@@ -130,6 +134,19 @@ class Checkpoint:
         whole = begin is None and end is None
         shape = info.shape if whole else (last - first, *info.shape[1:][-1:])
         return target.view(info.dtype.torch_dtype).view(shape)
+
+    def will_read(self, name: str, begin: int, end: int) -> None:
+        """Have the system fetch rows ``begin .. end`` of a tensor, counted as for ``read``, or the first of them.
+
+        A hint: where the system takes none, and where the file is gone meanwhile, nothing happens.
+        """
+        info = self._info(name)
+        if hasattr(os, "posix_fadvise"):
+            length = min((end - begin) * info.row_bytes, READ_AHEAD_BYTES)
+            with suppress(OSError):
+                os.posix_fadvise(
+                    self._fds[info.shard], info.begin + begin * info.row_bytes, length, os.POSIX_FADV_WILLNEED
+                )
 
     def close(self) -> None:
         """Close all files; no thread may be reading."""
