@@ -48,4 +48,4 @@ demo-checkpoint: $(VENV)/.dev  ## train the demo checkpoint anew: about an hour 
 	$(BIN)/python -m calibration.demo
 
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) .venv-vllm .venv-genai demo-output
+	rm -rf $(VENV) .venv-vllm .venv-genai .ort-gpu demo-output

@@ -39,3 +39,13 @@ fi
 "${QCONVERT_GENAI_PYTHON:-$VENV/bin/python}" -c '
 from importlib.metadata import version
 print(", ".join(f"{name} {version(name)}" for name in ("onnxruntime-genai", "onnxruntime")))'
+
+# The build of ONNX Runtime for GPUs, which has a CPU provider too: a folder that goes before the environment's own.
+ORT_GPU=1.31.1
+FOLDER=.ort-gpu
+if [[ -z ${QCONVERT_ORT_GPU:-} && ! -e $FOLDER/.ort-$ORT_GPU ]]; then
+  rm -rf "$FOLDER"
+  .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet install --no-deps --target "$FOLDER" \
+    "onnxruntime-gpu==$ORT_GPU"
+  touch "$FOLDER/.ort-$ORT_GPU"
+fi
