@@ -69,6 +69,9 @@ def export_onnx(
             "to 8 bits, which is several times faster."
         ),
     ] = 4,
+    ort_version: Annotated[
+        str, typer.Option(help="Oldest ONNX Runtime that shall run the package; what it lacks is named.")
+    ] = "1.31",
     dry_run: DryRun = False,
     jobs: Jobs = PROCESSORS,
     max_memory: MaxMemory = "1GiB",
@@ -97,6 +100,7 @@ def export_onnx(
     def call() -> int:
         # Here, because onnx takes a while to import, and no other command needs it.
         from qconvert.onnx_export.export import export_onnx, plan_export
+        from qconvert.onnx_export.operators import version_named
         from qconvert.onnx_export.plan import PackageOptions
 
         if accuracy_level not in ACCURACY_LEVELS:
@@ -114,6 +118,7 @@ def export_onnx(
             ),
             dequantize=dequantize,
             accuracy_level=accuracy_level,
+            ort_version=version_named(ort_version),
         )
         limit, shard_bytes, hashes = parse_size(max_memory), parse_size(max_shard_size), parse_hash(algorithm)
         folder = resolve(source)

@@ -17,6 +17,7 @@ from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import BACKGROUND_BYTES
 from qconvert.onnx_export.genai_config import GENAI_CONFIG, genai_config
+from qconvert.onnx_export.operators import refuse_newer
 from qconvert.onnx_export.plan import PackageOptions, PackagePlan, plan_package
 from qconvert.onnx_export.states import MODEL_FILE
 from qconvert.onnx_export.text_graph import text_graph
@@ -66,6 +67,7 @@ def export_onnx(
             say(sentence)
         config = read_config(checkpoint.config, checkpoint.path)
         model = text_graph(config.text, Weights(of=planned.weights), accuracy_level=options.accuracy_level)
+        refuse_newer(model.graph, options.ort_version)
         point_to(model, planned.plan.layout)
         return Task(
             plan=planned.plan,

@@ -18,6 +18,7 @@ from qconvert.core.scheme import Channel, Group, Int, Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.matmul_nbits import MatMulNBits
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.onnx_export.operators import DEFAULT, Version
 from qconvert.onnx_export.weight import Weight
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy
@@ -50,11 +51,13 @@ class PackageOptions:
         policy: rounds what is not quantized in the source; ``None`` rounds nothing.
         dequantize: store what no operator reads as codes in float32, instead of refusing it.
         accuracy_level: of products with integer codes, 0 for float32 activations, 4 for 8-bit ones.
+        ort_version: the oldest ONNX Runtime that shall run it; what that lacks is refused.
     """
 
     policy: Policy | None = None
     dequantize: bool = False
     accuracy_level: int = 4
+    ort_version: Version = DEFAULT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

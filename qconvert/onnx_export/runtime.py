@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qconvert.core.errors import SourceError
+from qconvert.onnx_export.operators import newer_than, version_named
 from qconvert.onnx_export.states import MODEL_FILE, State, layer_states
 from reference_model.config import ModelConfig
 from reference_model.config_fields import ConfigError
@@ -73,6 +75,12 @@ class Package:
             raise SourceError(str(error)) from error
         if not (folder / MODEL_FILE).is_file():
             raise SourceError(f"{folder}: no {MODEL_FILE}, so no package; `qconvert export-onnx` makes one")
+        lacking = newer_than(ir.load(folder / MODEL_FILE).graph, version_named(onnxruntime.__version__))
+        if lacking:
+            raise SourceError(
+                f"{folder / MODEL_FILE}: ONNX Runtime {onnxruntime.__version__} lacks {', '.join(sorted(lacking))}: "
+                "install a newer one"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         try:

@@ -1,0 +1,89 @@
+"""Which version of ONNX Runtime has which operator, as read from the schemas of its wheels.
+
+Measured with ``get_all_operator_schema`` of onnxruntime 1.25.1, 1.26 to 1.32 (PyPI). What is older than the first of
+these counts as being in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from qconvert.core.errors import PlanError, UsageError
+from qconvert.onnx_export.graph_writer import MICROSOFT
+
+Version = tuple[int, int]
+
+OLDEST: Version = (1, 25)
+"""The first version that was looked at."""
+
+DEFAULT: Version = (1, 31)
+"""The lower one of the newest packages for CPU (1.32) and GPU (1.31.1)."""
+
+SINCE: Mapping[tuple[str, str], Version] = {
+    ("", "CausalConvWithState"): (1, 28),
+    ("", "LinearAttention"): (1, 28),
+    (MICROSOFT, "CausalConvWithState"): OLDEST,
+    (MICROSOFT, "FusedMatMul"): OLDEST,
+    (MICROSOFT, "GatedAdd"): (1, 29),
+    (MICROSOFT, "GatedRMSNorm"): (1, 29),
+    (MICROSOFT, "LinearAttention"): OLDEST,
+    (MICROSOFT, "LinearAttentionGate"): (1, 29),
+    (MICROSOFT, "MatMulNBits"): OLDEST,
+    (MICROSOFT, "MoE"): OLDEST,
+    (MICROSOFT, "QMoE"): OLDEST,
+}
+"""Operators that are no older than what is written here; all others of the standard are."""
+
+ATTRIBUTES_SINCE: Mapping[tuple[str, str, str], Version] = {
+    (MICROSOFT, "GatedRMSNorm", "activation"): (1, 31),
+    (MICROSOFT, "QMoE", "accuracy_level"): (1, 31),
+}
+"""Attributes that came after their operators."""
+
+
+def version_named(text: str) -> Version:
+    """The version that a user names, patch numbers dropped.
+
+    Raises:
+        UsageError: it is none, or older than any that is known.
+    """
+    match = re.match(r"(\d+)\.(\d+)(\.\d+)?", text)
+    if match is None:
+        raise UsageError(f"ONNX Runtime version {text!r} is not understood; write for example 1.31")
+    version = int(match[1]), int(match[2])
+    if version < OLDEST:
+        raise UsageError(f"ONNX Runtime {text} is older than {_text(OLDEST)}, the oldest that is known")
+    return version
+
+
+def refuse_newer(graph: ir.Graph, version: Version) -> None:
+    """Raise ``PlanError`` with every operator and attribute of ``graph`` that ONNX Runtime ``version`` lacks."""
+    lacking = sorted(newer_than(graph, version))
+    if lacking:
+        raise PlanError(
+            f"ONNX Runtime {_text(version)} does not run this package, it lacks {', '.join(lacking)}: "
+            "name a newer one with --ort-version, or install it"
+        )
+
+
+def newer_than(graph: ir.Graph, version: Version) -> set[str]:
+    """Operators and attributes of a graph that came after ``version``, with the version that has them."""
+    found = set()
+    for node in graph.all_nodes():
+        name = f"{node.domain or 'ai.onnx'}.{node.op_type}"
+        since = SINCE.get((node.domain, node.op_type), OLDEST)
+        if since > version:
+            found.add(f"{name} (since {_text(since)})")
+            continue
+        for attribute in node.attributes:
+            later = ATTRIBUTES_SINCE.get((node.domain, node.op_type, attribute), OLDEST)
+            if later > version:
+                found.add(f"{name}'s {attribute} (since {_text(later)})")
+    return found
+
+
+def _text(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"
