@@ -1,0 +1,185 @@
+"""Time packages beside onnxruntime-genai's own export and beside transformers, as whole processes in one run.
+
+    bash tests/engines/setup.sh
+    python benchmarks/bench_onnx.py WORK [--rounds 3] [--json FILE]
+
+WORK gets a random checkpoint of four layers with the layer shapes of 35B-A3B, 64 experts of which 8 are chosen, and a
+small vocabulary; of it a package in which qconvert rounds every matrix to int4 in groups of 128 that genai's builder
+rounds (but for router and shared-expert gate, which it also rounds), one with int4 experts and everything else that
+is always active in int8, one with int4 experts and the rest in float32, and genai's own with the same bits, blocks and
+accuracy level. A round runs each in onnxruntime-genai on the same two processors, then transformers in float32. The
+best of all rounds counts. The limit of memory is what a token must read, over what the processors read in a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_synthetic import make, shrink
+
+from qconvert.cli.demo import CHECKPOINT
+from reference_model.config import ModelConfig
+from reference_model.presets import PRESETS
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json")
+VOCABULARY = 2048
+"""That of the demo's tokenizer, which genai's builder wants to see."""
+
+EXPERTS = 64
+GROUP = 128
+LEVEL = 4
+PROMPTS = (128, 512)
+NEW = 32
+REPEATS = 3
+
+OURS = {
+    "qconvert, int4 as genai": ("--scheme", "int4", "--policy", str(HERE / "packages" / "like_genai.toml")),
+    "qconvert, int4 experts, int8 rest": ("--scheme", "int4", "--preset", "mixed"),
+    "qconvert, int4 experts, float32 rest": ("--scheme", "int4"),
+}
+GENAI = "onnxruntime-genai's builder, int4"
+TRANSFORMERS = "transformers, float32"
+
+
+def config() -> ModelConfig:
+    """Real layers, few experts, few words."""
+    whole = shrink(PRESETS["35b-a3b"], 4, mtp=False, vision=False)
+    return replace(whole, text=replace(whole.text, num_experts=EXPERTS, vocab_size=VOCABULARY))
+
+
+def prepare(work: Path, genai_python: Path) -> None:
+    """Make the checkpoint and all packages that are not there yet."""
+    source = work / "source"
+    if not source.exists():
+        make(source, config())
+        for name in TOKENIZER:
+            shutil.copy(CHECKPOINT / name, source / name)
+    command = Path(sys.executable).with_name("qconvert")
+    for name, options in OURS.items():
+        if not _folder(work, name).exists():
+            say(f"exporting: {name}")
+            level = ("--accuracy-level", str(LEVEL), "--json")
+            subprocess.run(
+                [str(command), "export-onnx", str(source), str(_folder(work, name)), *options, *level],
+                check=True,
+                capture_output=True,
+            )
+    if not _folder(work, GENAI).exists():
+        say(f"exporting: {GENAI}")
+        builder = [str(genai_python), "-m", "onnxruntime_genai.models.builder"]
+        builder += ["-i", str(source), "-o", str(_folder(work, GENAI))]
+        extra = ["--extra_options", f"int4_block_size={GROUP}", f"int4_accuracy_level={LEVEL}"]
+        subprocess.run(
+            [*builder, "-p", "int4", "-e", "cpu", "-c", str(work / "cache"), *extra],
+            check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+
+def _folder(work: Path, name: str) -> Path:
+    return work / name.replace(",", "").replace("'", "").replace(" ", "-")
+
+
+def limit_threads(package: Path, threads: int) -> None:
+    """Have onnxruntime-genai use so many."""
+    path = package / "genai_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def timed(command: list[Any], threads: int) -> dict[str, float]:
+    """Run a program that prints rates."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True, env=env)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second that the processors read from memory: the best of five sums over a gigabyte."""
+    torch.set_num_threads(threads)
+    numbers = torch.ones(1 << 27, dtype=torch.int64)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        best = max(best, numbers.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def active_bytes(package: Path) -> int:
+    """What one token must read of our weights: of the experts those that it chooses, of the embedding one row."""
+    tensors = json.loads((package / "manifest.json").read_text(encoding="utf-8"))["tensors"]
+    sizes = {"F32": 4, "U8": 1}
+    total = 0
+    for name, tensor in tensors.items():
+        nbytes = sizes[tensor["dtype"]]
+        for size in tensor["shape"]:
+            nbytes *= size
+        if "embed_tokens" not in name:
+            total += nbytes * config().text.num_experts_per_tok // EXPERTS if ".experts." in name else nbytes
+    return total
+
+
+def say(text: str) -> None:
+    """What goes on, beside the tables."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Parse, prepare, time, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path, help="folder for checkpoint and packages, 6 GB; what is there is kept")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--genai-python", type=Path, default=ROOT / ".venv-genai" / "bin" / "python")
+    parser.add_argument("--json", type=Path, help="write every number to this file")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    prepare(options.work, options.genai_python)
+    packages = [*OURS, GENAI]
+    for name in packages:
+        limit_threads(_folder(options.work, name), options.threads)
+    rates: dict[str, dict[str, float]] = {name: {} for name in (*packages, TRANSFORMERS)}
+    for number in range(options.rounds):
+        for prompt in PROMPTS:
+            for name in rates:
+                say(f"round {number + 1} of {options.rounds}, prompt {prompt}: {name}")
+                if name == TRANSFORMERS:
+                    program = [sys.executable, HERE / "packages" / "transformers_rates.py", options.work / "source"]
+                    tail = [prompt, NEW, REPEATS, options.threads]
+                else:
+                    program = [
+                        options.genai_python, HERE / "packages" / "genai_rates.py", _folder(options.work, name)
+                    ]  # fmt: skip
+                    tail = [prompt, NEW, REPEATS]
+                found = timed([*program, *tail], options.threads)
+                for key, rate in ((f"prefill {prompt}", prompt / found["prefill"]), ("decode", NEW / found["decode"])):
+                    rates[name][key] = max(rate, rates[name].get(key, 0.0))
+    speed = bandwidth(options.threads)
+    keys = [*(f"prefill {prompt}" for prompt in PROMPTS), "decode"]
+    print("| tokens a second | " + " | ".join(keys) + " | limit of memory | reached |")
+    print("|---|" + "---:|" * (len(keys) + 2))
+    for name, found in rates.items():
+        limit = speed / active_bytes(_folder(options.work, name)) if name in OURS else None
+        share = ("", "") if limit is None else (f"{limit:.0f}", f"{found['decode'] / limit:.0%}")
+        print(f"| {name} | " + " | ".join([*(f"{found[key]:.1f}" for key in keys), *share]) + " |")
+    print(f"\nMemory read with {options.threads} threads: {speed / 1e9:.1f} GB/s.")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"rates": rates, "bandwidth": speed}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
