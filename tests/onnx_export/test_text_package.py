@@ -142,7 +142,7 @@ def test_rounding_on_the_way_gives_the_codes_of_the_plain_rounding(tmp_path: Pat
     scheme = replace(int4(32), scale=ScaleSpec(dtype=DType.F32))
     with CheckpointWeights.open(tmp_path / "source") as source:
         for expert in range(6):
-            weights = source.expert("layers.0.mlp.experts.", expert)
+            weights = source.expert("layers.0.mlp.experts", expert)
             for part, name in ((weights.gate, "gate"), (weights.up, "up"), (weights.down, "down")):
                 rounded = quantize(part, scheme).quantized
                 stack = "down_proj" if name == "down" else "gate_up_proj"
