@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,11 +31,11 @@ class SourceHash:
 
     def __init__(self, algorithm: str, inputs: Sequence[Slice]) -> None:
         self._algorithm = algorithm
-        self._of: dict[str, Hash] = {part.tensor: new_hash(algorithm) for part in inputs}
+        self._of: dict[Slice, Hash] = {part: new_hash(algorithm) for part in inputs}
 
-    def update(self, tensor: str, view: memoryview) -> None:
-        """Take the next bytes of ``tensor``."""
-        self._of[tensor].update(view)
+    def update(self, part: Slice, view: memoryview) -> None:
+        """Take the next bytes of ``part``."""
+        self._of[part].update(view)
 
     def hexdigest(self) -> str:
         """The hash of what was read so far."""
@@ -65,6 +66,15 @@ class MatrixReader:
         part = reading.inputs[0]
         return part.end - part.begin, self.info(part).row_width
 
+    @contextmanager
+    def naming(self, reading: Reading, becomes: str) -> Iterator[None]:
+        """Say which tensor a ``DataError`` speaks of, and what was to become of it."""
+        try:
+            yield
+        except DataError as error:
+            part = reading.inputs[0]
+            raise DataError(f"{self.info(part).shard}: {part.tensor}, for {becomes}: {error}") from None
+
     def stored(self, part: Slice, begin: int, end: int, into: SourceHash | None, *, buffer: int = 0) -> Tensor:
         """Rows ``begin`` to ``end`` of a part as they are, valid until memory number ``buffer`` is read into again.
 
@@ -84,7 +94,7 @@ class MatrixReader:
         memory = self._buffers[buffer]
         rows = self._source.read(part.tensor, part.begin + begin, part.begin + end, buffer=memory)
         if into is not None:
-            into.update(part.tensor, byte_view(memory[:needed]))
+            into.update(part, byte_view(memory[:needed]))
         return rows
 
     def rows(self, reading: Reading, begin: int, end: int, into: SourceHash | None) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from qconvert.core.errors import DataError, PlanError
-from qconvert.core.plan import Dequantize, Keep, Plan, Quantize, Reading, Reencode, Slice, Step
+from qconvert.core.plan import Dequantize, Keep, Mosaic, Plan, Quantize, Reading, Reencode, Slice, Step
 from qconvert.encode import WEIGHT, encode, move, second_scale, to_bf16
 from qconvert.formats.table import format_named
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
 from qconvert.matrix_reader import MatrixReader, SourceHash, StoppedError
+from qconvert.mosaic import lay_moved, lay_plain, lay_rounded
 from qconvert.numerics.finite import all_finite, largest_of
 from qconvert.plan.row_blocks import row_blocks, rows_together
 
@@ -164,6 +165,8 @@ def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) ->
     loss: Loss | None = None
     scale_error: float | None = None
     match step.action:
+        case _ if step.mosaic is not None:
+            loss, scale_error, pieces = _lay(step, step.mosaic, read, sink, source_hash, device)
         case Keep(name=name):
             pieces = [_keep(step.inputs[0], name, read, sink, source_hash)]
         case Dequantize(name=name):
@@ -195,7 +198,7 @@ def _dequantize(
     squared_error = signal = 0.0
     for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
         rows = read.rows(reading, begin, end, source_hash)
-        with _named(reading, read, name):
+        with read.naming(reading, name):
             cast = to_bf16(rows)
         piece.append(cast.parts[WEIGHT])
         squared_error += cast.squared_error
@@ -214,7 +217,7 @@ def _quantize(
     second = second_scale(action, _largest(action, read))
     for begin, end in row_blocks(*shape, rows_together(reading.packed, form.row_block(action.scheme, shape))):
         rows = read.rows(reading, begin, end, source_hash).to(device)
-        with _named(reading, read, action.module):
+        with read.naming(reading, action.module):
             encoded = encode(rows, action, shape, second)
         for spec in specs:
             if spec.rows_per_row or begin == 0:
@@ -236,7 +239,7 @@ def _reencode(
     for begin, end in row_blocks(*shape, rows_together(packed, form.row_block(action.scheme, shape))):
         stored = read.parts(reading, begin, end, source_hash)
         quantized = read.unpacked(reading, begin, end, stored)
-        with _named(reading, read, action.module):
+        with read.naming(reading, action.module):
             moved = move(quantized, action, shape, stored if same else None)
         for spec in specs:
             if spec.rows_per_row or begin == 0:
@@ -245,14 +248,21 @@ def _reencode(
     return scale_error, list(pieces.values())
 
 
-@contextmanager
-def _named(reading: Reading, read: MatrixReader, becomes: str) -> Iterator[None]:
-    """Say which tensor an error speaks of."""
-    try:
-        yield
-    except DataError as error:
-        part = reading.inputs[0]
-        raise DataError(f"{read.info(part).shard}: {part.tensor}, for {becomes}: {error}") from None
+def _lay(
+    step: Step, mosaic: Mosaic, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+) -> tuple[Loss | None, float | None, list[Piece]]:
+    match step.action:
+        case Quantize() as action:
+            second = second_scale(action, _largest(action, read))
+            laid = lay_rounded(action, mosaic, read, sink, source_hash, device, second)
+        case Reencode() as action:
+            laid = lay_moved(action, mosaic, read, sink, source_hash)
+            return None, laid.scale_error, laid.pieces
+        case action:
+            laid = lay_plain(action, mosaic, read, sink, source_hash)
+            if isinstance(action, Keep):
+                return None, None, laid.pieces
+    return Loss(squared_error=laid.squared_error, signal=laid.signal), None, laid.pieces
 
 
 def _largest(action: Quantize, read: MatrixReader) -> float:

@@ -10,6 +10,7 @@ from qconvert import __version__
 from qconvert.cli.check import check
 from qconvert.cli.convert import convert
 from qconvert.cli.demo import demo
+from qconvert.cli.fold import fold, unfold
 from qconvert.cli.inspect import inspect
 from qconvert.cli.parity import parity
 from qconvert.cli.quantize import quantize
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (inspect, quantize, convert, verify, check, parity, demo):
+for command in (inspect, quantize, convert, fold, unfold, verify, check, parity, demo):
     app.command()(command)
 
 
