@@ -36,7 +36,9 @@ def random_block(experts: int) -> Block:
         return Packed(codes=codes, scales=scales.astype(np.float32))
 
     def matrix(rows: int) -> Floats:
-        return random.standard_normal((rows, HIDDEN), np.float32) / np.float32(HIDDEN**0.5)
+        numbers: Floats = random.standard_normal((rows, HIDDEN), np.float32)
+        numbers *= np.float32(HIDDEN**-0.5)
+        return numbers
 
     return Block(
         router=matrix(experts),

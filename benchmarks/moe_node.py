@@ -183,5 +183,7 @@ class _Graph:
         self, kind: str, outputs: int, *inputs: str, domain: str = "", **attributes: int | float | str
     ) -> list[str]:
         names = [f"v{len(self.nodes)}.{number}" for number in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attributes))
+        node = helper.make_node(kind, list(inputs), names, domain=domain)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(node)
         return names

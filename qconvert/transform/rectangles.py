@@ -107,7 +107,9 @@ def lay_quantized(
     """
     blocks = scheme.scale_shape(*shape)
     scale = torch.ones(blocks).to(scheme.scale.dtype.torch_dtype)
-    zero_point = None if scheme.symmetric else torch.zeros(blocks, dtype=torch.uint8)
+    # the middle of the codes: some formats have no room for a zero point of 0
+    middle = 1 << (scheme.weight_bits - 1)
+    zero_point = None if scheme.symmetric else torch.full(blocks, middle, dtype=torch.uint8)
     taken = torch.zeros(blocks, dtype=torch.bool)
     placed: list[tuple[Tensor, Span, Span]] = []
     for part, row, col in parts:
