@@ -93,20 +93,23 @@ class UnfoldedWeights(CheckpointWeights):
 
     def _whole(self, role: TensorRole) -> Stored | None:
         """The matrix of the shared expert as one; its rows lie in several places, of which the first is named."""
-        holders = [self.view.stored.get(holder) for holder in self._holders(role)]
-        first = holders[0]
-        if first is None or any(other is None for other in holders):
+        first: Stored | None = None
+        for holder in self._holders(role):  # one after the other: a configuration may speak of millions
+            if holder not in self.view.stored:
+                return None
+            first = first or self.view.stored[holder]
+        if first is None:
             return None
         text = self.view.config.text
         shape = matrix_shape(role.kind, text.shared_expert_intermediate_size, text.hidden_size)
         plain = None if first.plain is None else Slice(tensor=first.plain.tensor, begin=0, end=shape[0])
         return replace(first, role=role, shape=shape, plain=plain)
 
-    def _holders(self, role: TensorRole) -> list[TensorRole]:
+    def _holders(self, role: TensorRole) -> Iterator[TensorRole]:
         """The experts' matrices that hold a matrix of the shared expert."""
         text = self.view.config.text
-        kind = FOLDED[role.kind]
-        return [replace(role, kind=kind, expert=expert) for expert in range(text.num_experts, text.stored_experts)]
+        for expert in range(text.num_experts, text.stored_experts):
+            yield replace(role, kind=FOLDED[role.kind], expert=expert)
 
     def _stored(self, role: TensorRole) -> Stored:
         return self.view.stored[role] if role in self.view.stored else super()._stored(role)

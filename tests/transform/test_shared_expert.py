@@ -66,7 +66,8 @@ def test_the_sum_of_the_experts_is_the_shared_expert(shared: int, width: int) ->
     expected = functional.silu(x @ gate.T) * (x @ up.T) @ down.T
     pieces = zip(*(fold(one, kind, width) for one, kind in zip((gate, up, down), FOLDED, strict=True)), strict=True)
     found = sum(functional.silu(x @ g.T) * (x @ u.T) @ d.T for g, u, d in pieces)
-    assert torch.allclose(found, expected, rtol=0, atol=tolerances("folding")["sum_of_units_fp64"])
+    error = float((found - expected).abs().max()) / float(expected.abs().max())
+    assert error <= tolerances("folding")["sum_of_units_fp64"]
 
 
 @pytest.mark.parametrize("shared", WIDTHS)
