@@ -12,7 +12,7 @@ import torch
 from qconvert import __version__
 from qconvert.column_order import check_column_order
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
-from qconvert.core.plan import Plan
+from qconvert.core.plan import Folding, Plan
 from qconvert.device import check_device
 from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
 from qconvert.io.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from qconvert.plan.builder import build_plan
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
+from qconvert.plan.refolding import plan_folding
 from qconvert.run import CPU, Progress, check_memory, run
 
 DEFAULT_MEMORY = 1 << 30
@@ -39,6 +40,7 @@ class Task:
         beside: files beside the weights that no source has, besides ``config.json`` and the manifest.
         policy: the rules that decided, as ``Policy.entries`` gives them.
         reencoding: what decided where codes are only moved.
+        folding: what becomes of the shared expert; ``None`` where it is stored as in the source.
         accept: sees the output before it appears, and keeps it from appearing by raising.
     """
 
@@ -47,6 +49,7 @@ class Task:
     beside: Mapping[str, bytes] = field(default_factory=dict)
     policy: Sequence[Mapping[str, Any]] = ()
     reencoding: Mapping[str, Any] | None = None
+    folding: Folding | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ def plan_conversion(
     max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
+    fold: bool = False,
 ) -> Plan:
     """Decide what happens to every tensor of ``source``; reads headers only. Arguments as for ``convert``.
 
@@ -82,7 +86,7 @@ def plan_conversion(
         FormatError: a matrix does not fit the format of its scheme.
     """
     with Checkpoint.open(source) as checkpoint:
-        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized)
+        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
     refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
@@ -97,6 +101,7 @@ def convert(
     max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
+    fold: bool = False,
     fresh: bool = False,
     algorithm: str = XXH3,
     device: torch.device = CPU,
@@ -117,6 +122,7 @@ def convert(
         shard_bytes: largest output file.
         from_quantized: take a source that is quantized already: its matrices are dequantized in float32, one at a
             time, and rounded anew; losses are against these numbers.
+        fold: round the shared expert and store it as routed ones, see ``refold``.
         fresh: start over instead of going on from what an earlier run left.
         algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
         device: where matrices are rounded: by compiled kernels on a CPU, by the plain torch expressions elsewhere.
@@ -129,9 +135,10 @@ def convert(
     """
 
     def decide(checkpoint: Checkpoint) -> Task:
-        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized)
+        plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
         refuse_unreadable_plan(plan, source)
-        return Task(plan=plan, policy=policy.entries(), accept=refuse_unreadable)
+        folding = Folding.FOLDED if fold else None
+        return Task(plan=plan, policy=policy.entries(), folding=folding, accept=refuse_unreadable)
 
     return carry_out(
         source,
@@ -209,6 +216,69 @@ def move_codes(
     )
 
 
+def plan_refolding(
+    source: Path, folding: Folding, *, max_memory: int | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> Plan:
+    """Decide what ``refold`` does to every tensor of ``source``; reads headers, and the order of inputs.
+
+    Raises:
+        SourceError, PlanError, FormatError: see ``plan.refolding.plan_folding``.
+    """
+    with Checkpoint.open(source) as checkpoint:
+        plan = _plan_refolding(checkpoint, folding, shard_bytes)
+    refuse_unreadable_plan(plan, source)
+    check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
+    return plan
+
+
+def _plan_refolding(checkpoint: Checkpoint, folding: Folding, shard_bytes: int) -> Plan:
+    plan = plan_folding(checkpoint, folding, shard_bytes=shard_bytes)
+    check_column_order(plan, checkpoint)
+    return plan
+
+
+def refold(
+    source: Path,
+    out: Path,
+    folding: Folding,
+    *,
+    jobs: int = 2,
+    max_memory: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    fresh: bool = False,
+    algorithm: str = XXH3,
+    progress: Progress = lambda done, total: None,
+) -> Conversion:
+    """Store the shared expert of ``source`` as further routed experts in the new folder ``out``, or undo that.
+
+    Folded, a layer has E + n experts; every token visits the last n, each with the weight sigmoid(x . gate), beside the
+    k that the router chooses among the others. Nothing is rounded: the outputs are the same but for the order of sums,
+    and unfolding gives the source's tensors bit for bit. ``config.json`` has the counts of what is stored, and the
+    original ones in its ``qconvert`` block. Arguments as for ``convert``.
+
+    Raises:
+        SourceError, PlanError, FormatError: see ``plan_refolding``.
+        DataError: NaN or infinite weights, or pieces of a shared expert that do not belong together.
+        UsageError, OutputError, Interrupted: see ``convert``.
+    """
+
+    def decide(checkpoint: Checkpoint) -> Task:
+        plan = _plan_refolding(checkpoint, folding, shard_bytes)
+        refuse_unreadable_plan(plan, source)
+        return Task(plan=plan, folding=folding, accept=refuse_unreadable)
+
+    return carry_out(
+        source,
+        out,
+        decide,
+        jobs=jobs,
+        max_memory=max_memory,
+        fresh=fresh,
+        algorithm=algorithm,
+        progress=progress,
+    )
+
+
 def carry_out(
     source: Path,
     out: Path,
@@ -244,6 +314,7 @@ def carry_out(
                     outcomes,
                     policy=task.policy,
                     reencoding=task.reencoding,
+                    folding=task.folding,
                     algorithm=algorithm,
                     config_hash=checkpoint.config_hash,
                     device=device.type,

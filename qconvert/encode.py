@@ -15,7 +15,7 @@ from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Channel
 from qconvert.formats.table import format_named
 from qconvert.numerics.finite import all_finite
-from qconvert.numerics.rounding import quantize, second_scale_for
+from qconvert.numerics.rounding import Rounded, quantize, second_scale_for
 
 _LARGEST_F16 = 65280.0
 """That is exact in BF16 too: where scales end, and beyond it weights would be cut off."""
@@ -51,11 +51,21 @@ def encode(rows: Tensor, action: Quantize, shape: tuple[int, int], second: float
     Raises:
         DataError: a value is NaN or infinite.
     """
+    rounded = round_rows(rows, action, second)
+    parts = format_named(action.format).pack(rounded.quantized, shape=shape)
+    return Encoded(parts=parts, squared_error=rounded.squared_error, signal=rounded.signal)
+
+
+def round_rows(rows: Tensor, action: Quantize, second: float = 1.0) -> Rounded:
+    """``encode`` before anything is packed.
+
+    Raises:
+        DataError: a value is NaN or infinite, or too large for the scales of the scheme.
+    """
     rounded = quantize(rows, action.scheme, search=action.search, second=second)
     if action.scheme.scale.dtype is DType.F16 and bool((rounded.quantized.scale >= _LARGEST_F16).any()):
         raise DataError("has weights too large for F16 scales: store it as compressed-tensors")
-    parts = format_named(action.format).pack(rounded.quantized, shape=shape)
-    return Encoded(parts=parts, squared_error=rounded.squared_error, signal=rounded.signal)
+    return rounded
 
 
 def cast(rows: Tensor, dtype: DType, formula: Formula = Formula.SAME) -> Encoded:

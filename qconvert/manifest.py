@@ -11,15 +11,16 @@ from math import log10
 from typing import Any
 
 from qconvert import __version__
-from qconvert.core.plan import Plan
+from qconvert.core.plan import Folding, Plan
+from qconvert.execute import Loss, Outcome
 from qconvert.io.file_record import FileRecord
 from qconvert.io.hashing import new_hash
-from qconvert.run import Loss, Outcome
 
 MANIFEST_FILE = "manifest.json"
 SOURCE_QUANTIZATION = "source_quantization"
 REENCODING = "reencoding"
 SCALE_ERROR = "scale_error"
+SHARED_EXPERT = "shared_expert"
 
 
 def summary(
@@ -28,6 +29,7 @@ def summary(
     *,
     policy: Sequence[Mapping[str, Any]],
     reencoding: Mapping[str, Any] | None = None,
+    folding: Folding | None = None,
     algorithm: str,
     config_hash: str,
     device: str,
@@ -39,13 +41,19 @@ def summary(
         outcomes: what is known of its steps.
         policy: the rules that decided, as ``Policy.entries`` gives them; none where codes are only moved.
         reencoding: what decided there.
+        folding: what became of the shared expert; ``None`` where it is stored as in the source.
         algorithm: of the hashes of tensors and files.
         config_hash: xxh3-128 of the source's ``config.json``.
         device: type of the device that rounded.
     """
     moved: dict[str, Any] = {}
     if reencoding is not None:
-        moved = {REENCODING: dict(reencoding), SCALE_ERROR: scale_error_by_role(plan, outcomes)}
+        moved[REENCODING] = dict(reencoding)
+    scale_error = scale_error_by_role(plan, outcomes)
+    if scale_error:
+        moved[SCALE_ERROR] = scale_error
+    if folding is not None:
+        moved[SHARED_EXPERT] = folding.value
     return {
         "qconvert": __version__,
         "hash": algorithm,

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import SourceError
+from qconvert.core.plan import Folding
 from qconvert.io.file_record import FileRecord
 from qconvert.io.hashing import ALGORITHMS, SHA256, new_hash
 from qconvert.io.source_folder import open_regular, plain_name
@@ -19,6 +20,7 @@ from qconvert.manifest import (
     MANIFEST_FILE,
     REENCODING,
     SCALE_ERROR,
+    SHARED_EXPERT,
     SOURCE_QUANTIZATION,
     TENSORS_LINE,
     seal_line,
@@ -71,6 +73,7 @@ class Manifest:
         source_quantization: what it says of a source that was quantized; ``None`` for one that was not.
         reencoding: how codes were moved, ``format`` and ``allow_scale_rounding``; ``None`` where matrices were rounded.
         scale_error: the largest relative error of a scale by role path, where codes were moved.
+        folding: what became of the shared expert; ``None`` where it is stored as in the source.
         files: every file of the folder but the manifest.
         tensors: every output tensor.
     """
@@ -86,6 +89,7 @@ class Manifest:
     source_quantization: Mapping[str, Any] | None
     reencoding: Mapping[str, Any] | None
     scale_error: Mapping[str, float] | None
+    folding: Folding | None
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, Entry]
 
@@ -148,6 +152,7 @@ class _Reader:
             source_quantization=self._block(head, SOURCE_QUANTIZATION),
             reencoding=self._reencoding(head),
             scale_error=self._block(head, SCALE_ERROR),
+            folding=self._folding(head),
             files=self._files(head, digits),
             tensors=tensors,
         )
@@ -221,6 +226,11 @@ class _Reader:
         if set(found) != set(_REENCODING) or any(type(found[key]) is not kind for key, kind in _REENCODING.items()):
             raise self._lies(f"{REENCODING} is {_short(found)}, expected {', '.join(_REENCODING)}")
         return found
+
+    def _folding(self, head: Mapping[str, Any]) -> Folding | None:
+        if SHARED_EXPERT not in head:
+            return None
+        return Folding(self._one_of(head, SHARED_EXPERT, tuple(folding.value for folding in Folding)))
 
     def _files(self, head: Mapping[str, Any], digits: int) -> Mapping[str, FileRecord]:
         found = head.get("files")

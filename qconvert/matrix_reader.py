@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -64,6 +65,15 @@ class MatrixReader:
             return reading.packed.shape
         part = reading.inputs[0]
         return part.end - part.begin, self.info(part).row_width
+
+    @contextmanager
+    def naming(self, reading: Reading, becomes: str) -> Iterator[None]:
+        """Say which tensor a ``DataError`` speaks of, and what was to become of it."""
+        try:
+            yield
+        except DataError as error:
+            part = reading.inputs[0]
+            raise DataError(f"{self.info(part).shard}: {part.tensor}, for {becomes}: {error}") from None
 
     def stored(self, part: Slice, begin: int, end: int, into: SourceHash | None, *, buffer: int = 0) -> Tensor:
         """Rows ``begin`` to ``end`` of a part as they are, valid until memory number ``buffer`` is read into again.

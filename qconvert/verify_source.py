@@ -12,8 +12,9 @@ import torch
 from qconvert import __version__
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.core.fault import Fault
-from qconvert.core.plan import Keep, Plan, Step
+from qconvert.core.plan import Folding, Keep, Plan, Step
 from qconvert.core.tensor_info import TensorInfo
+from qconvert.execute import Outcome
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.comparing_sink import ComparingSink
 from qconvert.io.file_record import record_file
@@ -31,7 +32,8 @@ from qconvert.manifest_reader import Manifest
 from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
-from qconvert.run import Outcome, Progress, check_memory, run
+from qconvert.plan.refolding import plan_folding
+from qconvert.run import Progress, check_memory, run
 
 _SAME_DB = 0.01
 """Sums over blocks of another size differ far less, any other rounding far more."""
@@ -96,14 +98,20 @@ def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[
         yield f"rounded on {manifest.device}, compared on {device.type}: devices may round ties differently"
 
 
-def _plan(checkpoint: Checkpoint, decider: Policy | Reencoding, manifest: Manifest) -> Plan:
-    if isinstance(decider, Reencoding):
-        return plan_reencoding(checkpoint, decider)
-    return build_plan(checkpoint, decider, from_quantized=manifest.source_quantization is not None)
+def _plan(checkpoint: Checkpoint, decider: Policy | Reencoding | Folding, manifest: Manifest) -> Plan:
+    match decider:
+        case Reencoding():
+            return plan_reencoding(checkpoint, decider)
+        case Folding():
+            return plan_folding(checkpoint, decider)
+    from_quantized, fold = manifest.source_quantization is not None, manifest.folding is Folding.FOLDED
+    return build_plan(checkpoint, decider, from_quantized=from_quantized, fold=fold)
 
 
-def _decider(out: Path, manifest: Manifest) -> Policy | Reencoding:
+def _decider(out: Path, manifest: Manifest) -> Policy | Reencoding | Folding:
     """What decided the conversion."""
+    if manifest.folding is not None and not manifest.policy:
+        return manifest.folding
     try:
         if manifest.reencoding is not None:
             method, rounding = (manifest.reencoding[key] for key in ("format", "allow_scale_rounding"))

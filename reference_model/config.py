@@ -26,6 +26,7 @@ from reference_model.config_fields import (
     token_id,
     token_ids,
 )
+from reference_model.config_fold import original_counts
 from reference_model.config_rope import RopeParameters, rope_fields_outside, whole_rope_block
 
 LayerType = Literal["linear_attention", "full_attention"]
@@ -39,7 +40,8 @@ class TextConfig:
     """The decoder: sizes, layer pattern, experts, rotary embedding.
 
     ``layer_types`` has one entry a layer. ``mtp_num_hidden_layers`` counts the layers of the multi-token
-    prediction head, zero when there is none.
+    prediction head, zero when there is none. ``folded_experts`` counts the experts behind the ``num_experts`` routed
+    ones that hold the shared expert's units, zero when it is stored by itself.
     """
 
     vocab_size: int
@@ -67,6 +69,12 @@ class TextConfig:
     initializer_range: float = 0.02
     mtp_num_hidden_layers: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    folded_experts: int = 0
+
+    @property
+    def stored_experts(self) -> int:
+        """Experts of a layer: routed ones, then those that hold the shared expert."""
+        return self.num_experts + self.folded_experts
 
     @property
     def key_dim(self) -> int:
@@ -99,8 +107,8 @@ class TextConfig:
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @classmethod
-    def from_dict(cls, block: Mapping[str, Any]) -> TextConfig:
-        """Read a ``text_config`` block, or a flat text-only ``config.json``.
+    def from_dict(cls, block: Mapping[str, Any], *, folded_experts: int = 0) -> TextConfig:
+        """Read a ``text_config`` block, or a flat text-only ``config.json``, with the original counts of experts.
 
         Raises:
             ConfigError: a field is missing, of the wrong type, or contradicts another.
@@ -133,6 +141,7 @@ class TextConfig:
             initializer_range=number(block, "initializer_range", 0.02),
             mtp_num_hidden_layers=count(block, "mtp_num_hidden_layers", 0, MOST_LAYERS),
             eos_token_ids=token_ids(block, "eos_token_id"),
+            folded_experts=folded_experts,
         )
         config._check()
         return config
@@ -237,7 +246,7 @@ class ModelConfig:
         """
         model_type = config.get("model_type")
         if model_type == TEXT_TYPE:
-            return cls(text=TextConfig.from_dict(config))
+            return cls(text=_text(config, config))
         if model_type != VISION_LANGUAGE_TYPE:
             raise ConfigError(
                 f"model_type is {model_type!r}; only {VISION_LANGUAGE_TYPE!r} (Qwen3.5-MoE, Qwen3.6-MoE) and "
@@ -256,7 +265,7 @@ class ModelConfig:
             text = {**text, "tie_word_embeddings": config["tie_word_embeddings"]}
         vision = mapping(config, "vision_config")
         result = cls(
-            text=TextConfig.from_dict(text),
+            text=_text(config, text),
             vision=VisionConfig.from_dict(vision) if vision else None,
             **{name: token_id(config, name) for name in _TOKEN_IDS},
         )
@@ -286,6 +295,11 @@ class ModelConfig:
             return cls.from_dict(parsed)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+
+def _text(config: Mapping[str, Any], block: Mapping[str, Any]) -> TextConfig:
+    fields_of_decoder, folded = original_counts(config, block)
+    return TextConfig.from_dict(fields_of_decoder, folded_experts=folded)
 
 
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -33,7 +33,7 @@ from reference_model.load import (
     load_expert,
 )
 from reference_model.model import HEAD_ROWS, CausalLM, row_logits, vocabulary_blocks
-from reference_model.moe import Dispatch, Routing, combine, dispatch, expert_mlp
+from reference_model.moe import Dispatch, Routing, Visits, combine, dispatch, expert_mlp
 from reference_model.norm import RMSNorm
 from reference_model.span import check_ids, check_places, place_tokens
 
@@ -112,6 +112,7 @@ class _Visit:
     hidden: Tensor
     inputs: Tensor
     routing: Routing
+    visits: Visits
     where: Dispatch
     rows: Tensor
     parts: tuple[Tensor, ...]
@@ -208,8 +209,8 @@ def run_layers(
             _run_experts(config, source, f"layers.{n}.mlp.experts", visits, dtype, input_rounding)
             for b in group:
                 visit = visits.pop(0)
-                routed = combine(visit.rows, visit.where, visit.routing.weights)
-                out = visit.hidden + (routed + layer.mlp.shared(visit.inputs)).view_as(visit.hidden)
+                routed = combine(visit.rows, visit.where, visit.visits.weights)
+                out = visit.hidden + layer.mlp.with_shared(visit.inputs, routed).view_as(visit.hidden)
                 hidden.put(b, out)
                 if on_layer is not None:
                     on_layer(LayerRecord(layer=n, batch=b, hidden=out, routing=visit.routing))
@@ -284,7 +285,7 @@ def _replace_input(rounding: Callable[[Tensor], Tensor], module: nn.Module, args
 
 def _groups(config: TextConfig, batches: Sequence[Tensor], dtype: torch.dtype, rows_bytes: int) -> Iterator[range]:
     """Consecutive batches whose ``_Visit`` tensors fit into ``rows_bytes``; a batch is never cut."""
-    token_bytes = (config.num_experts_per_tok + 2) * config.hidden_size * dtype.itemsize
+    token_bytes = (config.num_experts_per_tok + config.folded_experts + 2) * config.hidden_size * dtype.itemsize
     begin, held = 0, 0
     for b, ids in enumerate(batches):
         need = ids.numel() * token_bytes
@@ -301,10 +302,17 @@ def _enter(config: TextConfig, layer: DecoderLayer, x: Tensor, batch: _Batch) ->
     hidden, _ = layer.mix(x, span)
     inputs = layer.post_attention_layernorm(hidden).flatten(0, 1)
     routing: Routing = layer.mlp.gate(inputs)
-    where = dispatch(routing.experts, config.num_experts)
+    visits = layer.mlp.visits(inputs, routing)
+    where = dispatch(visits.experts, config.stored_experts)
     rows = inputs.index_select(0, where.token)
     return _Visit(
-        hidden=hidden, inputs=inputs, routing=routing, where=where, rows=rows, parts=torch.split(rows, where.counts)
+        hidden=hidden,
+        inputs=inputs,
+        routing=routing,
+        visits=visits,
+        where=where,
+        rows=rows,
+        parts=torch.split(rows, where.counts),
     )
 
 
@@ -318,7 +326,7 @@ def _run_experts(
 ) -> None:
     """What ``moe.Experts`` computes, for all visits: experts outside, so that each is read once, if reached at all."""
     round_x, round_inner = input_rounding(f"{name}.gate_up_proj"), input_rounding(f"{name}.down_proj")
-    for e in range(config.num_experts):
+    for e in range(config.stored_experts):
         parts = [visit.parts[e] for visit in visits if visit.where.counts[e]]
         if not parts:
             continue

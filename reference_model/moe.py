@@ -1,7 +1,7 @@
 """Mixture of experts: a router sends each token to a few of many small MLPs; one shared MLP sees every token.
 
 Shapes: T tokens, D hidden, E experts, k experts a token, F width of an expert, R = T k rows (a token once per expert
-that it visits).
+that it visits). A shared expert may be stored as n further experts, which every token visits: E + n and k + n then.
 """
 
 from __future__ import annotations
@@ -19,9 +19,23 @@ from reference_model.norm import widen
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """Where tokens go. ``logits`` [T, E]; ``experts`` int64 [T, k], likeliest first; ``weights`` [T, k] sum to one."""
+    """Where the router sends tokens. ``logits`` [T, E]; ``experts`` int64 [T, k], likeliest first; ``weights`` [T, k].
+
+    Weights sum to one. Folded experts are not the router's to choose, and do not count here.
+    """
 
     logits: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visits:
+    """The experts that each token visits, ``experts`` int64 [T, k], and what their outputs count, ``weights`` [T, k].
+
+    Of a block with a folded shared expert these are the router's choices and, behind them, the n that are always on.
+    """
+
     experts: Tensor
     weights: Tensor
 
@@ -107,19 +121,19 @@ def combine(rows: Tensor, where: Dispatch, weights: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """The routed experts: ``gate_up_proj`` [E, 2F, D], gate rows first, and ``down_proj`` [E, D, F]."""
+    """The experts: ``gate_up_proj`` [E, 2F, D], gate rows first, and ``down_proj`` [E, D, F]."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        experts, width, hidden = config.stored_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         nn.init.normal_(self.gate_up_proj, std=config.initializer_range)
         nn.init.normal_(self.down_proj, std=config.initializer_range)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, visits: Visits) -> Tensor:
         """``sum_s weights[t, s] * expert_mlp(x_t, expert[t, s])`` for x [T, D]; experts without tokens are not run."""
-        where = dispatch(routing.experts, self.gate_up_proj.shape[0])
+        where = dispatch(visits.experts, self.gate_up_proj.shape[0])
         # unbind and split, not indexing: their backward is one stack, where an index writes E full-size gradients
         parts = zip(
             torch.split(x.index_select(0, where.token), where.counts),
@@ -128,7 +142,7 @@ class Experts(nn.Module):
             strict=True,
         )
         rows = [expert_mlp(part, gate_up, down) for part, gate_up, down in parts if part.shape[0]]
-        return combine(torch.cat(rows), where, routing.weights)
+        return combine(torch.cat(rows), where, visits.weights)
 
 
 class SharedExpert(nn.Module):
@@ -148,25 +162,44 @@ class SharedExpert(nn.Module):
 
 
 class SparseMoe(nn.Module):
-    """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)``; shared_expert_gate [1, D]."""
+    """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)``; shared_expert_gate [1, D].
+
+    A folded shared expert is no module: its units are those of the last n of the experts, which every token visits
+    with the weight sigmoid(shared_expert_gate x). SwiGLU is a sum over units, so the sum of all n is the shared expert.
+    The router knows the E others only.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_expert = SharedExpert(config)
+        self.folded = range(config.num_experts, config.stored_experts)
+        self.shared_expert = None if self.folded else SharedExpert(config)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def shared(self, x: Tensor) -> Tensor:
-        """The gated shared expert's part, [T, D]."""
-        out: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+    def visits(self, x: Tensor, routing: Routing) -> Visits:
+        """Which experts run for x [T, D], and what they count."""
+        if not self.folded:
+            return Visits(experts=routing.experts, weights=routing.weights)
+        always = torch.tensor(self.folded, device=x.device).expand(x.shape[0], -1)
+        share = torch.sigmoid(self.shared_expert_gate(x)).expand(-1, len(self.folded))
+        return Visits(
+            experts=torch.cat((routing.experts, always), dim=-1), weights=torch.cat((routing.weights, share), dim=-1)
+        )
+
+    def with_shared(self, x: Tensor, experts: Tensor) -> Tensor:
+        """What the experts gave for x [T, D], and the gated shared expert's part where it is a module: [T, D]."""
+        if self.shared_expert is None:
+            return experts
+        out: Tensor = experts + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         return out
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Run x [..., D] token by token; also says where the tokens went."""
+        """Run x [..., D] token by token; also says where the router sent the tokens."""
         flat = x.reshape(-1, x.shape[-1])
         routing: Routing = self.gate(flat)
-        return (self.experts(flat, routing) + self.shared(flat)).view_as(x), routing
+        routed = self.experts(flat, self.visits(flat, routing))
+        return self.with_shared(flat, routed).view_as(x), routing
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:

@@ -58,9 +58,15 @@ def tiny_config(
     group: int = 32,
     experts: int = 6,
     layers: int = 3,
+    shared: int | None = None,
 ) -> dict[str, Any]:
-    """The ``config.json`` of a tiny checkpoint; ``group`` 32 or 128 divides every matrix's inputs."""
+    """The ``config.json`` of a tiny checkpoint; ``group`` 32 or 128 divides every matrix's inputs.
+
+    ``shared`` is another width of the shared expert.
+    """
     sizes = {32: _SMALL, 128: _LARGE}[group]
+    if shared is not None:
+        sizes = sizes | {"shared_expert_intermediate_size": shared}
     text: dict[str, Any] = {
         "model_type": "qwen3_5_moe_text",
         "vocab_size": 416,
@@ -259,13 +265,16 @@ def make_tiny(
     group: int = 32,
     experts: int = 6,
     layers: int = 3,
+    shared: int | None = None,
 ) -> ModelConfig:
     """Write a tiny random checkpoint into the folder ``path`` and return what its ``config.json`` says.
 
     The same seed gives the same weights in both expert layouts and both namings.
     """
     vision = vision and naming == "vl"
-    config = tiny_config(naming=naming, mtp=mtp, vision=vision, tie=tie, group=group, experts=experts, layers=layers)
+    config = tiny_config(
+        naming=naming, mtp=mtp, vision=vision, tie=tie, group=group, experts=experts, layers=layers, shared=shared
+    )
     config["dtype"] = str(dtype).removeprefix("torch.")
     tensors = tiny_tensors(config, layout=layout, seed=seed)
     save_checkpoint(path, config, {name: tensor.to(dtype) for name, tensor in tensors.items()}, shards=shards)

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference_model.load": set(),
     "reference_model.presets": set(),
     "reference_model.config_fields": set(),
+    "reference_model.config_fold": set(),
     "qconvert.core": set(),
     "qconvert.arch": {
         "qconvert.core", "reference_model.config", "reference_model.presets", "reference_model.config_fields",
@@ -33,25 +34,30 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.plan": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
-        "qconvert.quantized_view", "reference_model.config",
+        "qconvert.quantized_view", "reference_model.config", "reference_model.config_fold",
     },
     "qconvert.column_order": {"qconvert.core", "qconvert.io", "qconvert.formats"},
     "qconvert.matrix_reader": {"qconvert.core", "qconvert.io", "qconvert.formats"},
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
-    "qconvert.run": {
-        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
-        "qconvert.numerics.finite", "qconvert.matrix_reader", "qconvert.transform.turns",
+    "qconvert.mosaic": {
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats", "qconvert.transform",
+        "qconvert.numerics.finite", "qconvert.matrix_reader",
     },
+    "qconvert.execute": {
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
+        "qconvert.numerics.finite", "qconvert.matrix_reader", "qconvert.mosaic", "qconvert.transform.turns",
+    },
+    "qconvert.run": {"qconvert.core", "qconvert.io", "qconvert.matrix_reader", "qconvert.execute"},
     "qconvert.memory": set(),
     "qconvert.device": {"qconvert.core"},
-    "qconvert.manifest": {"qconvert.core", "qconvert.io", "qconvert.run"},
+    "qconvert.manifest": {"qconvert.core", "qconvert.io", "qconvert.execute"},
     "qconvert.manifest_reader": {"qconvert.core", "qconvert.io", "qconvert.manifest"},
     "qconvert.verify": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.manifest", "qconvert.manifest_reader",
         "qconvert.convert", "qconvert.device", "qconvert.verify_source",
     },
     "qconvert.verify_source": {
-        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest",
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.execute", "qconvert.manifest",
         "qconvert.manifest_reader",
     },
     "qconvert.onnx_export": {
@@ -64,12 +70,13 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.device", "qconvert.column_order", "qconvert.engine_check",
     },
     "qconvert.weights": {
-        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
+        "qconvert.quantized_view",
         "reference_model.load", "reference_model.config",
     },
     "qconvert.engine_check": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",
-        "reference_model.config",
+        "reference_model.config", "reference_model.config_fold",
     },
     "calibration": {"qconvert.core", "qconvert.numerics", "qconvert.weights", "reference_model"},
     "qconvert.parity": {

@@ -70,13 +70,14 @@ class Census:
     def active_parameters(self) -> int:
         """Decoder parameters that one token uses: k of E routed experts, everything else of the text section.
 
-        The embedding counts, as in advertised sizes; MTP head and vision tower do not.
+        Folded experts are always on, like the shared expert that they are. The embedding counts, as in advertised
+        sizes; MTP head and vision tower do not.
         """
         text = self.config.text
         sizes = [(role, numel) for role, numel in self._sizes() if role.section is Section.TEXT]
         experts = sum(numel for role, numel in sizes if role.kind in EXPERT_KINDS)
         others = sum(numel for role, numel in sizes if role.kind not in EXPERT_KINDS)
-        return others + experts * text.num_experts_per_tok // text.num_experts
+        return others + experts * (text.num_experts_per_tok + text.folded_experts) // text.stored_experts
 
     @property
     def nbytes(self) -> int:
@@ -168,9 +169,9 @@ def _check_counts(present: Mapping[TensorRole, str], config: ModelConfig, mtp_la
             f"config.json and the tensors' names speak of {layers:,} layers, but there are {len(present):,} tensors"
         )
     split = {(role.section, role.layer) for role in present if role.kind in EXPERT_KINDS and role.expert is not None}
-    if len(split) * config.text.num_experts > max(len(present), _FEW_EXPERTS):
+    if len(split) * config.text.stored_experts > max(len(present), _FEW_EXPERTS):
         raise SourceError(
-            f"config.json asks for {config.text.num_experts:,} experts in each of {len(split):,} layers that store "
+            f"config.json asks for {config.text.stored_experts:,} experts in each of {len(split):,} layers that store "
             f"them one by one, but there are {len(present):,} tensors"
         )
 
@@ -193,7 +194,7 @@ def _expected(
         if stacked.intersection(family) and separate.intersection(family):
             problems.append(f"doubled: {name_of(role, naming)} is stored stacked and per expert")
         if separate.intersection(family) and not stacked.intersection(family):
-            for one in expert_roles(role.section, role.layer, config.text.num_experts, stacked=False):
+            for one in expert_roles(role.section, role.layer, config.text.stored_experts, stacked=False):
                 if one.kind in family:
                     yield one
         else:

@@ -95,9 +95,11 @@ def size_name(config: ModelConfig) -> str:
 
 
 def describe(config: ModelConfig) -> str:
-    """One line for people: family, size, modalities."""
+    """One line for people: family, size, modalities, and whether the shared expert is folded."""
     tower = "vision-language" if config.vision is not None else "text-only"
-    return f"Qwen3.5-MoE {size_name(config)}, {tower}"
+    count = config.text.folded_experts
+    folded = f", shared expert folded into {count} more expert{'s' if count > 1 else ''}" if count else ""
+    return f"Qwen3.5-MoE {size_name(config)}, {tower}{folded}"
 
 
 def _sizes(c: TextConfig) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ def expected_shape(role: TensorRole, config: ModelConfig) -> tuple[int, ...]:
     if role.kind is Kind.ATTENTION_QUERY and role.part in (Part.QUERY, Part.OUTPUT_GATE):
         return (text.query_dim, text.hidden_size)
     if role.kind is Kind.EXPERT_DOWN and role.expert is None:
-        return (text.num_experts, text.hidden_size, text.moe_intermediate_size)
+        return (text.stored_experts, text.hidden_size, text.moe_intermediate_size)
     return _text_shapes(text)[role.kind]
 
 
@@ -121,7 +121,7 @@ def expected_roles(
     yield TensorRole(section=Section.TEXT, kind=Kind.EMBEDDING)
     for layer, layer_type in enumerate(text.layer_types):
         kinds = _FULL_ATTENTION if layer_type == "full_attention" else _LINEAR_ATTENTION
-        yield from _layer(Section.TEXT, layer, kinds, text.num_experts, stacked)
+        yield from _layer(Section.TEXT, layer, kinds, text, stacked)
     yield TensorRole(section=Section.TEXT, kind=Kind.NORM)
     if not text.tie_word_embeddings:
         yield TensorRole(section=Section.TEXT, kind=Kind.HEAD)
@@ -130,7 +130,7 @@ def expected_roles(
         for kind in (Kind.MTP_EMBEDDING_NORM, Kind.MTP_HIDDEN_NORM, Kind.MTP_FC):
             yield TensorRole(section=Section.MTP, kind=kind)
         for layer in range(count):
-            yield from _layer(Section.MTP, layer, _FULL_ATTENTION, text.num_experts, stacked)
+            yield from _layer(Section.MTP, layer, _FULL_ATTENTION, text, stacked)
         yield TensorRole(section=Section.MTP, kind=Kind.NORM)
     if config.vision is not None and vision is not False:
         yield from _vision(config.vision.depth)
@@ -155,21 +155,24 @@ _LINEAR_ATTENTION = (
     Kind.LINEAR_NORM,
     Kind.LINEAR_OUTPUT,
 )
-_SHARED = (Kind.SHARED_GATE, Kind.SHARED_UP, Kind.SHARED_DOWN, Kind.SHARED_EXPERT_GATE)
+_SHARED = (Kind.SHARED_GATE, Kind.SHARED_UP, Kind.SHARED_DOWN)
 _BLOCK = (Kind.BLOCK_NORM1, Kind.BLOCK_QKV, Kind.BLOCK_PROJ, Kind.BLOCK_NORM2, Kind.BLOCK_FC1, Kind.BLOCK_FC2)
 _MERGER = (Kind.MERGER_NORM, Kind.MERGER_FC1, Kind.MERGER_FC2)
 
 
-def _layer(section: Section, layer: int, mixer: tuple[Kind, ...], experts: int, stacked: bool) -> Iterator[TensorRole]:
+def _layer(
+    section: Section, layer: int, mixer: tuple[Kind, ...], text: TextConfig, stacked: bool
+) -> Iterator[TensorRole]:
     for kind in (Kind.INPUT_NORM, *mixer, Kind.POST_ATTENTION_NORM, Kind.ROUTER):
         yield TensorRole(section=section, kind=kind, layer=layer)
-    yield from expert_roles(section, layer, experts, stacked=stacked)
-    for kind in _SHARED:
+    yield from expert_roles(section, layer, text.stored_experts, stacked=stacked)
+    shared = () if text.folded_experts else _SHARED
+    for kind in (*shared, Kind.SHARED_EXPERT_GATE):
         yield TensorRole(section=section, kind=kind, layer=layer)
 
 
 def expert_roles(section: Section, layer: int, experts: int, *, stacked: bool) -> Iterator[TensorRole]:
-    """The routed experts' tensors of one layer."""
+    """The experts' tensors of one layer, those of a folded shared expert among them."""
     if stacked:
         for kind in STACKED:
             yield TensorRole(section=section, kind=kind, layer=layer)
@@ -218,7 +221,7 @@ def _text_shapes(c: TextConfig) -> dict[Kind, tuple[int, ...]]:
         Kind.LINEAR_DT_BIAS: (c.linear_num_value_heads,),
         Kind.LINEAR_NORM: (c.linear_value_head_dim,),
         Kind.ROUTER: (experts, hidden),
-        Kind.EXPERT_GATE_UP: (experts, 2 * width, hidden),  # [E, 2F, D], gate rows first
+        Kind.EXPERT_GATE_UP: (c.stored_experts, 2 * width, hidden),  # [E, 2F, D], gate rows first
         Kind.EXPERT_GATE: (width, hidden),
         Kind.EXPERT_UP: (width, hidden),
         Kind.EXPERT_DOWN: (hidden, width),  # of one expert; stacked it is [E, D, F]

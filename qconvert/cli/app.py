@@ -11,6 +11,7 @@ from qconvert.cli.check import check
 from qconvert.cli.convert import convert
 from qconvert.cli.demo import demo
 from qconvert.cli.export_onnx import export_onnx
+from qconvert.cli.fold import fold, unfold
 from qconvert.cli.inspect import inspect
 from qconvert.cli.parity import parity
 from qconvert.cli.quantize import quantize
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (inspect, quantize, convert, export_onnx, run, verify, check, parity, demo):
+for command in (inspect, quantize, convert, fold, unfold, export_onnx, run, verify, check, parity, demo):
     app.command()(command)
 
 

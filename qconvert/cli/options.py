@@ -35,6 +35,28 @@ MaxShardSize = Annotated[str, typer.Option(help="Largest output file.")]
 
 HashName = Annotated[str, typer.Option("--hash", help=f"Of tensors and files in manifest.json: {' or '.join(HASHES)}.")]
 
+FOLD_ENGINE = "onnxruntime"
+
+FoldEngine = Annotated[
+    str | None, typer.Option("--engine", help=f"Who shall run a folded shared expert: {FOLD_ENGINE}, and nobody else.")
+]
+
+
+def check_fold_engine(engine: str | None) -> None:
+    """Refuse to fold for an engine that does not run it.
+
+    Raises:
+        UsageError: no engine is named, or another one.
+    """
+    if engine == FOLD_ENGINE:
+        return
+    found = "no engine is named" if engine is None else f"{engine!r} is named"
+    raise UsageError(
+        "transformers, vLLM and SGLang read the shared expert by its own name, and SGLang fuses it by itself when it "
+        f"loads: a folded checkpoint is for exports to ONNX Runtime, but {found}. If that is what you want, give "
+        f"--engine {FOLD_ENGINE}"
+    )
+
 
 def parse_hash(name: str) -> str:
     """The algorithm that ``--hash`` names.

@@ -11,6 +11,7 @@ from qconvert.core.plan import Plan, Quantize, Reencode
 from qconvert.core.role import EXPERT_KINDS
 from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.plan.document import plan_text
+from reference_model.config_fold import FOLD, NOTE
 
 
 def show_plan(plan: Plan) -> None:
@@ -51,10 +52,16 @@ def preview(plan: Plan, out: Path, *, json: bool) -> None:
 
 
 def limits(plan: Plan) -> list[str]:
-    """What engines refuse of it, or read otherwise."""
+    """What engines refuse of it, or read otherwise; a folded shared expert first."""
     written = {
         Written(scheme=step.action.scheme, format=step.action.format, experts=step.role.kind in EXPERT_KINDS)
         for step in plan.steps
         if isinstance(step.action, Quantize | Reencode)
     }
-    return [str(limit) for limit in engine_limits(written)]
+    folded = [FOLDED_LIMIT] if FOLD in plan.config.get(NOTE, {}) else []
+    return folded + [str(limit) for limit in engine_limits(written)]
+
+
+FOLDED_LIMIT = (
+    "transformers, vLLM and SGLang do not load it: its shared expert is folded into routed ones, for ONNX Runtime"
+)

@@ -14,17 +14,20 @@ from qconvert.cli.options import (
     PROCESSORS,
     Device,
     DryRun,
+    FoldEngine,
     Fresh,
     HashName,
     Jobs,
     Json,
     MaxMemory,
     MaxShardSize,
+    check_fold_engine,
     parse_hash,
     parse_size,
 )
 from qconvert.cli.planned import limits, preview, show_plan
 from qconvert.convert import Conversion, convert, plan_conversion
+from qconvert.core.errors import UsageError
 from qconvert.device import device_named
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
@@ -61,6 +64,14 @@ def quantize(
             help="SRC may be quantized, such as the official FP8: dequantize its matrices and round anew.",
         ),
     ] = False,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold-shared-expert",
+            help="Store the shared expert as routed ones, see `qconvert fold`; with --preset fusable.",
+        ),
+    ] = False,
+    engine: FoldEngine = None,
     dry_run: DryRun = False,
     jobs: Jobs = PROCESSORS,
     max_memory: MaxMemory = "1GiB",
@@ -90,6 +101,10 @@ def quantize(
     """
 
     def call() -> int:
+        if fold:
+            check_fold_engine(engine)
+        elif engine is not None:
+            raise UsageError("--engine is for --fold-shared-expert; --format chooses the loader of what is rounded")
         chosen = scheme_named(scheme, group=group, symmetric=not asymmetric)
         rules = default_policy(
             chosen,
@@ -106,7 +121,12 @@ def quantize(
         folder = resolve(source)
         if dry_run:
             plan = plan_conversion(
-                folder, rules, max_memory=limit, shard_bytes=shard_bytes, from_quantized=from_quantized
+                folder,
+                rules,
+                max_memory=limit,
+                shard_bytes=shard_bytes,
+                from_quantized=from_quantized,
+                fold=fold,
             )
             preview(plan, out, json=json)
             return 0
@@ -114,7 +134,7 @@ def quantize(
         with console.progress(in_bytes=True, quiet=json) as advance:
             done = convert(
                 folder, out, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
-                from_quantized=from_quantized, fresh=fresh, algorithm=hashes, device=place,
+                from_quantized=from_quantized, fold=fold, fresh=fresh, algorithm=hashes, device=place,
                 progress=lambda now, total: advance("rounding", now, total),
             )  # fmt: skip
         _report(done, folder, time.perf_counter() - start, json=json)

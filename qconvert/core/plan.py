@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import xxhash
@@ -15,6 +16,13 @@ from qconvert.core.dtypes import DType
 from qconvert.core.role import TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
+
+
+class Folding(Enum):
+    """What a conversion makes of the shared expert; the value is what manifests say."""
+
+    FOLDED = "folded"
+    UNFOLDED = "unfolded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +61,50 @@ class Reading:
 
     inputs: tuple[Slice, ...]
     packed: Packed | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """A rectangle of one source matrix, and where it lies in the matrix that a step lays together.
+
+    Attributes:
+        rows: first and one past the last row, counted from the first that ``reading`` has.
+        cols: first and one past the last column.
+        width: columns of the source matrix.
+        at: row and column of its first element in what is made.
+    """
+
+    reading: Reading
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    width: int
+    at: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mosaic:
+    """A [N, K] matrix laid together from tiles; it is zero where none lies.
+
+    Attributes:
+        tiles: they do not overlap.
+        shape: (N, K); rows are counted over all leading dimensions of what is stored.
+    """
+
+    tiles: tuple[Tile, ...]
+    shape: tuple[int, int]
+
+    @property
+    def inputs(self) -> tuple[Slice, ...]:
+        """All that is read, each part once."""
+        return tuple(dict.fromkeys(part for tile in self.tiles for part in tile.reading.inputs))
+
+    def within(self, begin: int, end: int) -> Iterator[tuple[Tile, int, int]]:
+        """The tiles that lie in rows ``begin`` to ``end``, with those rows of their source that do."""
+        for tile in self.tiles:
+            shift = tile.rows[0] - tile.at[0]
+            first, last = max(begin + shift, tile.rows[0]), min(end + shift, tile.rows[1])
+            if first < last:
+                yield tile, first, last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +202,7 @@ class Step:
         packed: how ``inputs`` are read where they are the parts of one quantized matrix.
         stack: the matrices that are written below each other where they are several: each is one reading, or two of
             one shape whose rows take turns. ``inputs`` are then those of all of them.
+        mosaic: how the matrix is laid together where it is not one of the source's; ``inputs`` are all that it reads.
     """
 
     inputs: tuple[Slice, ...]
@@ -159,6 +212,7 @@ class Step:
     peak_bytes: int
     packed: Packed | None = None
     stack: tuple[tuple[Reading, ...], ...] = ()
+    mosaic: Mosaic | None = None
 
     @property
     def reading(self) -> Reading:

@@ -89,11 +89,11 @@ class QuantizedTensor:
         """
         values = self._values()
         if self.zero_point is not None:
-            values = values - self._spread(self.zero_point.to(torch.float32))
+            values = values - self.spread(self.zero_point.to(torch.float32))
         scale = self.scale.to(torch.float32)
         if self.second_scale is not None:
             scale = scale * self.second_scale.to(torch.float32)
-        return values.mul_(self._spread(scale))
+        return values.mul_(self.spread(scale))
 
     def _values(self) -> Tensor:
         match self.scheme.grid:
@@ -107,7 +107,7 @@ class QuantizedTensor:
                 table = CODEBOOKS[kind]
         return torch.tensor(table, dtype=torch.float32, device=self.codes.device)[self.codes.to(torch.int64)]
 
-    def _spread(self, per_block: Tensor) -> Tensor:
+    def spread(self, per_block: Tensor) -> Tensor:
         """Repeat one value per block to [N, K], or to something that broadcasts to it."""
         rows, cols = self.shape
         match self.scheme.blocking:

@@ -149,6 +149,13 @@ class Scheme:
         return 8 if self.grid == Float(kind="e4m3fn") else 4
 
     @property
+    def code_dtype(self) -> DType:
+        """The element type of unpacked codes: see ``QuantizedTensor``."""
+        if self.grid == Float(kind="e4m3fn"):
+            return DType.F8_E4M3
+        return DType.I8 if isinstance(self.grid, Int) and self.symmetric else DType.U8
+
+    @property
     def shares_second_scale(self) -> bool:
         """Whether the second scale follows from the weights, together with those of stacked matrices."""
         return self.scale.second is not None and isinstance(self.grid, Float)

@@ -14,6 +14,7 @@ from qconvert.core.errors import OutputError, PlanError
 from qconvert.core.plan import Plan
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.engine_check.completeness import COMPLETENESS_RULES, stored_problems
+from qconvert.engine_check.fold_rules import FOLD_RULES
 from qconvert.engine_check.limit_rules import LIMIT_RULES
 from qconvert.engine_check.list_rules import LIST_RULES
 from qconvert.engine_check.rule import Effect, Engine, Rule, Violation, violations
@@ -25,7 +26,7 @@ from qconvert.io.shard_file import open_shard
 from qconvert.io.source_folder import CONFIG_FILE, WEIGHTS_SUFFIX, read_whole
 from qconvert.io.strict_json import parse_object
 
-RULES: tuple[Rule, ...] = (*COMPLETENESS_RULES, *LIST_RULES, *SCHEME_RULES, *SIZE_RULES, *LIMIT_RULES)
+RULES: tuple[Rule, ...] = (*COMPLETENESS_RULES, *FOLD_RULES, *LIST_RULES, *SCHEME_RULES, *SIZE_RULES, *LIMIT_RULES)
 """Every rule, those about the whole checkpoint first."""
 
 _SHOWN = 10

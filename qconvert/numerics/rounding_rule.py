@@ -87,12 +87,7 @@ class Rule:
     @cached_property
     def code_dtype(self) -> torch.dtype:
         """The element type of codes in a ``QuantizedTensor``."""
-        match self.scheme.grid:
-            case Float(kind="e4m3fn"):
-                return torch.float8_e4m3fn
-            case Int() if self.scheme.symmetric:
-                return torch.int8
-        return torch.uint8
+        return self.scheme.code_dtype.torch_dtype
 
     @cached_property
     def scale_limits(self) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from qconvert.parity.serving import config_causes, serving_causes
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
 from qconvert.parity.windows import choose_windows
 from qconvert.weights.source import CheckpointWeights
+from qconvert.weights.unfolded import unfolded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +72,12 @@ def compare(
         CheckpointWeights.open(original) as ours,
         CheckpointWeights.open(converted, round_to=options.round_to, strict=False) as theirs,
     ):
-        weights = compare_weights(ours, theirs, progress)
+        # Weights are compared in the places of the original; the models run as they are stored.
+        plain_ours, plain_theirs = unfolded(ours), unfolded(theirs, round_to=options.round_to)
+        weights = compare_weights(plain_ours, plain_theirs, progress)
         causes = ranked(
             (
-                *config_causes(ours.config, theirs.config),
+                *config_causes(plain_ours.config, plain_theirs.config),
                 *serving_causes(ours.checkpoint.path, theirs.checkpoint.path),
                 *weights.causes,
             )
@@ -103,6 +106,12 @@ def compare(
             text, scored = windows.description, len(plain.scores.kl)
             metrics += [*_model_metrics(plain, Limits(), options.seed)]
             metrics += [*_model_metrics(served, options.limits, options.seed)]
+            folded = theirs.config.text.folded_experts
+            if folded:
+                notes.append(
+                    f"The shared expert is folded into {folded} experts that every token visits; router overlap counts "
+                    "the router's choices alone."
+                )
             if served.scores is plain.scores:
                 notes.append("Engines round no activations for this checkpoint: as served is weights only.")
         return ParityReport(

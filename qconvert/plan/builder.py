@@ -11,14 +11,15 @@ from qconvert.arch.names import Naming, module_of, name_of
 from qconvert.arch.shapes import STACKED, kept_by_nature
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError, PlanError
-from qconvert.core.plan import Dequantize, Packed, Plan, Quantize, Reading, Slice, Step
+from qconvert.core.plan import Dequantize, Folding, Packed, Plan, Quantize, Reading, Slice, Step
 from qconvert.core.role import TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.engine_rules import ModuleDecision
 from qconvert.formats.table import format_for
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.plan.decided import Decided, StoredAs, assemble, keep, kept_module
+from qconvert.plan.decided import Decided, StoredAs, assemble, keep, kept_module, noted
+from qconvert.plan.folding import fold_shared_experts, folded_config, folding_hash
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy, Rule
 from qconvert.plan.row_blocks import packed_peak_bytes, peak_bytes
@@ -64,7 +65,12 @@ class _Storage:
 
 
 def build_plan(
-    checkpoint: Checkpoint, policy: Policy, *, shard_bytes: int = DEFAULT_SHARD_BYTES, from_quantized: bool = False
+    checkpoint: Checkpoint,
+    policy: Policy,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    from_quantized: bool = False,
+    fold: bool = False,
 ) -> Plan:
     """Decide every tensor of ``checkpoint`` and place every byte of the output; reads headers only.
 
@@ -73,11 +79,12 @@ def build_plan(
     files changes nothing.
 
     With ``from_quantized`` the checkpoint may be quantized: its matrices are dequantized and rounded anew, and those
-    that the policy keeps become BF16.
+    that the policy keeps become BF16. With ``fold`` the shared expert is rounded and then stored as routed ones.
 
     Raises:
         SourceError: another architecture, tensors missing, unknown or misshapen, or quantized already.
-        PlanError: a rule rounds what cannot be rounded, or an engine would not read the output.
+        PlanError: a rule rounds what cannot be rounded, an engine would not read the output, or the shared expert
+            cannot be folded.
         FormatError: a matrix does not fit the format of its scheme.
     """
     source = look_at(checkpoint, from_quantized=from_quantized)
@@ -91,7 +98,11 @@ def build_plan(
     _check_rules(policy, used)
     if not any(isinstance(one.step.action, Quantize) for one in decided):
         raise PlanError("the policy quantizes nothing: no rule with a scheme matches a tensor")
-    return assemble(checkpoint, source, decided, decided_by=policy.hash, shard_bytes=shard_bytes)
+    config, decided_by = noted(checkpoint.config, source), policy.hash
+    if fold:
+        decided = fold_shared_experts(decided, census, checkpoint.path)
+        config, decided_by = folded_config(config), folding_hash(Folding.FOLDED, policy.hash)
+    return assemble(checkpoint, source, decided, config=config, decided_by=decided_by, shard_bytes=shard_bytes)
 
 
 def _check_rules(policy: Policy, used: set[Rule]) -> None:

@@ -19,9 +19,10 @@ from qconvert.plan.layout import OutputTensor, lay_out
 from qconvert.plan.row_blocks import peak_bytes
 from qconvert.plan.shared_scales import share_second_scales
 from qconvert.plan.source import PlannedSource
+from reference_model.config_fold import FOLD, NOTE
 
-NOTE = "qconvert"
-"""The block of ``config.json`` that tells where the weights come from; engines pass it over."""
+QUANTIZATION = "quantization_config"
+"""The block of ``config.json`` that engines read."""
 
 StoredAs = tuple[tuple[DType, tuple[int, ...]], ...]
 """Type and shape of each output of a step."""
@@ -68,9 +69,18 @@ def kept_module(role: TensorRole, shape: tuple[int, ...], name: str) -> ModuleDe
 
 
 def assemble(
-    checkpoint: Checkpoint, source: PlannedSource, decided: list[Decided], *, decided_by: str, shard_bytes: int
+    checkpoint: Checkpoint,
+    source: PlannedSource,
+    decided: list[Decided],
+    *,
+    config: Mapping[str, Any],
+    decided_by: str,
+    shard_bytes: int,
 ) -> Plan:
-    """The plan of ``decided``, which is sorted by name; ``decided_by`` is the hash of the rules.
+    """The plan of ``decided``, which is sorted by name.
+
+    ``config`` is the output's ``config.json`` but for what engines must know of quantized matrices, ``decided_by`` the
+    hash of the rules.
 
     Raises:
         PlanError: an engine would not read the output.
@@ -78,30 +88,43 @@ def assemble(
     """
     words: dict[str, _Words] = {}
     decided.sort(key=lambda one: _order(one.step, words))
-    quantization = quantization_config([one.module for one in decided if one.module is not None])
+    modules = [one.module for one in decided if one.module is not None]
+    if any(module.scheme is not None for module in modules):
+        config = {**config, QUANTIZATION: quantization_config(modules)}
     return Plan(
         steps=tuple(share_second_scales(one.step for one in decided)),
         layout=lay_out((one.outputs for one in decided), shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=decided_by,
-        config=_config(checkpoint.config, quantization, source.quantization),
+        config=dict(config),
         side_files=tuple(file.name for file in checkpoint.side_files),
         left_out=tuple(sorted(checkpoint.left_out.items())),
         source_quantization=source.quantization,
     )
 
 
-def _config(
-    config: Mapping[str, Any], quantization: Mapping[str, Any], source: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The output's ``config.json``: what a source is quantized to moves into a block that no engine reads."""
-    written = {**config, "quantization_config": quantization}
-    if source is not None:
-        text = config.get("text_config")
-        if isinstance(text, Mapping):
-            written["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-        written[NOTE] = {"source_quantization": source}
+def noted(config: Mapping[str, Any], source: PlannedSource) -> dict[str, Any]:
+    """A source's ``config.json``; what it was quantized to moves into a block that no engine reads."""
+    written = declared_once(config, source)
+    if source.quantization is not None:
+        written[NOTE] = {**_note(config), "source_quantization": source.quantization}
     return written
+
+
+def declared_once(config: Mapping[str, Any], source: PlannedSource) -> dict[str, Any]:
+    """The same with one place for what engines must know of quantized matrices, where there is one to know."""
+    written = dict(config)
+    text = config.get("text_config")
+    if source.quantization is not None and isinstance(text, Mapping):
+        written["text_config"] = {key: value for key, value in text.items() if key != QUANTIZATION}
+        written.setdefault(QUANTIZATION, {})
+    return written
+
+
+def _note(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is noted already, of a shared expert that is folded."""
+    note = config.get(NOTE)
+    return {FOLD: note[FOLD]} if isinstance(note, Mapping) and FOLD in note else {}
 
 
 _Words = list[tuple[int, str]]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qconvert.core.plan import Plan, Quantize, Reencode, Step
+from qconvert.core.plan import Mosaic, Plan, Quantize, Reencode, Step
 from qconvert.core.tensor_info import TensorInfo
 
 
@@ -67,6 +67,20 @@ def _step(step: Step) -> dict[str, Any]:
         "reason": action.reason,
         **stored,
         **({} if packed is None else {"source": {"format": packed.format, "scheme": str(packed.scheme)}}),
+        **({} if step.mosaic is None else {"mosaic": _mosaic(step.mosaic)}),
         "outputs": list(step.outputs),
         "peak_bytes": step.peak_bytes,
     }
+
+
+def _mosaic(mosaic: Mosaic) -> dict[str, Any]:
+    tiles = [
+        {
+            "tensor": tile.reading.inputs[0].tensor,
+            "rows": [tile.reading.inputs[0].begin + row for row in tile.rows],
+            "cols": list(tile.cols),
+            "at": list(tile.at),
+        }
+        for tile in mosaic.tiles
+    ]
+    return {"shape": list(mosaic.shape), "tiles": tiles}

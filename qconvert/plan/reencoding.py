@@ -22,7 +22,7 @@ from qconvert.formats.gptq import Gptq
 from qconvert.formats.pack_quantized import PackQuantized
 from qconvert.formats.table import FORMATS, METHODS, format_named
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.plan.decided import Decided, StoredAs, assemble, keep
+from qconvert.plan.decided import Decided, StoredAs, assemble, keep, noted
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.row_blocks import packed_peak_bytes
 from qconvert.plan.source import PlannedSource, look_at
@@ -71,9 +71,19 @@ def plan_reencoding(checkpoint: Checkpoint, reencoding: Reencoding, *, shard_byt
         raise SourceError(
             f"{checkpoint.path}: not quantized, so there are no codes to move; use `qconvert quantize` instead"
         )
+    decided = decide_moves(checkpoint, source, reencoding)
+    config = noted(checkpoint.config, source)
+    return assemble(checkpoint, source, decided, config=config, decided_by=reencoding.hash, shard_bytes=shard_bytes)
+
+
+def decide_moves(checkpoint: Checkpoint, source: PlannedSource, reencoding: Reencoding) -> list[Decided]:
+    """What becomes of every tensor, without the plan around it.
+
+    Raises:
+        FormatError: the loader has no format for the codes of a matrix.
+    """
     served = _served_type(checkpoint.config)
-    decided = [_decide(name, role, source, reencoding, served) for name, role in source.census.roles.items()]
-    return assemble(checkpoint, source, decided, decided_by=reencoding.hash, shard_bytes=shard_bytes)
+    return [_decide(name, role, source, reencoding, served) for name, role in source.census.roles.items()]
 
 
 def _served_type(config: Mapping[str, Any]) -> DType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import lcm
 
-from qconvert.core.plan import Packed, dtype_bytes
+from qconvert.core.plan import Mosaic, Packed, dtype_bytes
 from qconvert.formats.base import PartSpec
 from qconvert.formats.table import format_named
 
@@ -44,6 +44,22 @@ def packed_peak_bytes(packed: Packed, multiple: int) -> int:
         for spec in format_named(packed.format).parts(packed.scheme, packed.shape)
     )
     return stored + at_once * cols * UNPACK_BYTES + SCRATCH_BYTES
+
+
+def mosaic_peak_bytes(mosaic: Mosaic, multiple: int) -> int:
+    """The same for a matrix that is laid together, and written in runs that begin at multiples of ``multiple``.
+
+    A run is there twice, as it is read and as it is laid, and what is read may begin before it.
+    """
+    cols = mosaic_width(mosaic)
+    at_once = min(mosaic.shape[0], _rows_at_once(cols, multiple))
+    before = max(rows_together(tile.reading.packed, 1) for tile in mosaic.tiles)
+    return (2 * at_once + before) * cols * UNPACK_BYTES + SCRATCH_BYTES
+
+
+def mosaic_width(mosaic: Mosaic) -> int:
+    """Columns of the widest matrix that is read or written: whole rows are read."""
+    return max(mosaic.shape[1], *(tile.width for tile in mosaic.tiles))
 
 
 def _shape_of_run(spec: PartSpec, rows: int) -> tuple[int, ...]:

@@ -135,6 +135,11 @@ CASES = (
              module=f"{TEXT}norm.weight")
         for engine in ("vllm", "transformers", "sglang")
     ),
+    *(
+        Case(rule=f"{engine}-folded", base="folded", says="2 more hold the shared expert",
+             module="config.json qconvert.folded_shared_expert")
+        for engine in ("vllm", "transformers", "sglang")
+    ),
     Case(rule="vllm-ignore", base="int4", damage=without("ignore", "visual"), says=PLAIN,
          module="model.visual.blocks.0.attn.qkv"),
     Case(rule="transformers-ignore", base="int4", damage=without("ignore", "o_proj"), says=PLAIN,
@@ -202,6 +207,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             if name == "int4 beside kept":
                 choose = routed_experts(int4(32), "pack-quantized", layers=(0, 2))
                 write_quantized(path, choose, naming="vl", group=32, stack_kept=False)
+            elif name == "folded":
+                convert(CHECKPOINT, path, BASES["fusable"], max_memory=4 << 30, fold=True)
             elif name == "tiny fusable":
                 make_tiny(root / "tiny")
                 convert(root / "tiny", path, BASES["fusable"], max_memory=4 << 30)

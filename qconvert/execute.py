@@ -1,0 +1,230 @@
+"""One step: a tensor's whole path from source bytes to written bytes, readable on one screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import DataError, PlanError
+from qconvert.core.plan import Cast, Dequantize, Formula, Keep, Mosaic, Quantize, Reading, Reencode, Slice, Step
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.encode import WEIGHT, cast, encode, move, second_scale
+from qconvert.formats.table import format_named
+from qconvert.io.piece import Piece
+from qconvert.io.sink import Sink
+from qconvert.matrix_reader import MatrixReader, SourceHash
+from qconvert.mosaic import lay_moved, lay_plain, lay_rounded
+from qconvert.numerics.finite import all_finite, largest_of
+from qconvert.plan.row_blocks import row_blocks, rows_together
+from qconvert.transform.turns import quantized_in_turns, take_turns
+
+Matrices = tuple[tuple[Reading, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What rounding one matrix cost: sums over its elements."""
+
+    squared_error: float
+    signal: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What is known of a finished step.
+
+    Attributes:
+        source_hash: hash of the source bytes that it read, by the sink's algorithm.
+        loss: of a rounded matrix, also to BF16; ``None`` for a copy.
+        scale_error: of a matrix whose codes were moved, the largest relative error of a scale.
+    """
+
+    source_hash: str
+    loss: Loss | None = None
+    scale_error: float | None = None
+
+    def note(self) -> dict[str, Any]:
+        """As plain JSON, every digit kept."""
+        note: dict[str, Any] = {"source": self.source_hash}
+        if self.loss is not None:
+            note["loss"] = [self.loss.squared_error, self.loss.signal]
+        if self.scale_error is not None:
+            note["scale_error"] = self.scale_error
+        return note
+
+    @classmethod
+    def of_note(cls, note: Mapping[str, Any]) -> Outcome:
+        """The inverse of ``note``."""
+        loss = note.get("loss")
+        return cls(
+            source_hash=note["source"],
+            loss=loss and Loss(squared_error=loss[0], signal=loss[1]),
+            scale_error=note.get("scale_error"),
+        )
+
+
+def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) -> Outcome:
+    """Carry one step out."""
+    source_hash = SourceHash(sink.algorithm, step.inputs)
+    loss: Loss | None = None
+    scale_error: float | None = None
+    match step.action:
+        case _ if step.mosaic is not None:
+            loss, scale_error, pieces = _lay(step, step.mosaic, read, sink, source_hash, device)
+        case Keep(name=name):
+            pieces = [_keep(step.inputs[0], name, read, sink, source_hash)]
+        case Dequantize(name=name):
+            loss, pieces = _cast(step.matrices, name, DType.BF16, Formula.SAME, read, sink, source_hash)
+        case Cast(name=name, dtype=dtype, formula=formula):
+            loss, pieces = _cast(step.matrices, name, dtype, formula, read, sink, source_hash)
+        case Quantize() as action:
+            loss, pieces = _quantize(step.matrices, action, read, sink, source_hash, device)
+        case Reencode() as action:
+            scale_error, pieces = _reencode(step.matrices, action, read, sink, source_hash)
+    outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss, scale_error=scale_error)
+    sink.commit(step.key, pieces, outcome.note())
+    return outcome
+
+
+def _keep(part: Slice, name: str, read: MatrixReader, sink: Sink, source_hash: SourceHash) -> Piece:
+    info = read.info(part)
+    piece = sink.piece(name)
+    for begin, end in row_blocks(part.end - part.begin, info.row_width, 1):
+        rows = read.stored(part, begin, end, source_hash)
+        if not all_finite(rows):
+            raise DataError(f"{info.shard}: {part.tensor} has NaN or infinite values")
+        piece.append(rows)
+    return piece
+
+
+def _cast(
+    matrices: Matrices,
+    name: str,
+    dtype: DType,
+    formula: Formula,
+    read: MatrixReader,
+    sink: Sink,
+    source_hash: SourceHash,
+) -> tuple[Loss, list[Piece]]:
+    piece = sink.piece(name)
+    squared_error = signal = 0.0
+    for readings in matrices:
+        for begin, end in row_blocks(*read.shape(readings[0]), rows_together(readings[0].packed, 1)):
+            rows = _rows(readings, begin, end, read, source_hash)
+            with read.naming(readings[0], name):
+                stored = cast(rows, dtype, formula)
+            piece.append(stored.parts[WEIGHT])
+            squared_error += stored.squared_error
+            signal += stored.signal
+    return Loss(squared_error=squared_error, signal=signal), [piece]
+
+
+def _quantize(
+    matrices: Matrices, action: Quantize, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+) -> tuple[Loss, list[Piece]]:
+    shape = _shape(matrices[0], read)
+    form = format_named(action.format)
+    specs = form.parts(action.scheme, shape)
+    pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
+    squared_error = signal = 0.0
+    second = second_scale(action, _largest(action, read))
+    for readings in matrices:
+        multiple = rows_together(readings[0].packed, form.row_block(action.scheme, shape))
+        for begin, end in row_blocks(*read.shape(readings[0]), multiple):
+            rows = _rows(readings, begin, end, read, source_hash).to(device)
+            with read.naming(readings[0], action.module):
+                encoded = encode(rows, action, shape, second)
+            for spec in specs:
+                if spec.rows_per_row or begin == 0:
+                    pieces[spec.suffix].append(encoded.parts[spec.suffix].cpu())
+            squared_error += encoded.squared_error
+            signal += encoded.signal
+    return Loss(squared_error=squared_error, signal=signal), list(pieces.values())
+
+
+def _reencode(
+    matrices: Matrices, action: Reencode, read: MatrixReader, sink: Sink, source_hash: SourceHash
+) -> tuple[float, list[Piece]]:
+    shape = _shape(matrices[0], read)
+    form = format_named(action.format)
+    specs = form.parts(action.scheme, shape)
+    pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
+    scale_error = 0.0
+    for readings in matrices:
+        packed = readings[0].packed
+        same = packed is not None and (packed.format, packed.scheme) == (action.format, action.scheme)
+        multiple = rows_together(packed, form.row_block(action.scheme, shape))
+        for begin, end in row_blocks(*read.shape(readings[0]), multiple):
+            quantized, stored = _codes(readings, begin, end, read, source_hash)
+            with read.naming(readings[0], action.module):
+                moved = move(quantized, action, shape, stored if same else None)
+            for spec in specs:
+                if spec.rows_per_row or begin == 0:
+                    pieces[spec.suffix].append(moved.parts[spec.suffix])
+            scale_error = max(scale_error, moved.scale_error)
+    return scale_error, list(pieces.values())
+
+
+def _shape(readings: tuple[Reading, ...], read: MatrixReader) -> tuple[int, int]:
+    """Of the matrix that they are written as."""
+    rows, cols = read.shape(readings[0])
+    return rows * len(readings), cols
+
+
+def _rows(readings: tuple[Reading, ...], begin: int, end: int, read: MatrixReader, source_hash: SourceHash) -> Tensor:
+    """Rows of one matrix, or of two in turns."""
+    first = read.rows(readings[0], begin, end, source_hash)
+    if len(readings) == 1:
+        return first
+    return take_turns(first, read.rows(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs)))
+
+
+def _codes(
+    readings: tuple[Reading, ...], begin: int, end: int, read: MatrixReader, source_hash: SourceHash
+) -> tuple[QuantizedTensor, dict[str, Tensor]]:
+    """The same of quantized matrices, and what is stored of the first one."""
+    stored = read.parts(readings[0], begin, end, source_hash)
+    first = read.unpacked(readings[0], begin, end, stored)
+    if len(readings) == 1:
+        return first, stored
+    other = read.parts(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs))
+    with read.naming(readings[0], readings[1].inputs[0].tensor):
+        return quantized_in_turns(first, read.unpacked(readings[1], begin, end, other)), {}
+
+
+def _lay(
+    step: Step, mosaic: Mosaic, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+) -> tuple[Loss | None, float | None, list[Piece]]:
+    match step.action:
+        case Quantize() as action:
+            second = second_scale(action, _largest(action, read))
+            laid = lay_rounded(action, mosaic, read, sink, source_hash, device, second)
+        case Reencode() as action:
+            laid = lay_moved(action, mosaic, read, sink, source_hash)
+            return None, laid.scale_error, laid.pieces
+        case Cast() as action:
+            raise PlanError(f"{action.name} is to be laid together in {action.dtype}, which no plan asks for")
+        case action:
+            laid = lay_plain(action, mosaic, read, sink, source_hash)
+            if isinstance(action, Keep):
+                return None, None, laid.pieces
+    return Loss(squared_error=laid.squared_error, signal=laid.signal), None, laid.pieces
+
+
+def _largest(action: Quantize, read: MatrixReader) -> float:
+    """The largest value of all matrices that share a second scale: each of them reads them all once more for it."""
+    largest = 0.0
+    for reading in action.scale_over:
+        for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
+            found = largest_of(read.rows(reading, begin, end, None))
+            if not math.isfinite(found):
+                part = reading.inputs[0]
+                raise DataError(f"{read.info(part).shard}: {part.tensor} has NaN or infinite values")
+            largest = max(largest, found)
+    return largest

@@ -1,0 +1,194 @@
+"""Steps that lay a matrix together from rectangles of others, some rows at a time: how a shared expert is folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from qconvert.core.dtypes import DType
+from qconvert.core.errors import DataError
+from qconvert.core.plan import Dequantize, Keep, Mosaic, Quantize, Reencode, Tile
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.scheme import Block, PerTensor, Scheme
+from qconvert.encode import WEIGHT, cast, move, round_rows
+from qconvert.formats.table import format_named
+from qconvert.io.piece import Piece
+from qconvert.io.sink import Sink
+from qconvert.matrix_reader import MatrixReader, SourceHash
+from qconvert.numerics.finite import all_finite
+from qconvert.plan.row_blocks import mosaic_width, row_blocks, rows_together
+from qconvert.transform.rectangles import cut, lay, lay_quantized
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Laid:
+    """What a step wrote, and what it cost.
+
+    Attributes:
+        squared_error: of rounding what was laid; 0 where nothing was rounded, like ``signal``.
+        scale_error: the largest relative error of a scale that was moved.
+    """
+
+    pieces: list[Piece]
+    squared_error: float = 0.0
+    signal: float = 0.0
+    scale_error: float = 0.0
+
+
+def lay_plain(action: Keep | Dequantize, mosaic: Mosaic, read: MatrixReader, sink: Sink, into: SourceHash) -> Laid:
+    """Lay plain rows together as they are, or dequantized ones, which become BF16.
+
+    Raises:
+        DataError: NaN or infinite values.
+    """
+    piece = sink.piece(action.name)
+    squared_error = signal = 0.0
+    for begin, end in row_blocks(mosaic.shape[0], mosaic_width(mosaic), 1):
+        rows = _plain_rows(mosaic, read, begin, end, into)
+        with read.naming(mosaic.tiles[0].reading, action.name):
+            if isinstance(action, Dequantize):
+                stored = cast(rows, DType.BF16)
+                rows = stored.parts[WEIGHT]
+                squared_error += stored.squared_error
+                signal += stored.signal
+            elif not all_finite(rows):
+                raise DataError("has NaN or infinite values")
+        piece.append(rows)
+    return Laid(pieces=[piece], squared_error=squared_error, signal=signal)
+
+
+def _plain_rows(mosaic: Mosaic, read: MatrixReader, begin: int, end: int, into: SourceHash) -> Tensor:
+    shape = (end - begin, mosaic.shape[1])
+    found = list(mosaic.within(begin, end))
+
+    def parts() -> Iterator[tuple[Tensor, int, int]]:
+        for tile, first, last in found:
+            a, b = _run(tile, first, last, read)
+            rows = read.rows(tile.reading, a, b, into)[first - a : last - a, slice(*tile.cols)]
+            yield rows, *_place(tile, first, begin)
+
+    source = mosaic.tiles[0].reading
+    dtype = torch.float32 if source.packed is not None else read.info(source.inputs[0]).dtype.torch_dtype
+    if len(found) == 1:  # most of a stack of experts: as it is read
+        ((rows, row, col),) = parts()
+        return rows if tuple(rows.shape) == shape else lay([(rows, row, col)], shape, dtype)
+    return lay(parts(), shape, dtype)
+
+
+def lay_rounded(
+    action: Quantize,
+    mosaic: Mosaic,
+    read: MatrixReader,
+    sink: Sink,
+    into: SourceHash,
+    device: torch.device,
+    second: float,
+) -> Laid:
+    """Round whole rows, then cut their codes: they are those of the matrix that is not cut.
+
+    ``second`` is what ``second_scale`` gives.
+
+    Raises:
+        DataError: NaN or infinite values.
+    """
+    squared_error = signal = 0.0
+
+    def rounded(tile: Tile, first: int, last: int) -> QuantizedTensor:
+        nonlocal squared_error, signal
+        a, b = _run(tile, first, last, read, _rows_of_a_block(action.scheme, read.shape(tile.reading)[0]))
+        rows = read.rows(tile.reading, a, b, into).to(device)
+        with read.naming(tile.reading, action.module):
+            whole = round_rows(rows, action, second).quantized
+        part = cut(whole, (first - a, last - a), tile.cols)
+        wanted = rows[first - a : last - a, slice(*tile.cols)].to(torch.float32)
+        squared_error += float((part.dequantize() - wanted).square().sum())
+        signal += float(wanted.square().sum())
+        return _on_cpu(part)
+
+    laid = _lay_codes(action, action.scheme, mosaic, sink, rounded)
+    return replace(laid, squared_error=squared_error, signal=signal)
+
+
+def lay_moved(action: Reencode, mosaic: Mosaic, read: MatrixReader, sink: Sink, into: SourceHash) -> Laid:
+    """Lay the codes of quantized matrices together.
+
+    Raises:
+        DataError: codes that are NaN, parts that contradict each other, or scales that cannot be held exactly.
+    """
+
+    def stored(tile: Tile, first: int, last: int) -> QuantizedTensor:
+        a, b = _run(tile, first, last, read)
+        whole = read.unpacked(tile.reading, a, b, read.parts(tile.reading, a, b, into))
+        return cut(whole, (first - a, last - a), tile.cols)
+
+    packed = mosaic.tiles[0].reading.packed
+    with read.naming(mosaic.tiles[0].reading, action.module):
+        return _lay_codes(action, action.scheme if packed is None else packed.scheme, mosaic, sink, stored)
+
+
+def _lay_codes(
+    action: Quantize | Reencode,
+    scheme: Scheme,
+    mosaic: Mosaic,
+    sink: Sink,
+    part_of: Callable[[Tile, int, int], QuantizedTensor],
+) -> Laid:
+    """Write a mosaic of codes in ``scheme``; ``part_of`` gives some rows of a tile."""
+    form = format_named(action.format)
+    specs = form.parts(action.scheme, mosaic.shape)
+    pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
+    second_scale: Tensor | None = None
+    scale_error = 0.0
+    rows, cols = mosaic.shape
+    for begin, end in row_blocks(rows, mosaic_width(mosaic), form.row_block(action.scheme, mosaic.shape)):
+        parts = (
+            (part_of(tile, first, last), *_place(tile, first, begin)) for tile, first, last in mosaic.within(begin, end)
+        )
+        laid = lay_quantized(parts, (end - begin, cols), scheme, second_scale)
+        second_scale = laid.second_scale
+        if isinstance(action, Reencode):
+            moved = move(laid, action, mosaic.shape)
+            stored, scale_error = moved.parts, max(scale_error, moved.scale_error)
+        else:
+            stored = form.pack(laid, shape=mosaic.shape)
+        for spec in specs:
+            if spec.rows_per_row or begin == 0:
+                pieces[spec.suffix].append(stored[spec.suffix])
+    return Laid(pieces=list(pieces.values()), scale_error=scale_error)
+
+
+def _place(tile: Tile, first: int, begin: int) -> tuple[int, int]:
+    """Where row ``first`` of a tile's source stands in a run that begins with row ``begin``."""
+    return tile.at[0] + first - tile.rows[0] - begin, tile.at[1]
+
+
+def _run(tile: Tile, first: int, last: int, read: MatrixReader, multiple: int = 1) -> tuple[int, int]:
+    """The rows to read so that ``first`` to ``last`` are among them, and they begin and end where the source allows."""
+    rows, _ = read.shape(tile.reading)
+    step = lcm(multiple, rows_together(tile.reading.packed, 1))
+    return first - first % step, min(last + -last % step, rows)
+
+
+def _rows_of_a_block(scheme: Scheme, rows: int) -> int:
+    """Rows that influence each other when they are rounded."""
+    match scheme.blocking:
+        case Block(rows=height):
+            return height
+        case PerTensor():
+            return rows
+    return 1
+
+
+def _on_cpu(matrix: QuantizedTensor) -> QuantizedTensor:
+    zero_point, second_scale = matrix.zero_point, matrix.second_scale
+    return replace(
+        matrix,
+        codes=matrix.codes.cpu(),
+        scale=matrix.scale.cpu(),
+        zero_point=None if zero_point is None else zero_point.cpu(),
+        second_scale=None if second_scale is None else second_scale.cpu(),
+    )
