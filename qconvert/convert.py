@@ -41,6 +41,8 @@ class Task:
         policy: the rules that decided, as ``Policy.entries`` gives them.
         reencoding: what decided where codes are only moved.
         folding: what becomes of the shared expert; ``None`` where it is stored as in the source.
+        package: what was asked of an ONNX package; ``None`` for a checkpoint.
+        notes: what people should know of it, one sentence each.
         accept: sees the output before it appears, and keeps it from appearing by raising.
     """
 
@@ -50,6 +52,8 @@ class Task:
     policy: Sequence[Mapping[str, Any]] = ()
     reencoding: Mapping[str, Any] | None = None
     folding: Folding | None = None
+    package: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +319,7 @@ def carry_out(
                     policy=task.policy,
                     reencoding=task.reencoding,
                     folding=task.folding,
+                    package=task.package,
                     algorithm=algorithm,
                     config_hash=checkpoint.config_hash,
                     device=device.type,

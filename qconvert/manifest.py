@@ -21,6 +21,7 @@ SOURCE_QUANTIZATION = "source_quantization"
 REENCODING = "reencoding"
 SCALE_ERROR = "scale_error"
 SHARED_EXPERT = "shared_expert"
+PACKAGE = "package"
 
 
 def summary(
@@ -30,6 +31,7 @@ def summary(
     policy: Sequence[Mapping[str, Any]],
     reencoding: Mapping[str, Any] | None = None,
     folding: Folding | None = None,
+    package: Mapping[str, Any] | None = None,
     algorithm: str,
     config_hash: str,
     device: str,
@@ -42,6 +44,7 @@ def summary(
         policy: the rules that decided, as ``Policy.entries`` gives them; none where codes are only moved.
         reencoding: what decided there.
         folding: what became of the shared expert; ``None`` where it is stored as in the source.
+        package: what was asked of an ONNX package; ``None`` for a checkpoint.
         algorithm: of the hashes of tensors and files.
         config_hash: xxh3-128 of the source's ``config.json``.
         device: type of the device that rounded.
@@ -54,6 +57,8 @@ def summary(
         moved[SCALE_ERROR] = scale_error
     if folding is not None:
         moved[SHARED_EXPERT] = folding.value
+    if package is not None:
+        moved[PACKAGE] = dict(package)
     return {
         "qconvert": __version__,
         "hash": algorithm,

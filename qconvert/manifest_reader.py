@@ -18,6 +18,7 @@ from qconvert.io.strict_json import parse_object
 from qconvert.manifest import (
     END_LINE,
     MANIFEST_FILE,
+    PACKAGE,
     REENCODING,
     SCALE_ERROR,
     SHARED_EXPERT,
@@ -74,6 +75,7 @@ class Manifest:
         reencoding: how codes were moved, ``format`` and ``allow_scale_rounding``; ``None`` where matrices were rounded.
         scale_error: the largest relative error of a scale by role path, where codes were moved.
         folding: what became of the shared expert; ``None`` where it is stored as in the source.
+        package: what was asked of an ONNX package; ``None`` for a checkpoint.
         files: every file of the folder but the manifest.
         tensors: every output tensor.
     """
@@ -90,6 +92,7 @@ class Manifest:
     reencoding: Mapping[str, Any] | None
     scale_error: Mapping[str, float] | None
     folding: Folding | None
+    package: Mapping[str, Any] | None
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, Entry]
 
@@ -153,6 +156,7 @@ class _Reader:
             reencoding=self._reencoding(head),
             scale_error=self._block(head, SCALE_ERROR),
             folding=self._folding(head),
+            package=self._block(head, PACKAGE),
             files=self._files(head, digits),
             tensors=tensors,
         )

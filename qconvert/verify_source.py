@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from qconvert import __version__
-from qconvert.core.errors import SourceError, UsageError
 from qconvert.core.fault import Fault
-from qconvert.core.plan import Folding, Keep, Plan, Step
+from qconvert.core.plan import Keep, Plan, Step
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.execute import Outcome
 from qconvert.io.checkpoint import Checkpoint
@@ -29,10 +28,7 @@ from qconvert.manifest import (
     sqnr_by_role,
 )
 from qconvert.manifest_reader import Manifest
-from qconvert.plan.builder import build_plan
-from qconvert.plan.policy import Policy
-from qconvert.plan.reencoding import Reencoding, plan_reencoding
-from qconvert.plan.refolding import plan_folding
+from qconvert.repeat import Repeated, repeated
 from qconvert.run import Progress, check_memory, run
 
 _SAME_DB = 0.01
@@ -66,12 +62,13 @@ def compare_with_source(
         SourceError: ``source`` is no checkpoint that can be converted, or the manifest's policy cannot be repeated.
         PlanError, FormatError, DataError: ``source`` cannot be converted as the manifest says.
     """
-    decider = _decider(out, manifest)
+    again = repeated(out, manifest)
     with Checkpoint.open(source) as checkpoint:
-        plan = _plan(checkpoint, decider, manifest)
+        repeat = again(checkpoint)
+        plan = repeat.plan
         planned = {info.name: info for info in plan.layout.tensors}
         faults = [
-            *_of_files(checkpoint, plan, manifest),
+            *_of_files(checkpoint, repeat, manifest),
             *_of_tensors(plan, planned, manifest),
         ]
         sink = ComparingSink(planned, stored, out, manifest.algorithm)
@@ -85,9 +82,9 @@ def compare_with_source(
 
 def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int) -> None:
     """Find out what ``compare_with_source`` would refuse before anybody waits for ``out`` to be read; see there."""
-    decider = _decider(out, manifest)
+    again = repeated(out, manifest)
     with Checkpoint.open(source) as checkpoint:
-        check_memory(_plan(checkpoint, decider, manifest), memory)
+        check_memory(again(checkpoint).plan, memory)
 
 
 def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[str]:
@@ -98,30 +95,8 @@ def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[
         yield f"rounded on {manifest.device}, compared on {device.type}: devices may round ties differently"
 
 
-def _plan(checkpoint: Checkpoint, decider: Policy | Reencoding | Folding, manifest: Manifest) -> Plan:
-    match decider:
-        case Reencoding():
-            return plan_reencoding(checkpoint, decider)
-        case Folding():
-            return plan_folding(checkpoint, decider)
-    from_quantized, fold = manifest.source_quantization is not None, manifest.folding is Folding.FOLDED
-    return build_plan(checkpoint, decider, from_quantized=from_quantized, fold=fold)
-
-
-def _decider(out: Path, manifest: Manifest) -> Policy | Reencoding | Folding:
-    """What decided the conversion."""
-    if manifest.folding is not None and not manifest.policy:
-        return manifest.folding
-    try:
-        if manifest.reencoding is not None:
-            method, rounding = (manifest.reencoding[key] for key in ("format", "allow_scale_rounding"))
-            return Reencoding(method=method, allow_scale_rounding=rounding)
-        return Policy.of_entries(manifest.policy, "policy")
-    except UsageError as error:
-        raise SourceError(f"{out / MANIFEST_FILE}: {error}; the conversion cannot be repeated from it") from None
-
-
-def _of_files(checkpoint: Checkpoint, plan: Plan, manifest: Manifest) -> Iterator[Fault]:
+def _of_files(checkpoint: Checkpoint, repeat: Repeated, manifest: Manifest) -> Iterator[Fault]:
+    plan = repeat.plan
     if checkpoint.config_hash != manifest.config_hash:
         yield Fault(
             file=CONFIG_FILE, what=f"the source's has the hash {checkpoint.config_hash}, not {manifest.config_hash}"
@@ -142,12 +117,14 @@ def _of_files(checkpoint: Checkpoint, plan: Plan, manifest: Manifest) -> Iterato
     for found in manifest.decisions:
         if found not in decisions:
             yield Fault(file=MANIFEST_FILE, what=f"lists {dict(found)}, which the policy does not decide")
-    written = new_hash(manifest.algorithm)
-    written.update(memoryview(plan.config_bytes))
-    if CONFIG_FILE in manifest.files and manifest.files[CONFIG_FILE].digest != written.hexdigest():
-        yield Fault(file=CONFIG_FILE, what="is not what the conversion writes")
+    made = {**repeat.beside, CONFIG_FILE: plan.config_bytes}
+    for name, content in made.items():
+        written = new_hash(manifest.algorithm)
+        written.update(memoryview(content))
+        if name in manifest.files and manifest.files[name].digest != written.hexdigest():
+            yield Fault(file=name, what="is not what the conversion writes")
     beside = {name for name in manifest.files if not name.endswith(WEIGHTS_SUFFIX)} - {INDEX_FILE}
-    for name in sorted(beside ^ {CONFIG_FILE, *plan.side_files}):
+    for name in sorted(beside ^ {*made, *plan.side_files}):
         yield Fault(file=name, what=f"is in {'the output' if name in beside else 'the source'} only")
     for name in sorted(beside.intersection(plan.side_files)):
         if record_file(checkpoint.path / name, manifest.algorithm) != manifest.files[name]:

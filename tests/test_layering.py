@@ -56,9 +56,13 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.manifest", "qconvert.manifest_reader",
         "qconvert.convert", "qconvert.device", "qconvert.verify_source",
     },
+    "qconvert.repeat": {
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.manifest", "qconvert.manifest_reader",
+        "qconvert.onnx_export",
+    },
     "qconvert.verify_source": {
-        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.execute", "qconvert.manifest",
-        "qconvert.manifest_reader",
+        "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.execute", "qconvert.manifest",
+        "qconvert.manifest_reader", "qconvert.repeat",
     },
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",

@@ -119,18 +119,18 @@ def export_onnx(
             dequantize=dequantize,
             accuracy_level=accuracy_level,
             ort_version=version_named(ort_version),
+            shard_bytes=parse_size(max_shard_size),
         )
-        limit, shard_bytes, hashes = parse_size(max_memory), parse_size(max_shard_size), parse_hash(algorithm)
+        limit, hashes = parse_size(max_memory), parse_hash(algorithm)
         folder = resolve(source)
         if dry_run:
-            planned = plan_export(folder, options, max_memory=limit, shard_bytes=shard_bytes)
-            preview(planned.plan, out, json=json)
+            preview(plan_export(folder, options, max_memory=limit), out, json=json)
             return 0
         notes: list[str] = []
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:
             done = export_onnx(
-                folder, out, options, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
+                folder, out, options, jobs=jobs, max_memory=limit, fresh=fresh,
                 algorithm=hashes, progress=lambda now, total: advance("writing", now, total), say=notes.append,
             )  # fmt: skip
         _report(done, folder, notes, time.perf_counter() - start, json=json)

@@ -12,17 +12,16 @@ import onnx_ir as ir
 from qconvert.arch.families import read_config
 from qconvert.convert import Conversion, Task, carry_out, working_memory
 from qconvert.core.errors import OutputError
-from qconvert.core.plan import Layout
+from qconvert.core.plan import Layout, Plan
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import BACKGROUND_BYTES
 from qconvert.onnx_export.genai_config import GENAI_CONFIG, genai_config
 from qconvert.onnx_export.operators import refuse_newer
-from qconvert.onnx_export.plan import PackageOptions, PackagePlan, plan_package
+from qconvert.onnx_export.plan import PackageOptions, plan_package
 from qconvert.onnx_export.states import MODEL_FILE
 from qconvert.onnx_export.text_graph import text_graph
 from qconvert.onnx_export.weight import Weights
-from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.run import Progress, check_memory
 
 
@@ -33,7 +32,6 @@ def export_onnx(
     *,
     jobs: int = 2,
     max_memory: int | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
     fresh: bool = False,
     algorithm: str = XXH3,
     progress: Progress = lambda done, total: None,
@@ -50,7 +48,6 @@ def export_onnx(
         options: what is asked of the package.
         jobs: steps that run at once.
         max_memory: bytes that the whole process may hold.
-        shard_bytes: largest weight file.
         fresh: start over instead of going on from what an earlier run left.
         algorithm: hash of the tensors in the manifest.
         progress: called with source bytes done and in all.
@@ -62,40 +59,51 @@ def export_onnx(
     """
 
     def decide(checkpoint: Checkpoint) -> Task:
-        planned = plan_package(checkpoint, options, shard_bytes=shard_bytes)
-        for sentence in planned.left_out:
-            say(sentence)
-        config = read_config(checkpoint.config, checkpoint.path)
-        model = text_graph(config.text, Weights(of=planned.weights), accuracy_level=options.accuracy_level)
-        refuse_newer(model.graph, options.ort_version)
-        point_to(model, planned.plan.layout)
-        return Task(
-            plan=planned.plan,
-            beside={
-                MODEL_FILE: ir.to_proto(model).SerializeToString(deterministic=True),
-                GENAI_CONFIG: _json(genai_config(config.text, checkpoint.path)),
-            },
-            policy=() if options.policy is None else options.policy.entries(),
-            accept=refuse_invalid,
-        )
+        task = package_task(checkpoint, options)
+        for note in task.notes:
+            say(note)
+        return task
 
     return carry_out(
         source, out, decide, jobs=jobs, max_memory=max_memory, fresh=fresh, algorithm=algorithm, progress=progress
     )
 
 
-def plan_export(
-    source: Path, options: PackageOptions, *, max_memory: int | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> PackagePlan:
+def plan_export(source: Path, options: PackageOptions, *, max_memory: int | None = None) -> Plan:
     """Decide every weight of the package of ``source``; reads headers only.
 
     Raises:
-        SourceError, PlanError, FormatError: see ``plan_package``.
+        SourceError, PlanError, FormatError: see ``package_task``.
     """
     with Checkpoint.open(source) as checkpoint:
-        planned = plan_package(checkpoint, options, shard_bytes=shard_bytes)
-    check_memory(planned.plan, working_memory(max_memory, BACKGROUND_BYTES))
-    return planned
+        plan = package_task(checkpoint, options).plan
+    check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
+    return plan
+
+
+def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
+    """The weights of a package, decided, and the files beside them; reads headers only.
+
+    Raises:
+        SourceError, FormatError: see ``plan_package``.
+        PlanError: also where the oldest ONNX Runtime that shall run it lacks an operator.
+    """
+    planned = plan_package(checkpoint, options)
+    config = read_config(checkpoint.config, checkpoint.path)
+    model = text_graph(config.text, Weights(of=planned.weights), accuracy_level=options.accuracy_level)
+    refuse_newer(model.graph, options.ort_version)
+    point_to(model, planned.plan.layout)
+    return Task(
+        plan=planned.plan,
+        beside={
+            MODEL_FILE: ir.to_proto(model).SerializeToString(deterministic=True),
+            GENAI_CONFIG: _json(genai_config(config.text, checkpoint.path)),
+        },
+        policy=() if options.policy is None else options.policy.entries(),
+        package=options.entry,
+        notes=planned.left_out,
+        accept=refuse_invalid,
+    )
 
 
 def point_to(model: ir.Model, layout: Layout) -> None:

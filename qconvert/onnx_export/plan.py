@@ -11,14 +11,14 @@ import xxhash
 from qconvert.arch.names import Naming, module_of, name_of
 from qconvert.arch.shapes import STACKED, expected_roles, is_linear_weight
 from qconvert.core.dtypes import DType
-from qconvert.core.errors import FormatError, PlanError
+from qconvert.core.errors import FormatError, PlanError, UsageError
 from qconvert.core.plan import Cast, Formula, Plan, Quantize, Reading, Reencode, Slice, Step
 from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
 from qconvert.core.scheme import Channel, Group, Int, Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.matmul_nbits import MatMulNBits
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.onnx_export.operators import DEFAULT, Version
+from qconvert.onnx_export.operators import DEFAULT, Version, version_named
 from qconvert.onnx_export.weight import Weight
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy
@@ -52,12 +52,37 @@ class PackageOptions:
         dequantize: store what no operator reads as codes in float32, instead of refusing it.
         accuracy_level: of products with integer codes, 0 for float32 activations, 4 for 8-bit ones.
         ort_version: the oldest ONNX Runtime that shall run it; what that lacks is refused.
+        shard_bytes: largest weight file.
     """
 
     policy: Policy | None = None
     dequantize: bool = False
     accuracy_level: int = 4
     ort_version: Version = DEFAULT
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says of it, besides the policy."""
+        major, minor = self.ort_version
+        return {
+            "dequantize": self.dequantize,
+            "accuracy_level": self.accuracy_level,
+            "ort_version": f"{major}.{minor}",
+            "shard_bytes": self.shard_bytes,
+        }
+
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any], policy: Policy | None) -> PackageOptions:
+        """The inverse of ``entry``.
+
+        Raises:
+            UsageError: it is malformed.
+        """
+        expected = {name: type(value) for name, value in cls().entry.items()}
+        if {name: type(value) for name, value in entry.items()} != expected:
+            raise UsageError(f"package is {dict(entry)}, expected {', '.join(expected)}")
+        return cls(policy=policy, **{**entry, "ort_version": version_named(entry["ort_version"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +121,7 @@ class _Decided:
     outputs: tuple[OutputTensor, ...]
 
 
-def plan_package(
-    checkpoint: Checkpoint, options: PackageOptions, *, shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> PackagePlan:
+def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan:
     """Decide every weight of the decoder of ``checkpoint``, quantized or not; reads headers only.
 
     Raises:
@@ -110,7 +133,7 @@ def plan_package(
     decided = [_decide(role, group, options) for role, group in _grouped(source)]
     plan = Plan(
         steps=tuple(one.step for one in decided),
-        layout=lay_out((one.outputs for one in decided), shard_bytes),
+        layout=lay_out((one.outputs for one in decided), options.shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=_hash(options),
         config=_config(checkpoint.config),
@@ -127,7 +150,7 @@ def plan_package(
 
 def _hash(options: PackageOptions) -> str:
     rules = None if options.policy is None else options.policy.hash
-    return xxhash.xxh3_128_hexdigest(repr((rules, options.dequantize, options.accuracy_level)).encode())
+    return xxhash.xxh3_128_hexdigest(repr((rules, sorted(options.entry.items()))).encode())
 
 
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,3 +73,23 @@ def test_a_folder_that_is_no_package_is_named(tmp_path: Path) -> None:
     done = run("run", tmp_path / "source", "text")
     assert done.exit_code == 3
     assert "model.onnx" in done.output
+
+
+@pytest.mark.parametrize("options", [(), ("--scheme", "int8"), ("--scheme", "int4", "--group", "32", "--asymmetric")])
+def test_a_package_is_shown_to_come_from_its_source(tmp_path: Path, options: tuple[str, ...]) -> None:
+    make_tiny(tmp_path / "source")
+    done = run("export-onnx", tmp_path / "source", tmp_path / "out", *options, "--max-shard-size", "200KB")
+    assert done.exit_code == 0, done.output
+    assert run("verify", tmp_path / "out", "--deep", tmp_path / "source").exit_code == 0
+    make_tiny(tmp_path / "other", seed=1)
+    assert run("verify", tmp_path / "out", "--deep", tmp_path / "other").exit_code == 1
+
+
+def test_a_graph_that_was_changed_is_found(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "source")
+    run("export-onnx", tmp_path / "source", tmp_path / "out")
+    model = tmp_path / "out" / "model.onnx"
+    model.write_bytes(model.read_bytes().replace(b"silu", b"none"))
+    done = run("verify", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "model.onnx" in done.output
