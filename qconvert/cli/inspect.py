@@ -13,12 +13,14 @@ from qconvert.arch.census import Census, check
 from qconvert.arch.families import describe, quant_method, read_config
 from qconvert.arch.shapes import STACKED
 from qconvert.cli import console
+from qconvert.cli.inspect_package import inspect_package
 from qconvert.cli.options import Json
 from qconvert.convert import plan_conversion
 from qconvert.core.errors import FormatError, PlanError, SourceError
 from qconvert.core.role import Section
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hub import resolve
+from qconvert.io.source_folder import is_package
 from qconvert.plan.policy import default_policy, scheme_named
 from qconvert.quantized_view import Stored, view
 from qconvert.transform.experts import unstack
@@ -51,6 +53,8 @@ def inspect(
 
     def call() -> int:
         folder = resolve(source)
+        if is_package(folder):
+            return inspect_package(folder, json=json)
         with Checkpoint.open(folder) as checkpoint:
             config = read_config(checkpoint.config, folder)
             if quant_method(checkpoint.config) is not None:

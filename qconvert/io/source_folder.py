@@ -12,6 +12,11 @@ from qconvert.io.strict_json import parse_object
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+
+MODEL_FILE = "model.onnx"
+GENAI_CONFIG = "genai_config.json"
+PACKAGE_FILES = (MODEL_FILE, GENAI_CONFIG)
+"""What an ONNX package has beside its weights."""
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_SUFFIX = ".safetensors"
 
@@ -61,6 +66,11 @@ class Folder:
     left_out: dict[str, str]
 
 
+def is_package(path: Path) -> bool:
+    """Whether a folder holds an ONNX package, whose weights are those of a graph."""
+    return all((path / name).is_file() for name in PACKAGE_FILES)
+
+
 def survey(path: Path) -> Folder:
     """Sort out the folder ``path``.
 
@@ -71,6 +81,11 @@ def survey(path: Path) -> Folder:
             several files without an index, or an index beside an unsplit file that it does not name.
     """
     names = _list(path)
+    if is_package(path):
+        raise SourceError(
+            f"{path} is an ONNX package, not a checkpoint: `qconvert inspect`, `verify` and `run` take it; "
+            "for anything else give the checkpoint that it was made from"
+        )
     weight_map = _weight_map(path) if INDEX_FILE in names else None
     shards = tuple(sorted(set(weight_map.values()))) if weight_map is not None else (_single(path, names),)
     if weight_map is not None and SINGLE_FILE in names and SINGLE_FILE not in shards:

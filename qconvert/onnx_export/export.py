@@ -16,10 +16,10 @@ from qconvert.core.plan import Layout, Plan
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import BACKGROUND_BYTES
-from qconvert.onnx_export.genai_config import GENAI_CONFIG, genai_config
+from qconvert.io.source_folder import GENAI_CONFIG, MODEL_FILE
+from qconvert.onnx_export.genai_config import genai_config
 from qconvert.onnx_export.operators import refuse_newer
 from qconvert.onnx_export.plan import PackageOptions, plan_package
-from qconvert.onnx_export.states import MODEL_FILE
 from qconvert.onnx_export.text_graph import text_graph
 from qconvert.onnx_export.weight import Weights
 from qconvert.run import Progress, check_memory

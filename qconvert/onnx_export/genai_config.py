@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qconvert.io.source_folder import read_whole
+from qconvert.io.source_folder import MODEL_FILE, read_whole
 from qconvert.io.strict_json import parse_object
 from reference_model.config import TextConfig
 
-GENAI_CONFIG = "genai_config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -29,7 +28,7 @@ def genai_config(config: TextConfig, source: Path) -> dict[str, Any]:
             "context_length": config.max_position_embeddings,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": "model.onnx",
+                "filename": MODEL_FILE,
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
                 "inputs": {

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qconvert.core.errors import SourceError
+from qconvert.io.source_folder import MODEL_FILE
 from qconvert.onnx_export.operators import newer_than, version_named
-from qconvert.onnx_export.states import MODEL_FILE, State, layer_states
+from qconvert.onnx_export.states import State, layer_states
 from reference_model.config import ModelConfig
 from reference_model.config_fields import ConfigError
 

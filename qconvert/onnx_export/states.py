@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from reference_model.config import TextConfig
 
-MODEL_FILE = "model.onnx"
-"""The decoder of a package."""
-
 GROWS = "tokens"
 """Stands for the dimension of a state that counts tokens."""
 

@@ -40,6 +40,23 @@ def test_a_package_is_checked_against_its_manifest(package: Path) -> None:
     assert run("verify", package).exit_code == 0
 
 
+def test_inspect_shows_operators_and_weights(package: Path) -> None:
+    document = json.loads(run("inspect", package, "--json").stdout)
+    counts = {one["operator"]: one["count"] for one in document["operators"]}
+    assert (counts["QMoE"], counts["LinearAttention"], counts["Attention"]) == (4, 3, 1)
+    weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))
+    assert 0 < weights - document["bytes"] < 100_000  # headers
+    shown = run("inspect", package).stdout
+    assert "LinearAttention" in shown and "int4-g32-sym" in shown
+
+
+@pytest.mark.parametrize("command", [("quantize",), ("export-onnx",), ("parity", "--weights-only")])
+def test_a_package_is_no_checkpoint(package: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = run(command[0], package, tmp_path / "out", *command[1:])
+    assert done.exit_code == 3
+    assert "is an ONNX package" in done.output
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     make_tiny(tmp_path / "source")
     asked = ("export-onnx", tmp_path / "source", tmp_path / "out", "--scheme", "int4", "--group", "32", "--dry-run")

@@ -12,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from qconvert.core.errors import PlanError, SourceError, UsageError
 from qconvert.core.scheme import int4
+from qconvert.io.source_folder import MODEL_FILE
 from qconvert.onnx_export import runtime
 from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.graph_writer import MICROSOFT
@@ -24,7 +25,6 @@ from qconvert.onnx_export.operators import (
     version_named,
 )
 from qconvert.onnx_export.runtime import Package
-from qconvert.onnx_export.states import MODEL_FILE
 from qconvert.plan.policy import default_policy
 from tests.checkpoints import make_tiny
 from tests.onnx_export.packages import EXACT
