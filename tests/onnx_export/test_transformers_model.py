@@ -1,0 +1,49 @@
+"""transformers' ``generate`` over a package gives what it gives over the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qconvert.cli.demo import CHECKPOINT
+from qconvert.onnx_export.export import export_onnx
+from qconvert.onnx_export.transformers_model import PackageForCausalLM
+from tests.onnx_export.packages import EXACT
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> PackageForCausalLM:
+    folder = tmp_path_factory.mktemp("package") / "demo"
+    export_onnx(CHECKPOINT, folder, EXACT)
+    return PackageForCausalLM.from_pretrained(folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+
+
+def test_greedy_and_sampled_continuations_of_a_padded_batch_are_transformers_own(
+    package: PackageForCausalLM, model: torch.nn.Module
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, padding_side="left")
+    batch = tokenizer(["The river", "In the beginning was the Word, and", "1 +"], return_tensors="pt", padding=True)
+    for options in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}):
+        answers = []
+        for one in (package, model):
+            torch.manual_seed(3)
+            answers.append(one.generate(**batch, max_new_tokens=16, min_new_tokens=16, **options))
+        assert torch.equal(*answers)
+        assert answers[0].shape[1] == batch["input_ids"].shape[1] + 16
+
+
+def test_a_prompt_longer_than_one_piece_is_gone_on_from(package: PackageForCausalLM, model: torch.nn.Module) -> None:
+    ids = torch.randint(0, 2000, (1, 700), generator=torch.Generator().manual_seed(1))
+    options = {"do_sample": False, "max_new_tokens": 5}
+    assert torch.equal(package.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_what_would_cut_the_cache_back_is_refused(package: PackageForCausalLM) -> None:
+    with pytest.raises(ValueError, match="stateful"):
+        package.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_new_tokens=4, prompt_lookup_num_tokens=2)
