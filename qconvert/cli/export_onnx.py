@@ -69,6 +69,9 @@ def export_onnx(
             "to 8 bits, which is several times faster."
         ),
     ] = 4,
+    mtp: Annotated[
+        bool, typer.Option("--mtp/--no-mtp", help="Export the multi-token-prediction head where SRC has one.")
+    ] = True,
     ort_version: Annotated[
         str, typer.Option(help="Oldest ONNX Runtime that shall run the package; what it lacks is named.")
     ] = "1.31",
@@ -118,6 +121,7 @@ def export_onnx(
             ),
             dequantize=dequantize,
             accuracy_level=accuracy_level,
+            mtp=mtp,
             ort_version=version_named(ort_version),
             shard_bytes=parse_size(max_shard_size),
         )

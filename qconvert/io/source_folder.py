@@ -14,6 +14,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 MODEL_FILE = "model.onnx"
+MTP_FILE = "mtp.onnx"
 GENAI_CONFIG = "genai_config.json"
 PACKAGE_FILES = (MODEL_FILE, GENAI_CONFIG)
 """What an ONNX package has beside its weights."""

@@ -16,8 +16,9 @@ from qconvert.core.plan import Layout, Plan
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import BACKGROUND_BYTES
-from qconvert.io.source_folder import GENAI_CONFIG, MODEL_FILE
+from qconvert.io.source_folder import GENAI_CONFIG, MODEL_FILE, MTP_FILE
 from qconvert.onnx_export.genai_config import genai_config
+from qconvert.onnx_export.mtp_graph import mtp_graph
 from qconvert.onnx_export.operators import refuse_newer
 from qconvert.onnx_export.plan import PackageOptions, plan_package
 from qconvert.onnx_export.text_graph import text_graph
@@ -90,13 +91,18 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
     """
     planned = plan_package(checkpoint, options)
     config = read_config(checkpoint.config, checkpoint.path)
-    model = text_graph(config.text, Weights(of=planned.weights), accuracy_level=options.accuracy_level)
-    refuse_newer(model.graph, options.ort_version)
-    point_to(model, planned.plan.layout)
+    weights, layers = Weights(of=planned.weights), planned.mtp_layers
+    level = options.accuracy_level
+    models = {MODEL_FILE: text_graph(config.text, weights, accuracy_level=level, hidden=bool(layers))}
+    if layers:
+        models[MTP_FILE] = mtp_graph(config.text, weights, layers=layers, accuracy_level=level)
+    for model in models.values():
+        refuse_newer(model.graph, options.ort_version)
+        point_to(model, planned.plan.layout)
     return Task(
         plan=planned.plan,
         beside={
-            MODEL_FILE: ir.to_proto(model).SerializeToString(deterministic=True),
+            **{name: ir.to_proto(model).SerializeToString(deterministic=True) for name, model in models.items()},
             GENAI_CONFIG: _json(genai_config(config.text, checkpoint.path)),
         },
         policy=() if options.policy is None else options.policy.entries(),
@@ -118,15 +124,16 @@ def point_to(model: ir.Model, layout: Layout) -> None:
 
 
 def refuse_invalid(folder: Path) -> None:
-    """Have ONNX's own checker look at the graph before the package appears.
+    """Have ONNX's own checker look at the graphs before the package appears.
 
     Raises:
         OutputError: it found a fault.
     """
-    try:
-        onnx.checker.check_model(str(folder / MODEL_FILE))
-    except onnx.checker.ValidationError as error:
-        raise OutputError(f"{folder / MODEL_FILE}: onnx.checker refuses the graph: {error}") from error
+    for path in sorted(folder.glob("*.onnx")):
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError as error:
+            raise OutputError(f"{path}: onnx.checker refuses the graph: {error}") from error
 
 
 def _json(content: Mapping[str, object]) -> bytes:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
@@ -113,7 +114,7 @@ class GraphWriter:
         return tuple(node.outputs)
 
     def model(self, producer_version: str) -> ir.Model:
-        """The model as written so far."""
+        """The model as written so far, without what no output needs."""
         domains = {node.domain for node in self._nodes}
         graph = ir.Graph(
             self._inputs,
@@ -123,7 +124,9 @@ class GraphWriter:
             opset_imports={"": OPSET, **{domain: 1 for domain in sorted(domains) if domain}},
             name=self._name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert", producer_version=producer_version)
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert", producer_version=producer_version)
+        RemoveUnusedNodesPass()(model)
+        return model
 
     def _number(self, key: str) -> int:
         self._counts[key] = self._counts.get(key, -1) + 1

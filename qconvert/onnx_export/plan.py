@@ -35,6 +35,8 @@ OFFSET_NORMS = frozenset(
         Kind.POST_ATTENTION_NORM,
         Kind.ATTENTION_QUERY_NORM,
         Kind.ATTENTION_KEY_NORM,
+        Kind.MTP_EMBEDDING_NORM,
+        Kind.MTP_HIDDEN_NORM,
     }
 )
 """Norms whose weights are stored as offsets from 1."""
@@ -53,6 +55,7 @@ class PackageOptions:
         accuracy_level: of products with integer codes, 0 for float32 activations, 4 for 8-bit ones.
         ort_version: the oldest ONNX Runtime that shall run it; what that lacks is refused.
         shard_bytes: largest weight file.
+        mtp: export the multi-token-prediction head where the checkpoint has one.
     """
 
     policy: Policy | None = None
@@ -60,6 +63,7 @@ class PackageOptions:
     accuracy_level: int = 4
     ort_version: Version = DEFAULT
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    mtp: bool = True
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ class PackageOptions:
             "accuracy_level": self.accuracy_level,
             "ort_version": f"{major}.{minor}",
             "shard_bytes": self.shard_bytes,
+            "mtp": self.mtp,
         }
 
     @classmethod
@@ -91,12 +96,14 @@ class PackagePlan:
 
     Attributes:
         plan: its weights.
-        weights: how the graph finds them.
+        weights: how the graphs find them.
+        mtp_layers: of the prediction head that is exported; 0 where none is.
         left_out: what of the checkpoint is in no graph, one sentence each.
     """
 
     plan: Plan
     weights: Mapping[TensorRole, Weight]
+    mtp_layers: int
     left_out: tuple[str, ...]
 
 
@@ -130,7 +137,8 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
         FormatError: a matrix does not fit the blocks of its scheme.
     """
     source = look_at(checkpoint, from_quantized=True)
-    decided = [_decide(role, group, options) for role, group in _grouped(source)]
+    sections = [Section.TEXT, *([Section.MTP] if options.mtp and source.census.mtp_layers else [])]
+    decided = [_decide(role, group, options) for role, group in _grouped(source, sections)]
     plan = Plan(
         steps=tuple(one.step for one in decided),
         layout=lay_out((one.outputs for one in decided), options.shard_bytes),
@@ -144,7 +152,8 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
     return PackagePlan(
         plan=plan,
         weights={one.step.role: one.weight for one in decided},
-        left_out=tuple(_left_out(source)),
+        mtp_layers=source.census.mtp_layers if Section.MTP in sections else 0,
+        left_out=tuple(_left_out(source, sections)),
     )
 
 
@@ -161,20 +170,20 @@ def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
-def _left_out(source: PlannedSource) -> Iterator[str]:
+def _left_out(source: PlannedSource, exported: list[Section]) -> Iterator[str]:
     sections = {role.section for role in source.census.roles.values()}
-    if Section.MTP in sections:
-        yield "the multi-token-prediction head is not exported: the package decodes one token at a time"
+    if Section.MTP in sections.difference(exported):
+        yield "the multi-token-prediction head is not exported, as asked: the package decodes one token at a time"
     if Section.VISION in sections:
         yield "the vision tower is not exported: the package takes text alone"
 
 
-def _grouped(source: PlannedSource) -> Iterator[tuple[TensorRole, list[list[_Matrix]]]]:
-    """The decoder's weights in the order of the forward pass: matrices below each other, of each its halves."""
+def _grouped(source: PlannedSource, sections: list[Section]) -> Iterator[tuple[TensorRole, list[list[_Matrix]]]]:
+    """The weights of ``sections`` in the order of the forward pass: matrices below each other, of each its halves."""
     groups: dict[TensorRole, list[list[_Matrix]]] = {}
     experts: dict[TensorRole, dict[int, dict[Kind, _Matrix]]] = {}
     for name, role in source.census.roles.items():
-        if role.section is not Section.TEXT:
+        if role.section not in sections:
             continue
         info = source.census.tensors[name]
         if role.kind in EXPERT_KINDS:
@@ -187,7 +196,7 @@ def _grouped(source: PlannedSource) -> Iterator[tuple[TensorRole, list[list[_Mat
     for role, stack in experts.items():
         order = (Kind.EXPERT_GATE, Kind.EXPERT_UP) if role.kind is Kind.EXPERT_GATE_UP else (Kind.EXPERT_DOWN,)
         groups[role] = [[stack[expert][kind] for kind in order] for expert in range(len(stack))]
-    for role in expected_roles(source.census.config):
+    for role in expected_roles(source.census.config, mtp_layers=source.census.mtp_layers):
         if role in groups:
             yield role, groups[role]
 

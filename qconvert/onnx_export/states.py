@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 from reference_model.config import TextConfig
 
+LOGITS = "logits"
+
+HIDDEN_STATES = "hidden_states"
+"""Output of the decoder, and input of the prediction head."""
+
+HIDDEN_OUT = "hidden_states_out"
+"""Output of the prediction head."""
+
+PAST = "past"
+"""What the names of states that are given begin with."""
+
 GROWS = "tokens"
 """Stands for the dimension of a state that counts tokens."""
 
@@ -28,16 +39,11 @@ class State:
         """Of the whole tensor, with names for what varies: ``tokens`` for how many there are."""
         return ("batch", *(tokens if dim == GROWS else dim for dim in self.dims))
 
-    def sizes(self, tokens: int, batch: int) -> tuple[int, ...]:
-        """Of the whole tensor in a call."""
-        return (batch, *(tokens if isinstance(dim, str) else dim for dim in self.dims))
-
 
 def layer_states(config: TextConfig, layer: int) -> tuple[State, State]:
     """Keys and values [B, M, tokens, K], or the convolution [B, C, W - 1] and the memory [B, Hv, dk, dv]."""
     if config.layer_types[layer] == "full_attention":
-        dims: tuple[int | str, ...] = (config.num_key_value_heads, GROWS, config.head_dim)
-        return _state(f"past_key_values.{layer}.key", dims), _state(f"past_key_values.{layer}.value", dims)
+        return attention_states(config, layer)
     memory = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
     return (
         _state(f"past.{layer}.conv", (config.conv_dim, config.linear_conv_kernel_dim - 1)),
@@ -45,5 +51,16 @@ def layer_states(config: TextConfig, layer: int) -> tuple[State, State]:
     )
 
 
+def attention_states(config: TextConfig, layer: int) -> tuple[State, State]:
+    """Keys and values [B, M, tokens, K]."""
+    dims: tuple[int | str, ...] = (config.num_key_value_heads, GROWS, config.head_dim)
+    return _state(f"past_key_values.{layer}.key", dims), _state(f"past_key_values.{layer}.value", dims)
+
+
+def present_of(past: str) -> str:
+    """The name under which a state comes back."""
+    return "present" + past.removeprefix(PAST).removeprefix("_key_values")
+
+
 def _state(past: str, dims: tuple[int | str, ...]) -> State:
-    return State(past=past, present="present" + past.removeprefix("past").removeprefix("_key_values"), dims=dims)
+    return State(past=past, present=present_of(past), dims=dims)

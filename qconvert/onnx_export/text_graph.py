@@ -9,29 +9,27 @@ from qconvert.core.role import Kind
 from qconvert.onnx_export import placing
 from qconvert.onnx_export.blocks import Decoder, linear
 from qconvert.onnx_export.graph_writer import GraphWriter
-from qconvert.onnx_export.states import State, layer_states
-from qconvert.onnx_export.weight import Weights
+from qconvert.onnx_export.states import HIDDEN_STATES, LOGITS, State, layer_states
+from qconvert.onnx_export.weight import Weight, Weights
 from reference_model.config import TextConfig
 from reference_model.rope import axis_of_planes, inverse_frequencies
 
 
-def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int) -> ir.Model:
-    """Tokens to logits.
-
-    Inputs: ``input_ids`` int64 [B, S]; ``attention_mask`` int64 [B, A], zero at padding, which may be anywhere;
-    ``position_ids`` int64 [3, B, S]; for every attention layer ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K],
-    for every other ``past.{i}.conv`` [B, C, W - 1] and ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first.
-    Outputs: ``logits`` [B, S, V] and all of these as ``present...``. Source: the contract of onnxruntime-genai 0.18.
-    """
-    graph = GraphWriter("decoder")
-    integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
-    ids = graph.input("input_ids", integer, ("batch", "sequence"))
-    mask = graph.input("attention_mask", integer, ("batch", "total"))
-    positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
+def place(
+    graph: GraphWriter,
+    config: TextConfig,
+    weights: Weights,
+    ids: ir.Value,
+    mask: ir.Value,
+    positions: ir.Value,
+    *,
+    accuracy_level: int,
+) -> Decoder:
+    """What all layers share, from the inputs that say where the tokens stand."""
     with graph.scope("placing"):
         count, before, real = placing.new_tokens(graph, ids, mask)
         frequencies, factor = inverse_frequencies(config)
-        decoder = Decoder(
+        return Decoder(
             graph,
             config,
             weights,
@@ -43,6 +41,28 @@ def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int) -> 
             ),
             accuracy_level=accuracy_level,
         )
+
+
+def head_of(config: TextConfig, weights: Weights) -> Weight:
+    """The output matrix: the embedding itself when they are tied."""
+    return weights(Kind.EMBEDDING if config.tie_word_embeddings else Kind.HEAD)
+
+
+def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int, hidden: bool = False) -> ir.Model:
+    """Tokens to logits.
+
+    Inputs: ``input_ids`` int64 [B, S]; ``attention_mask`` int64 [B, A], zero at padding, which may be anywhere;
+    ``position_ids`` int64 [3, B, S]; for every attention layer ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K],
+    for every other ``past.{i}.conv`` [B, C, W - 1] and ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first.
+    Outputs: ``logits`` [B, S, V], with ``hidden`` also ``hidden_states`` [B, S, D], from which a prediction head
+    drafts, and all states as ``present...``. Source: the contract of onnxruntime-genai 0.18.
+    """
+    graph = GraphWriter("decoder")
+    integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
+    ids = graph.input("input_ids", integer, ("batch", "sequence"))
+    mask = graph.input("attention_mask", integer, ("batch", "total"))
+    positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
+    decoder = place(graph, config, weights, ids, mask, positions, accuracy_level=accuracy_level)
     x = graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), ids, axis=0)
     present: list[tuple[ir.Value, State]] = []
     for layer, kind in enumerate(config.layer_types):
@@ -54,10 +74,11 @@ def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int) -> 
             x = graph.op("Add", x, mixed)
             x = graph.op("Add", x, decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer))
             present += zip(after, states, strict=True)
-    hidden = decoder.norm(x, Kind.NORM)
-    head = weights(Kind.EMBEDDING if config.tie_word_embeddings else Kind.HEAD)
-    logits = linear(graph, hidden, head, accuracy_level)
-    graph.output(logits, "logits", real_number, ("batch", "sequence", config.vocab_size))
+    normal = decoder.norm(x, Kind.NORM)
+    logits = linear(graph, normal, head_of(config, weights), accuracy_level)
+    if hidden:
+        graph.output(normal, HIDDEN_STATES, real_number, ("batch", "sequence", config.hidden_size))
+    graph.output(logits, LOGITS, real_number, ("batch", "sequence", config.vocab_size))
     for value, state in present:
         graph.output(value, state.present, real_number, state.shape("total"))
     return graph.model(__version__)

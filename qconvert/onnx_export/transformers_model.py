@@ -16,7 +16,8 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qconvert.onnx_export.generate import PREFILL_TOKENS
-from qconvert.onnx_export.runtime import Package, PackageCache, PackageOutput
+from qconvert.onnx_export.runtime import Package, PackageOutput
+from qconvert.onnx_export.session import PackageCache
 
 
 class PackageForCausalLM(GenerationMixin):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.plan import PackageOptions
-from qconvert.onnx_export.runtime import Package, PackageCache
+from qconvert.onnx_export.runtime import Package
+from qconvert.onnx_export.session import PackageCache
 from qconvert.weights.source import CheckpointWeights
 from reference_model.config import ModelConfig
 from reference_model.load import load_weights

@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from qconvert.core.errors import PlanError, SourceError, UsageError
 from qconvert.core.scheme import int4
 from qconvert.io.source_folder import MODEL_FILE
-from qconvert.onnx_export import runtime
+from qconvert.onnx_export import session
 from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.graph_writer import MICROSOFT
 from qconvert.onnx_export.operators import (
@@ -82,6 +82,6 @@ def test_patch_numbers_do_not_count() -> None:
 
 
 def test_an_old_runtime_names_what_it_lacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.onnxruntime, "__version__", "1.28.0")
+    monkeypatch.setattr(session.onnxruntime, "__version__", "1.28.0")
     with pytest.raises(SourceError, match=r"1\.28\.0 lacks .*GatedAdd \(since 1\.29\)"):
         Package(folder / "plain")

@@ -1,0 +1,110 @@
+"""One graph of a package in ONNX Runtime, with what it keeps between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from qconvert.core.errors import SourceError
+from qconvert.onnx_export.operators import newer_than, version_named
+from qconvert.onnx_export.states import PAST, present_of
+
+Array = NDArray[np.generic]
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+_REFUSALS = (
+    errors.Fail,
+    errors.InvalidArgument,
+    errors.InvalidGraph,
+    errors.InvalidProtobuf,
+    errors.NotImplemented,
+    errors.RuntimeException,
+)
+"""What ONNX Runtime raises for a graph; they have no class of their own in common."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageCache:
+    """What the tokens so far have left behind. Never written to: a call makes a new one.
+
+    Attributes:
+        states: by the name of the output that gave it.
+        mask: int64 [B, P], which of the tokens so far were real.
+        next_position: int64 [B], one more than the largest position of each row.
+    """
+
+    states: Mapping[str, Array]
+    mask: Integers
+    next_position: Integers
+
+
+class Session:
+    """A graph that takes tokens, their mask and positions, and states that it gives back.
+
+    Attributes:
+        outputs: names of what it gives besides states.
+    """
+
+    outputs: tuple[str, ...]
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        """Load the graph and its weights; ``threads`` 0 leaves their number to ONNX Runtime.
+
+        Raises:
+            SourceError: the installed ONNX Runtime lacks an operator, or refuses the graph.
+        """
+        version = onnxruntime.__version__
+        lacking = newer_than(ir.load(path).graph, version_named(version))
+        if lacking:
+            raise SourceError(f"{path}: ONNX Runtime {version} lacks {', '.join(sorted(lacking))}: install a newer one")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except _REFUSALS as error:
+            raise SourceError(f"{path}: ONNX Runtime {version} refuses it: {error}") from error
+        inputs = {given.name: given.shape for given in self._session.get_inputs()}
+        # the batch is the first name of a varying dimension, tokens before the second
+        self._empty = {name: [0 if isinstance(n, str) else n for n in dims[1:]] for name, dims in inputs.items()}
+        self._past = tuple(name for name in inputs if name.startswith(PAST))
+        present = {present_of(name) for name in self._past}
+        self.outputs = tuple(out.name for out in self._session.get_outputs() if out.name not in present)
+
+    def run(
+        self,
+        input_ids: Integers,
+        *,
+        attention_mask: Integers | None,
+        position_ids: Integers | None,
+        cache: PackageCache | None,
+        beside: Mapping[str, Array],
+    ) -> tuple[dict[str, Floats], PackageCache]:
+        """Run tokens [B, S] after those of ``cache``; ``beside`` are further inputs, others as for ``Package.forward``."""
+        batch, new = input_ids.shape
+        real = np.ones((batch, new), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+        before = np.zeros(batch, np.int64) if cache is None else cache.next_position
+        if position_ids is None:
+            counted = before[:, None] + np.maximum(real.cumsum(1) - 1, 0)
+            position_ids = np.broadcast_to(counted, (3, batch, new)).astype(np.int64)
+        mask = real if cache is None else np.concatenate((cache.mask, real), axis=1)
+        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, **beside}
+        for name in self._past:
+            empty = (batch, *self._empty[name])
+            feeds[name] = np.zeros(empty, np.float32) if cache is None else cache.states[present_of(name)]
+        states = [present_of(name) for name in self._past]
+        found = self._session.run([*self.outputs, *states], feeds)
+        largest = np.where(real.astype(bool), position_ids, -1).max(axis=(0, 2))
+        after = PackageCache(
+            states=dict(zip(states, found[len(self.outputs) :], strict=True)),
+            mask=mask,
+            next_position=np.maximum(before, largest + 1),
+        )
+        return dict(zip(self.outputs, found, strict=False)), after
