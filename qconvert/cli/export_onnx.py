@@ -88,7 +88,7 @@ def export_onnx(
     int4 and int8 codes of a quantized checkpoint are carried as they are, whoever wrote it: nothing is rounded twice.
     Everything else becomes float32. The graph is model.onnx; the weights stand beside it in safetensors files. Like
     `quantize` this streams: a run that was killed or stopped by a full disk goes on when the same command is given
-    again. The package holds the text decoder; MTP head and vision tower are left out, and the command says so.
+    again. The package holds the text decoder and the MTP head; the vision tower is left out, and the command says so.
 
     Examples:
       qconvert export-onnx ./int4 ./package

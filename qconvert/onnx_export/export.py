@@ -103,7 +103,7 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
         plan=planned.plan,
         beside={
             **{name: ir.to_proto(model).SerializeToString(deterministic=True) for name, model in models.items()},
-            GENAI_CONFIG: _json(genai_config(config.text, checkpoint.path)),
+            GENAI_CONFIG: _json(genai_config(config.text, checkpoint.path, mtp_layers=layers)),
         },
         policy=() if options.policy is None else options.policy.entries(),
         package=options.entry,

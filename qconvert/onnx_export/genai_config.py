@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qconvert.io.source_folder import MODEL_FILE, read_whole
+from qconvert.io.source_folder import MODEL_FILE, MTP_FILE, read_whole
 from qconvert.io.strict_json import parse_object
+from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, LOGITS
 from reference_model.config import TextConfig
 
 _GENERATION_CONFIG = "generation_config.json"
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def genai_config(config: TextConfig, source: Path) -> dict[str, Any]:
+def genai_config(config: TextConfig, source: Path, *, mtp_layers: int) -> dict[str, Any]:
     """The runtime's configuration of a text package; sampling defaults are those of ``generation_config.json``.
+
+    The prediction head, of ``mtp_layers`` layers or none, is named without ``shared_initializers``: with them 0.18 does
+    not load on a CPU. Embedding and head stand once on the disk all the same.
 
     Source: onnxruntime-genai 0.18, model type ``qwen3_5_moe_text``.
     """
@@ -41,11 +45,12 @@ def genai_config(config: TextConfig, source: Path) -> dict[str, Any]:
                     "past_recurrent_names": "past.%d.recurrent",
                 },
                 "outputs": {
-                    "logits": "logits",
+                    "logits": LOGITS,
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                     "present_conv_names": "present.%d.conv",
                     "present_recurrent_names": "present.%d.recurrent",
+                    **({"hidden_states": HIDDEN_STATES} if mtp_layers else {}),
                 },
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,
@@ -56,6 +61,7 @@ def genai_config(config: TextConfig, source: Path) -> dict[str, Any]:
             "pad_token_id": generation.get("pad_token_id", first_eos),
             "type": "qwen3_5_moe_text",
             "vocab_size": config.vocab_size,
+            **({"mtp": _prediction_head(config, mtp_layers)} if mtp_layers else {}),
         },
         "search": {
             "do_sample": False,
@@ -68,6 +74,31 @@ def genai_config(config: TextConfig, source: Path) -> dict[str, Any]:
             "num_return_sequences": 1,
             "past_present_share_buffer": False,
             **{key: generation[key] for key in _SEARCH if key in generation},
+        },
+    }
+
+
+def _prediction_head(config: TextConfig, layers: int) -> dict[str, Any]:
+    return {
+        "enabled": True,
+        "filename": MTP_FILE,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_size": config.head_dim,
+        "main_hidden_states": HIDDEN_STATES,
+        "inputs": {
+            "input_ids": "input_ids",
+            "hidden_states": HIDDEN_STATES,
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": LOGITS,
+            "hidden_states": HIDDEN_OUT,
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
         },
     }
 

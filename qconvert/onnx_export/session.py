@@ -87,7 +87,7 @@ class Session:
         cache: PackageCache | None,
         beside: Mapping[str, Array],
     ) -> tuple[dict[str, Floats], PackageCache]:
-        """Run tokens [B, S] after those of ``cache``; ``beside`` are further inputs, others as for ``Package.forward``."""
+        """Run tokens [B, S] after those of ``cache``, with further inputs ``beside``; see ``Package.forward``."""
         batch, new = input_ids.shape
         real = np.ones((batch, new), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
         before = np.zeros(batch, np.int64) if cache is None else cache.next_position

@@ -49,6 +49,7 @@ def greedy(model: CausalLM, prompt: list[int]) -> list[int]:
 
 
 def test_genai_generates_the_references_tokens(tmp_path: Path) -> None:
+    # with its prediction head, which genai's own packages do not load with on a CPU
     convert(CHECKPOINT, tmp_path / "int4", default_policy(int4(32), search=False, rules=()))
     export_onnx(tmp_path / "int4", tmp_path / "package", PackageOptions(accuracy_level=0))
     model = reference(tmp_path / "int4")
