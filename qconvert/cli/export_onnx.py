@@ -56,6 +56,13 @@ def export_onnx(
     policy: Annotated[
         Path | None, typer.Option(help="TOML of ordered rules, as for `quantize`, for what is not quantized in SRC.")
     ] = None,
+    ops: Annotated[
+        str,
+        typer.Option(
+            help="Operators of the graph: contrib (ONNX Runtime's own, fastest), standard (ai.onnx opset 27 alone) or "
+            "functions (opset 21 and functions in the model, for runtimes that know neither)."
+        ),
+    ] = "contrib",
     dequantize: Annotated[
         bool,
         typer.Option(
@@ -65,8 +72,8 @@ def export_onnx(
     accuracy_level: Annotated[
         int,
         typer.Option(
-            help="Of products with integer codes: 0 multiplies float32 activations and is exact; 4 rounds activations "
-            "to 8 bits, which is several times faster."
+            help="Of products with integer codes in contrib operators: 0 multiplies float32 activations and is exact; "
+            "4 rounds activations to 8 bits, which is several times faster."
         ),
     ] = 4,
     mtp: Annotated[
@@ -103,6 +110,7 @@ def export_onnx(
     def call() -> int:
         # Here, because onnx takes a while to import, and no other command needs it.
         from qconvert.onnx_export.export import export_onnx, plan_export
+        from qconvert.onnx_export.operator_sets import operator_set
         from qconvert.onnx_export.operators import version_named
         from qconvert.onnx_export.plan import PackageOptions
 
@@ -119,6 +127,7 @@ def export_onnx(
                 symmetric=not asymmetric,
                 search=search,
             ),
+            ops=operator_set(ops).name,
             dequantize=dequantize,
             accuracy_level=accuracy_level,
             mtp=mtp,

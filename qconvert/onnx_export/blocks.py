@@ -11,49 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qconvert.core.role import Kind
-from qconvert.onnx_export.graph_writer import MICROSOFT, Attribute, GraphWriter
+from qconvert.onnx_export.graph_writer import GraphWriter
+from qconvert.onnx_export.heads import per_head, side_by_side
+from qconvert.onnx_export.operator_set import OperatorSet
 from qconvert.onnx_export.placing import Packing
-from qconvert.onnx_export.weight import Weight, Weights
+from qconvert.onnx_export.weight import Weights
 from reference_model.config import TextConfig
 
 L2_EPSILON = 1e-6
 """Added to the sum of squares of queries and keys of linear attention."""
-
-
-def linear(graph: GraphWriter, x: ir.Value, weight: Weight, accuracy_level: int) -> ir.Value:
-    """``x weight^T``: x [..., K], weight [N, K] dense or in integer codes; [..., N]."""
-    rows, cols = weight.shape
-    if weight.scheme is None:
-        return graph.op("FusedMatMul", x, weight.dense(graph), domain=MICROSOFT, transB=1)
-    block = weight.block_size
-    return graph.op(
-        "MatMulNBits",
-        x,
-        weight.codes(graph, (rows, cols // block, block * weight.bits // 8)),
-        weight.scales(graph),
-        weight.zero_points(graph),
-        domain=MICROSOFT,
-        K=cols,
-        N=rows,
-        bits=weight.bits,
-        block_size=block,
-        accuracy_level=accuracy_level,
-    )
-
-
-def rms_norm(graph: GraphWriter, x: ir.Value, weight: Weight, eps: float) -> ir.Value:
-    """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension; the 1 is in the weight already."""
-    return graph.op("RMSNormalization", x, weight.dense(graph), axis=-1, epsilon=eps)
-
-
-def per_head(graph: GraphWriter, x: ir.Value, width: int) -> ir.Value:
-    """[B, S, heads width] -> [B, S, heads, width]."""
-    return graph.op("Reshape", x, graph.integers(0, 0, -1, width))
-
-
-def side_by_side(graph: GraphWriter, x: ir.Value) -> ir.Value:
-    """[B, S, heads, width] -> [B, S, heads width]."""
-    return graph.op("Reshape", x, graph.integers(0, 0, -1))
 
 
 class Decoder:
@@ -69,6 +35,7 @@ class Decoder:
     def __init__(
         self,
         graph: GraphWriter,
+        operators: OperatorSet,
         config: TextConfig,
         weights: Weights,
         *,
@@ -79,6 +46,7 @@ class Decoder:
         accuracy_level: int,
     ) -> None:
         self.graph = graph
+        self.operators = operators
         self.config = config
         self.weights = weights
         self.real = real
@@ -89,11 +57,12 @@ class Decoder:
 
     def linear(self, x: ir.Value, kind: Kind, layer: int) -> ir.Value:
         """Multiply with a matrix of a layer."""
-        return linear(self.graph, x, self.weights(kind, layer), self.accuracy_level)
+        return self.operators.linear(self.graph, x, self.weights(kind, layer), self.accuracy_level)
 
     def norm(self, x: ir.Value, kind: Kind, layer: int | None = None) -> ir.Value:
         """One of the RMS norms whose weights are offsets from 1."""
-        return rms_norm(self.graph, x, self.weights(kind, layer), self.config.rms_norm_eps)
+        weight = self.weights(kind, layer).dense(self.graph)
+        return self.operators.rms_norm(self.graph, x, weight, self.config.rms_norm_eps)
 
     def attention(
         self, x: ir.Value, layer: int, past_key: ir.Value, past_value: ir.Value
@@ -106,31 +75,17 @@ class Decoder:
         value = self.linear(x, Kind.ATTENTION_VALUE, layer)
         query = self._rotate(self.norm(query, Kind.ATTENTION_QUERY_NORM, layer), config.num_attention_heads)
         key = self._rotate(self.norm(key, Kind.ATTENTION_KEY_NORM, layer), config.num_key_value_heads)
-        mixed, all_keys, all_values = graph.ops(
-            "Attention",
-            3,
-            query,
-            key,
-            value,
-            self.bias,
-            past_key,
-            past_value,
-            q_num_heads=config.num_attention_heads,
-            kv_num_heads=config.num_key_value_heads,
-        )
+        mixed, all_keys, all_values = self.operators.attention(
+            graph, query, key, value, self.bias, past_key, past_value,
+            heads=config.num_attention_heads, key_heads=config.num_key_value_heads,
+        )  # fmt: skip
         gated = graph.op("Mul", mixed, graph.op("Sigmoid", side_by_side(graph, gate)))
         return self.linear(gated, Kind.ATTENTION_OUTPUT, layer), all_keys, all_values
 
     def _rotate(self, x: ir.Value, heads: int) -> ir.Value:
         """Rotate the first R dimensions of each head: [B, S, heads, K] -> [B, S, heads K]."""
-        return self.graph.op(
-            "RotaryEmbedding",
-            side_by_side(self.graph, x),
-            self.cos,
-            self.sin,
-            num_heads=heads,
-            rotary_embedding_dim=self.config.rotary_dim,
-        )
+        rotated = self.config.rotary_dim
+        return self.operators.rotate(self.graph, x, self.cos, self.sin, heads=heads, rotated=rotated)
 
     def linear_attention(
         self, x: ir.Value, layer: int, past_conv: ir.Value, past_state: ir.Value
@@ -143,37 +98,30 @@ class Decoder:
         qkv, recent = self._convolution(self.linear(x, Kind.LINEAR_QKV, layer), layer, past_conv)
         sizes = graph.integers(config.key_dim, config.key_dim, config.value_dim)
         query, key, value = graph.ops("Split", 3, qkv, sizes, axis=-1)
-        decay, beta = graph.ops(
-            "LinearAttentionGate",
-            2,
+        decay, beta = self.operators.delta_gates(
+            graph,
             self.linear(x, Kind.LINEAR_A, layer),
             self.weights(Kind.LINEAR_DT_BIAS, layer).dense(graph),
             self.weights(Kind.LINEAR_A_LOG, layer).dense(graph),
             self.linear(x, Kind.LINEAR_B, layer),
-            domain=MICROSOFT,
         )
-        read, state = graph.ops(
-            "LinearAttention",
-            2,
+        read, state = self.operators.delta_rule(
+            graph,
             self._unit(query),
             self._unit(key),
             value,
             past_state,
             graph.op("Mul", decay, self.real),
             graph.op("Mul", beta, self.real),
-            domain=MICROSOFT,
-            q_num_heads=config.linear_num_key_heads,
-            kv_num_heads=config.linear_num_value_heads,
-            update_rule="gated_delta",
+            key_heads=config.linear_num_key_heads,
+            value_heads=config.linear_num_value_heads,
         )
-        gated = graph.op(
-            "GatedRMSNorm",
+        gated = self.operators.gated_rms_norm(
+            graph,
             read,
             self.weights(Kind.LINEAR_NORM, layer).dense(graph),
             self.linear(x, Kind.LINEAR_Z, layer),
-            domain=MICROSOFT,
-            epsilon=config.rms_norm_eps,
-            activation="silu",
+            config.rms_norm_eps,
         )
         return self.linear(gated, Kind.LINEAR_OUTPUT, layer), recent, state
 
@@ -181,16 +129,8 @@ class Decoder:
         """``silu(conv(raw))`` [B, S, C] of raw [B, S, C] behind past [B, C, W - 1], and the past of the next call."""
         graph = self.graph
         packed = graph.op("GatherND", raw, self.packing.order, batch_dims=1)
-        mixed, _ = graph.ops(
-            "CausalConvWithState",
-            2,
-            graph.op("Transpose", packed, perm=(0, 2, 1)),
-            self.weights(Kind.LINEAR_CONV, layer).dense(graph),
-            None,
-            past,
-            domain=MICROSOFT,
-            activation="silu",
-        )
+        kernel = self.weights(Kind.LINEAR_CONV, layer)
+        mixed = self.operators.causal_conv(graph, graph.op("Transpose", packed, perm=(0, 2, 1)), kernel, past)
         out = graph.op("GatherND", graph.op("Transpose", mixed, perm=(0, 2, 1)), self.packing.inverse, batch_dims=1)
         inputs = graph.op("Concat", graph.op("Transpose", past, perm=(0, 2, 1)), packed, axis=1)
         recent = graph.op("GatherND", inputs, self.packing.window, batch_dims=1)
@@ -203,60 +143,24 @@ class Decoder:
         """
         graph, width = self.graph, self.config.linear_key_head_dim
         scale = graph.floats(np.full(width, width**-0.5))
-        normal = graph.op("RMSNormalization", per_head(graph, x, width), scale, axis=-1, epsilon=L2_EPSILON / width)
-        return side_by_side(graph, normal)
+        return side_by_side(graph, self.operators.rms_norm(graph, per_head(graph, x, width), scale, L2_EPSILON / width))
 
     def moe(self, x: ir.Value, layer: int) -> ir.Value:
         """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)`` for x [B, S, D]."""
         graph = self.graph
         logits = graph.op("Reshape", self.linear(x, Kind.ROUTER, layer), graph.integers(-1, self.config.num_experts))
-        routed = self._experts(x, logits, layer)
+        routed = self.operators.experts(
+            graph,
+            x,
+            logits,
+            self.weights(Kind.EXPERT_GATE_UP, layer),
+            self.weights(Kind.EXPERT_DOWN, layer),
+            self.config.num_experts_per_tok,
+            self.accuracy_level,
+        )
         gate = graph.op("Sigmoid", self.linear(x, Kind.SHARED_EXPERT_GATE, layer))
         opened = self.linear(x, Kind.SHARED_GATE, layer)
         opened = graph.op("Mul", opened, graph.op("Sigmoid", opened))
         inner = graph.op("Mul", opened, self.linear(x, Kind.SHARED_UP, layer))
         shared = self.linear(inner, Kind.SHARED_DOWN, layer)
-        return graph.op("GatedAdd", routed, shared, gate, domain=MICROSOFT)
-
-    def _experts(self, x: ir.Value, logits: ir.Value, layer: int) -> ir.Value:
-        """The routed experts; their gate and up rows take turns. Router logits [B S, E]."""
-        graph = self.graph
-        up, down = self.weights(Kind.EXPERT_GATE_UP, layer), self.weights(Kind.EXPERT_DOWN, layer)
-        common: dict[str, Attribute] = {
-            "k": self.config.num_experts_per_tok,
-            "normalize_routing_weights": 1,
-            "activation_type": "swiglu",
-            "swiglu_fusion": 1,
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-        }
-        if up.scheme is None:
-            return graph.op("MoE", x, logits, up.dense(graph), None, down.dense(graph), domain=MICROSOFT, **common)
-        blocks: dict[str, Attribute] = {"block_size": up.block_size} if up.block_size else {}
-        return graph.op(
-            "QMoE",
-            x,
-            logits,
-            _packed(graph, up),
-            up.scales(graph),
-            None,
-            _packed(graph, down),
-            down.scales(graph),
-            None,
-            None,
-            None,
-            None,
-            up.zero_points(graph),
-            down.zero_points(graph),
-            domain=MICROSOFT,
-            expert_weight_bits=up.bits,
-            accuracy_level=self.accuracy_level,
-            **common,
-            **blocks,
-        )
-
-
-def _packed(graph: GraphWriter, weight: Weight) -> ir.Value:
-    """Codes of stacked experts: [E, N, K bits / 8]."""
-    experts, rows, cols = weight.shape
-    return weight.codes(graph, (experts, rows, cols * weight.bits // 8))
+        return self.operators.gated_add(graph, routed, shared, gate)

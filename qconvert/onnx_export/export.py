@@ -19,7 +19,8 @@ from qconvert.io.shard_writer import BACKGROUND_BYTES
 from qconvert.io.source_folder import GENAI_CONFIG, MODEL_FILE, MTP_FILE
 from qconvert.onnx_export.genai_config import genai_config
 from qconvert.onnx_export.mtp_graph import mtp_graph
-from qconvert.onnx_export.operators import refuse_newer
+from qconvert.onnx_export.operator_sets import operator_set
+from qconvert.onnx_export.operators import refuse_newer, unfinished_opset
 from qconvert.onnx_export.plan import PackageOptions, plan_package
 from qconvert.onnx_export.text_graph import text_graph
 from qconvert.onnx_export.weight import Weights
@@ -88,14 +89,15 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
     Raises:
         SourceError, FormatError: see ``plan_package``.
         PlanError: also where the oldest ONNX Runtime that shall run it lacks an operator.
+        UsageError: operators of an unknown name.
     """
     planned = plan_package(checkpoint, options)
     config = read_config(checkpoint.config, checkpoint.path)
     weights, layers = Weights(of=planned.weights), planned.mtp_layers
-    level = options.accuracy_level
-    models = {MODEL_FILE: text_graph(config.text, weights, accuracy_level=level, hidden=bool(layers))}
+    operators, level = operator_set(options.ops), options.accuracy_level
+    models = {MODEL_FILE: text_graph(config.text, weights, operators, accuracy_level=level, hidden=bool(layers))}
     if layers:
-        models[MTP_FILE] = mtp_graph(config.text, weights, layers=layers, accuracy_level=level)
+        models[MTP_FILE] = mtp_graph(config.text, weights, operators, layers=layers, accuracy_level=level)
     for model in models.values():
         refuse_newer(model.graph, options.ort_version)
         point_to(model, planned.plan.layout)
@@ -107,7 +109,7 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
         },
         policy=() if options.policy is None else options.policy.entries(),
         package=options.entry,
-        notes=planned.left_out,
+        notes=(*planned.left_out, *unfinished_opset(operators.opset, options.ort_version)),
         accept=refuse_invalid,
     )
 

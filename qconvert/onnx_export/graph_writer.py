@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -12,21 +13,83 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
-OPSET = 23
-"""Of the standard operators: the first with RMSNormalization, RotaryEmbedding and Attention."""
+QCONVERT = "qconvert"
+"""Domain of functions that a model brings along."""
 
 IR_VERSION = 10
-"""Of the file: the lowest that opset 23 may stand in, so that old runtimes can say what they lack."""
+"""Of the file: the lowest that blocks of four-bit codes may stand in, so that old runtimes can say what they lack."""
 
-Attribute = int | float | str | Sequence[int]
 Dim = int | str
 
 
-class GraphWriter:
-    """Collects inputs, outputs, initializers and nodes of one graph."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """An attribute of a node in a function: the function's own of that name."""
 
-    def __init__(self, name: str) -> None:
+    name: str
+    type: ir.AttributeType
+
+
+Attribute = int | float | str | Sequence[int] | ir.Graph | Parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Function:
+    """An operator that is defined by others.
+
+    Attributes:
+        name: in the domain ``QCONVERT``.
+        inputs, outputs: names of the values that it takes and gives.
+        parameters: attributes that every node has to give.
+        body: writes its nodes.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[Parameter, ...] = ()
+    body: Callable[..., Sequence[ir.Value]]
+
+
+@dataclass(slots=True)
+class Body:
+    """The subgraph of a Loop or Scan while it is written; what stands around it is seen from inside.
+
+    Attributes:
+        graph: complete when the block of ``GraphWriter.body`` has ended.
+    """
+
+    graph: ir.Graph = field(init=False)
+    _path: str
+    _inputs: list[ir.Value] = field(default_factory=list)
+    _outputs: list[ir.Value] = field(default_factory=list)
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[Dim] | None = None) -> ir.Value:
+        """What an iteration is given; without ``shape`` nothing is said of it."""
+        value = ir.Value(
+            name=f"{self._path}/{name}",
+            type=ir.TensorType(dtype),
+            shape=None if shape is None else ir.Shape(shape),
+        )
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, dtype: ir.DataType, shape: Sequence[Dim] | None = None) -> None:
+        """What an iteration gives, in the order of the operator."""
+        value.type = ir.TensorType(dtype)
+        if shape is not None:
+            value.shape = ir.Shape(shape)
+        self._outputs.append(value)
+
+
+class GraphWriter:
+    """Collects inputs, outputs, initializers and nodes of one graph, and the functions that they need."""
+
+    def __init__(self, name: str, *, opset: int) -> None:
         self._name = name
+        self._opset = opset
+        self._domains: set[str] = set()
+        self._functions: dict[str, ir.Function] = {}
         self._scope: list[str] = []
         self._counts: dict[str, int] = {}
         self._nodes: list[ir.Node] = []
@@ -104,30 +167,93 @@ class GraphWriter:
             domain,
             kind,
             inputs,
-            attributes=ir.convenience.convert_attributes(attributes),
+            attributes=[_attribute(key, attribute) for key, attribute in attributes.items()],
             num_outputs=outputs,
             name=name,
         )
         for number, value in enumerate(node.outputs):
             value.name = f"{name}.{number}"
         self._nodes.append(node)
+        self._domains.add(domain)
         return tuple(node.outputs)
+
+    @contextmanager
+    def body(self, name: str) -> Iterator[Body]:
+        """Nodes written inside are those of a subgraph."""
+        around, self._nodes = self._nodes, []
+        try:
+            with self.scope(name):
+                path = "/".join(self._scope)
+                body = Body(f"{path}.{self._number(f'{path}/')}")
+                yield body
+                body.graph = ir.Graph(body._inputs, body._outputs, nodes=self._nodes, name=name)
+        finally:
+            self._nodes = around
+
+    def call(self, function: Function, *inputs: ir.Value, **attributes: Attribute) -> tuple[ir.Value, ...]:
+        """Write a node of a function, and the function where it is not there yet."""
+        if function.name not in self._functions:
+            self._define(function)
+        return self.ops(function.name, len(function.outputs), *inputs, domain=QCONVERT, **attributes)
+
+    def _define(self, function: Function) -> None:
+        """Write a function, after those that it calls."""
+        inner = GraphWriter(function.name, opset=self._opset)
+        inputs = [ir.Value(name=name) for name in function.inputs]
+        outputs = function.body(inner, *inputs)
+        for name, value in zip(function.outputs, outputs, strict=True):
+            value.name = name
+        self._functions |= {name: one for name, one in inner._functions.items() if name not in self._functions}
+        constants = [_as_node(value) for value in inner._initializers.values()]  # functions have no initializers
+        self._functions[function.name] = ir.Function(
+            QCONVERT,
+            function.name,
+            graph=ir.Graph(
+                inputs, outputs, nodes=[*constants, *inner._nodes], opset_imports=inner._imports(), name=function.name
+            ),
+            attributes=[ir.Attr(one.name, one.type, None) for one in function.parameters],
+        )
 
     def model(self, producer_version: str) -> ir.Model:
         """The model as written so far, without what no output needs."""
-        domains = {node.domain for node in self._nodes}
         graph = ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, **{domain: 1 for domain in sorted(domains) if domain}},
+            opset_imports=self._imports(),
             name=self._name,
         )
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qconvert", producer_version=producer_version)
+        model = ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="qconvert",
+            producer_version=producer_version,
+            functions=list(self._functions.values()),
+        )
         RemoveUnusedNodesPass()(model)
         return model
+
+    def _imports(self) -> dict[str, int]:
+        return {"": self._opset, **{domain: 1 for domain in sorted(self._domains) if domain}}
 
     def _number(self, key: str) -> int:
         self._counts[key] = self._counts.get(key, -1) + 1
         return self._counts[key]
+
+
+def _attribute(name: str, value: Attribute) -> ir.Attr:
+    if isinstance(value, Parameter):
+        return ir.RefAttr(name, value.name, value.type)
+    return ir.convenience.convert_attribute(name, value)
+
+
+def _as_node(constant: ir.Value) -> ir.Node:
+    """The node that gives a constant its numbers."""
+    return ir.Node(
+        "",
+        "Constant",
+        (),
+        attributes=[ir.Attr("value", ir.AttributeType.TENSOR, constant.const_value)],
+        outputs=(constant,),
+    )

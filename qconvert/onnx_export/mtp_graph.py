@@ -8,15 +8,17 @@ import onnx_ir as ir
 
 from qconvert import __version__
 from qconvert.core.role import Kind, Section
-from qconvert.onnx_export.blocks import linear
 from qconvert.onnx_export.graph_writer import GraphWriter
+from qconvert.onnx_export.operator_set import OperatorSet
 from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, LOGITS, State, attention_states
 from qconvert.onnx_export.text_graph import head_of, place
 from qconvert.onnx_export.weight import Weights
 from reference_model.config import TextConfig
 
 
-def mtp_graph(config: TextConfig, weights: Weights, *, layers: int, accuracy_level: int) -> ir.Model:
+def mtp_graph(
+    config: TextConfig, weights: Weights, operators: OperatorSet, *, layers: int, accuracy_level: int
+) -> ir.Model:
     """Drafts one token further than the decoder; embedding and head are the decoder's.
 
     ``norm(layers(fc [pre_fc_norm_embedding(e) ; pre_fc_norm_hidden(h)]))``, see ``reference_model.mtp``. Inputs:
@@ -25,19 +27,19 @@ def mtp_graph(config: TextConfig, weights: Weights, *, layers: int, accuracy_lev
     ``logits`` [B, S, V], ``hidden_states_out`` [B, S, D] to draft on from, and ``present.{i}...``. Source: the contract
     of onnxruntime-genai 0.18.
     """
-    graph = GraphWriter("prediction_head")
+    graph = GraphWriter("prediction_head", opset=operators.opset)
     integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
     ids = graph.input("input_ids", integer, ("batch", "sequence"))
     hidden = graph.input(HIDDEN_STATES, real_number, ("batch", "sequence", config.hidden_size))
     mask = graph.input("attention_mask", integer, ("batch", "total"))
     positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
     own = replace(weights, section=Section.MTP)
-    decoder = place(graph, config, own, ids, mask, positions, accuracy_level=accuracy_level)
+    decoder = place(graph, operators, config, own, ids, mask, positions, accuracy_level=accuracy_level)
     embedded = graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), ids, axis=0)
     both = graph.op(
         "Concat", decoder.norm(embedded, Kind.MTP_EMBEDDING_NORM), decoder.norm(hidden, Kind.MTP_HIDDEN_NORM), axis=-1
     )
-    x = linear(graph, both, own(Kind.MTP_FC), accuracy_level)
+    x = operators.linear(graph, both, own(Kind.MTP_FC), accuracy_level)
     present: list[tuple[ir.Value, State]] = []
     for layer in range(layers):
         with graph.scope(f"layers.{layer}"):
@@ -48,7 +50,7 @@ def mtp_graph(config: TextConfig, weights: Weights, *, layers: int, accuracy_lev
             x = graph.op("Add", x, decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer))
             present += zip(after, states, strict=True)
     normal = decoder.norm(x, Kind.NORM)
-    logits = linear(graph, normal, head_of(config, weights), accuracy_level)
+    logits = operators.linear(graph, normal, head_of(config, weights), accuracy_level)
     graph.output(logits, LOGITS, real_number, ("batch", "sequence", config.vocab_size))
     graph.output(normal, HIDDEN_OUT, real_number, ("batch", "sequence", config.hidden_size))
     for value, state in present:

@@ -44,6 +44,10 @@ ATTRIBUTES_SINCE: Mapping[tuple[str, str, str], Version] = {
 """Attributes that came after their operators."""
 
 
+OPSETS_SINCE: Mapping[int, Version] = {27: (1, 32)}
+"""Versions of the standard that earlier runtimes call unfinished: they load them only when told to."""
+
+
 def version_named(text: str) -> Version:
     """The version that a user names, patch numbers dropped.
 
@@ -67,6 +71,17 @@ def refuse_newer(graph: ir.Graph, version: Version) -> None:
             f"ONNX Runtime {_text(version)} does not run this package, it lacks {', '.join(lacking)}: "
             "name a newer one with --ort-version, or install it"
         )
+
+
+def unfinished_opset(opset: int, version: Version) -> tuple[str, ...]:
+    """What must be said where ONNX Runtime ``version`` loads graphs of ``opset`` only when told to."""
+    since = OPSETS_SINCE.get(opset, OLDEST)
+    if since <= version:
+        return ()
+    return (
+        f"opset {opset} is unfinished to ONNX Runtime before {_text(since)}: set ALLOW_RELEASED_ONNX_OPSET_ONLY=0 in "
+        "its environment",
+    )
 
 
 def newer_than(graph: ir.Graph, version: Version) -> set[str]:

@@ -51,6 +51,7 @@ class PackageOptions:
 
     Attributes:
         policy: rounds what is not quantized in the source; ``None`` rounds nothing.
+        ops: name of the operators that the graph is written in.
         dequantize: store what no operator reads as codes in float32, instead of refusing it.
         accuracy_level: of products with integer codes, 0 for float32 activations, 4 for 8-bit ones.
         ort_version: the oldest ONNX Runtime that shall run it; what that lacks is refused.
@@ -59,6 +60,7 @@ class PackageOptions:
     """
 
     policy: Policy | None = None
+    ops: str = "contrib"
     dequantize: bool = False
     accuracy_level: int = 4
     ort_version: Version = DEFAULT
@@ -70,6 +72,7 @@ class PackageOptions:
         """What a manifest says of it, besides the policy."""
         major, minor = self.ort_version
         return {
+            "ops": self.ops,
             "dequantize": self.dequantize,
             "accuracy_level": self.accuracy_level,
             "ort_version": f"{major}.{minor}",

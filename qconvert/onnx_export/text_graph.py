@@ -7,8 +7,9 @@ import onnx_ir as ir
 from qconvert import __version__
 from qconvert.core.role import Kind
 from qconvert.onnx_export import placing
-from qconvert.onnx_export.blocks import Decoder, linear
+from qconvert.onnx_export.blocks import Decoder
 from qconvert.onnx_export.graph_writer import GraphWriter
+from qconvert.onnx_export.operator_set import OperatorSet
 from qconvert.onnx_export.states import HIDDEN_STATES, LOGITS, State, layer_states
 from qconvert.onnx_export.weight import Weight, Weights
 from reference_model.config import TextConfig
@@ -17,6 +18,7 @@ from reference_model.rope import axis_of_planes, inverse_frequencies
 
 def place(
     graph: GraphWriter,
+    operators: OperatorSet,
     config: TextConfig,
     weights: Weights,
     ids: ir.Value,
@@ -31,6 +33,7 @@ def place(
         frequencies, factor = inverse_frequencies(config)
         return Decoder(
             graph,
+            operators,
             config,
             weights,
             real=placing.spread_real(graph, real),
@@ -48,8 +51,10 @@ def head_of(config: TextConfig, weights: Weights) -> Weight:
     return weights(Kind.EMBEDDING if config.tie_word_embeddings else Kind.HEAD)
 
 
-def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int, hidden: bool = False) -> ir.Model:
-    """Tokens to logits.
+def text_graph(
+    config: TextConfig, weights: Weights, operators: OperatorSet, *, accuracy_level: int, hidden: bool = False
+) -> ir.Model:
+    """Tokens to logits, in the operators of one set.
 
     Inputs: ``input_ids`` int64 [B, S]; ``attention_mask`` int64 [B, A], zero at padding, which may be anywhere;
     ``position_ids`` int64 [3, B, S]; for every attention layer ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K],
@@ -57,12 +62,12 @@ def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int, hid
     Outputs: ``logits`` [B, S, V], with ``hidden`` also ``hidden_states`` [B, S, D], from which a prediction head
     drafts, and all states as ``present...``. Source: the contract of onnxruntime-genai 0.18.
     """
-    graph = GraphWriter("decoder")
+    graph = GraphWriter("decoder", opset=operators.opset)
     integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
     ids = graph.input("input_ids", integer, ("batch", "sequence"))
     mask = graph.input("attention_mask", integer, ("batch", "total"))
     positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
-    decoder = place(graph, config, weights, ids, mask, positions, accuracy_level=accuracy_level)
+    decoder = place(graph, operators, config, weights, ids, mask, positions, accuracy_level=accuracy_level)
     x = graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), ids, axis=0)
     present: list[tuple[ir.Value, State]] = []
     for layer, kind in enumerate(config.layer_types):
@@ -75,7 +80,7 @@ def text_graph(config: TextConfig, weights: Weights, *, accuracy_level: int, hid
             x = graph.op("Add", x, decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer))
             present += zip(after, states, strict=True)
     normal = decoder.norm(x, Kind.NORM)
-    logits = linear(graph, normal, head_of(config, weights), accuracy_level)
+    logits = operators.linear(graph, normal, head_of(config, weights), accuracy_level)
     if hidden:
         graph.output(normal, HIDDEN_STATES, real_number, ("batch", "sequence", config.hidden_size))
     graph.output(logits, LOGITS, real_number, ("batch", "sequence", config.vocab_size))

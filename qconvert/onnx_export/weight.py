@@ -33,6 +33,11 @@ class Weight:
         return self.scheme.blocking.size if self.scheme and isinstance(self.scheme.blocking, Group) else 0
 
     @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.shape[-1] // self.block_size if self.block_size else 1
+
+    @property
     def bits(self) -> int:
         """Of a code."""
         return self.scheme.weight_bits if self.scheme else 32
@@ -45,17 +50,20 @@ class Weight:
         """Packed codes in the shape that the operator asks for."""
         return graph.weight(f"{self.name}.{CODES}", ir.DataType.UINT8, shape)
 
+    def nibbles(self, graph: GraphWriter) -> ir.Value:
+        """The same bytes as four-bit codes [N, K]."""
+        return graph.weight(f"{self.name}.{CODES}", ir.DataType.UINT4, self.shape)
+
     def scales(self, graph: GraphWriter) -> ir.Value:
         """[..., N, G], or [..., N] where a row has one."""
-        groups = (self.shape[-1] // self.block_size,) if self.block_size else ()
+        groups = (self.groups,) if self.block_size else ()
         return graph.weight(f"{self.name}.{SCALES}", ir.DataType.FLOAT, (*self.shape[:-1], *groups))
 
     def zero_points(self, graph: GraphWriter) -> ir.Value | None:
         """Packed along the groups of a row [..., N, ceil(G bits / 8)]; ``None`` where all are the middle."""
         if self.scheme is None or self.scheme.symmetric:
             return None
-        groups = self.shape[-1] // self.block_size if self.block_size else 1
-        packed = -(-groups * self.bits // 8)
+        packed = -(-self.groups * self.bits // 8)
         return graph.weight(f"{self.name}.{ZERO_POINTS}", ir.DataType.UINT8, (*self.shape[:-1], packed))
 
 
