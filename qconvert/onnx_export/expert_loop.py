@@ -15,8 +15,8 @@ def loop_over_experts(
 ) -> ir.Value:
     """What the experts make of rows [T, D], see ``OperatorSet.experts``; logits [T, E].
 
-    A turn of the loop takes one expert out of the stacks, gathers the rows that chose it and adds to the result what
-    it makes of them. A softmax of the largest logits is a softmax of all, normalised again.
+    A turn of the loop takes one expert out of the stacks, gathers the rows that chose it, and adds what it makes of
+    them to the result. A softmax of the largest logits is a softmax of all, normalised again.
     """
     largest, which = graph.ops("TopK", 2, logits, graph.integers(chosen), axis=-1)
     shares = graph.op("Softmax", largest, axis=-1)

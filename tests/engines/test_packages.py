@@ -65,7 +65,11 @@ def test_genai_generates_the_references_tokens(tmp_path: Path) -> None:
 
 
 def test_the_suite_passes_with_the_runtime_for_gpus_on_its_cpu_provider() -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ORT_GPU), str(ROOT)))}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ORT_GPU), str(ROOT))),
+        "ALLOW_RELEASED_ONNX_OPSET_ONLY": "0",  # it calls opset 27 unfinished
+    }
     version = "import onnxruntime; print(onnxruntime.__version__, onnxruntime.__file__)"
     told = subprocess.run([sys.executable, "-c", version], env=env, check=True, capture_output=True, text=True).stdout
     assert told.startswith("1.31.1") and str(ORT_GPU) in told
