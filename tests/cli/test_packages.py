@@ -36,6 +36,23 @@ def test_a_package_answers_a_prompt_with_its_rates(package: Path) -> None:
     assert f"The river{document['text']}" in shown
 
 
+@pytest.mark.parametrize("ops", ["standard", "functions"])
+def test_other_operators_give_the_same_text(package: Path, tmp_path: Path, ops: str) -> None:
+    asked = ("--scheme", "int4", "--group", "32", "--ops", ops)
+    done = run("export-onnx", CHECKPOINT, tmp_path / "out", *asked)
+    assert done.exit_code == 0, done.output
+    assert ("ALLOW_RELEASED_ONNX_OPSET_ONLY" in done.output) == (ops == "standard")
+    texts = [
+        json.loads(run("run", folder, "The river", "--max-tokens", "9", "--json").stdout)["text"]
+        for folder in (package, tmp_path / "out")
+    ]
+    assert texts[0] == texts[1]
+    operators = {one["operator"] for one in json.loads(run("inspect", tmp_path / "out", "--json").stdout)["operators"]}
+    assert ("GatedDeltaRule" in operators) == (ops == "functions")
+    assert "LinearAttention" in operators or ops == "functions"
+    assert run("verify", tmp_path / "out", "--deep", CHECKPOINT).exit_code == 0
+
+
 def test_a_package_is_checked_against_its_manifest(package: Path) -> None:
     assert run("verify", package).exit_code == 0
 
@@ -73,6 +90,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
         (("--group", "32"), "refine --scheme"),
         (("--scheme", "fp8"), "cannot be exported"),
         (("--accuracy-level", "3"), "expected 0 or 4"),
+        (("--ops", "fast"), "expected one of contrib, standard, functions"),
         (("--scheme", "int8", "--group", "32"), "has no groups"),
     ],
 )

@@ -15,6 +15,7 @@ from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
 from qconvert.core.scheme import int4
 from qconvert.onnx_export.export import export_onnx
+from qconvert.onnx_export.operator_sets import OPERATOR_SETS
 from qconvert.onnx_export.plan import PackageOptions
 from qconvert.plan.policy import default_policy
 from reference_model.model import CausalLM
@@ -48,10 +49,11 @@ def greedy(model: CausalLM, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def test_genai_generates_the_references_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ops", [one.name for one in OPERATOR_SETS])
+def test_genai_generates_the_references_tokens(tmp_path: Path, ops: str) -> None:
     # with its prediction head, which genai's own packages do not load with on a CPU
     convert(CHECKPOINT, tmp_path / "int4", default_policy(int4(32), search=False, rules=()))
-    export_onnx(tmp_path / "int4", tmp_path / "package", PackageOptions(accuracy_level=0))
+    export_onnx(tmp_path / "int4", tmp_path / "package", PackageOptions(accuracy_level=0, ops=ops))
     model = reference(tmp_path / "int4")
     draw = torch.Generator().manual_seed(5)
     prompts = [torch.randint(0, 2000, (length,), generator=draw).tolist() for length in (1, 3, 17, 64, 130)]
