@@ -88,6 +88,14 @@ def test_padding_anywhere_changes_no_row(packages: Path, sources: Path, sizes: l
     assert error(in_pieces(package, ids, sizes, mask)[real], expected[real]) < LOGITS
 
 
+@pytest.mark.parametrize("ops", NAMES)
+def test_no_two_counts_of_heads_are_taken_for_each_other(tmp_path: Path, ops: str) -> None:
+    make_tiny(tmp_path / "source", group=128, layers=2)  # 10 heads by 5, 8 by 4: no count is the other's share
+    package = exported(tmp_path / "source", tmp_path / "package", replace(EXACT, ops=ops))
+    ids, expected = prompt(reference(tmp_path / "source"), 2, 9)
+    assert error(in_pieces(package, ids, [4, 4]), expected) < LOGITS
+
+
 @torch.no_grad()
 def test_drafts_are_the_references(packages: Path, sources: Path) -> None:
     package, model = Package(packages / "int4", threads=1), reference(sources / "int4")
@@ -160,7 +168,10 @@ def test_functions_are_portable(sources: Path) -> None:
 def test_names_of_values_are_unique_down_to_the_bodies(sources: Path) -> None:
     for ops in NAMES:
         for model in written(sources, ops):
-            names = [value.name for node in model.graph.all_nodes() for value in node.outputs]
+            nodes = list(model.graph.all_nodes())
+            names = [value.name for node in nodes for value in node.outputs]
+            bodies = [one.as_graph() for node in nodes for one in node.attributes.values() if one.name == "body"]
+            names += [value.name for graph in (model.graph, *bodies) for value in graph.inputs]
             assert len(names) == len(set(names))
 
 
