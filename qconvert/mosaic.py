@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -118,15 +118,26 @@ def lay_moved(action: Reencode, mosaic: Mosaic, read: MatrixReader, sink: Sink, 
     Raises:
         DataError: codes that are NaN, parts that contradict each other, or scales that cannot be held exactly.
     """
+    packed = mosaic.tiles[0].reading.packed
+    scheme = action.scheme if packed is None else packed.scheme
+    alike = packed is not None and (packed.format, packed.scheme) == (action.format, action.scheme)
+    of_all = _parts_of_all(action, mosaic) if alike else frozenset()
+    kept: dict[str, Tensor] = {}
 
     def stored(tile: Tile, first: int, last: int) -> QuantizedTensor:
         a, b = _run(tile, first, last, read)
-        whole = read.unpacked(tile.reading, a, b, read.parts(tile.reading, a, b, into))
-        return cut(whole, (first - a, last - a), tile.cols)
+        parts = read.parts(tile.reading, a, b, into)
+        kept.update({suffix: parts[suffix].clone() for suffix in of_all})
+        return cut(read.unpacked(tile.reading, a, b, parts), (first - a, last - a), tile.cols)
 
-    packed = mosaic.tiles[0].reading.packed
     with read.naming(mosaic.tiles[0].reading, action.module):
-        return _lay_codes(action, action.scheme if packed is None else packed.scheme, mosaic, sink, stored)
+        return _lay_codes(action, scheme, mosaic, sink, stored, kept)
+
+
+def _parts_of_all(action: Reencode, mosaic: Mosaic) -> frozenset[str]:
+    """Stored parts that speak of every element alike, such as a second scale: any piece of the matrix has the same."""
+    specs = format_named(action.format).parts(action.scheme, mosaic.shape)
+    return frozenset(spec.suffix for spec in specs if not spec.rows_per_row and spec.shape == (1,))
 
 
 def _lay_codes(
@@ -135,8 +146,9 @@ def _lay_codes(
     mosaic: Mosaic,
     sink: Sink,
     part_of: Callable[[Tile, int, int], QuantizedTensor],
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Laid:
-    """Write a mosaic of codes in ``scheme``; ``part_of`` gives some rows of a tile."""
+    """Write a mosaic of codes in ``scheme``: ``part_of`` gives some rows of a tile, ``kept`` what stays as stored."""
     form = format_named(action.format)
     specs = form.parts(action.scheme, mosaic.shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
@@ -150,7 +162,7 @@ def _lay_codes(
         laid = lay_quantized(parts, (end - begin, cols), scheme, second_scale)
         second_scale = laid.second_scale
         if isinstance(action, Reencode):
-            moved = move(laid, action, mosaic.shape)
+            moved = move(laid, action, mosaic.shape, kept=kept)
             stored, scale_error = moved.parts, max(scale_error, moved.scale_error)
         else:
             stored = form.pack(laid, shape=mosaic.shape)
