@@ -38,6 +38,22 @@ class Laid:
     scale_error: float = 0.0
 
 
+def check_left_behind(mosaic: Mosaic, read: MatrixReader, becomes: str) -> None:
+    """Refuse to lose what is no zero where zeros are left behind.
+
+    Raises:
+        DataError: names the tensor, and what was to become of it.
+    """
+    for tile in mosaic.nothing:
+        for begin, end in row_blocks(tile.rows[1] - tile.rows[0], tile.width, 1):
+            first, last = tile.rows[0] + begin, tile.rows[0] + end
+            a, b = _run(tile, first, last, read)
+            rows = read.rows(tile.reading, a, b, None)[first - a : last - a, slice(*tile.cols)]
+            if bool((rows != 0).any()):
+                with read.naming(tile.reading, becomes):
+                    raise DataError("holds other numbers where zeros fill the shared expert up: they would be lost")
+
+
 def lay_plain(action: Keep | Dequantize, mosaic: Mosaic, read: MatrixReader, sink: Sink, into: SourceHash) -> Laid:
     """Lay plain rows together as they are, or dequantized ones, which become BF16.
 

@@ -342,6 +342,18 @@ def test_pieces_that_do_not_belong_together_are_refused(originals: Path, tmp_pat
     assert any("shared_expert" in str(cause) and "different" in str(cause) for cause in report.causes)
 
 
+def test_what_stands_where_zeros_should_is_not_lost_in_silence(originals: Path, tmp_path: Path) -> None:
+    fold(originals / "32-96", tmp_path / "plain")
+    edit_tensors(tmp_path / "plain", lambda t: t[f"{LAYER}experts.down_proj"][6, 3, 40:41].fill_(1.0))
+    with pytest.raises(DataError, match=r"experts\.down_proj.*they would be lost"):
+        unfold(tmp_path / "plain", tmp_path / "out")
+    convert(originals / "32-96", tmp_path / "int4", POLICIES["int4"][0], fold=True)
+    edit_tensors(tmp_path / "int4", lambda t: t[f"{LAYER}experts.6.up_proj.weight_packed"][50].fill_(7))
+    with pytest.raises(DataError, match=r"experts\.6\.up_proj.*they would be lost"):
+        unfold(tmp_path / "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("folded_side", ["converted", "both", "original"])
 def test_parity_compares_in_the_places_of_the_original(originals: Path, tmp_path: Path, folded_side: str) -> None:
     fold(originals / "32-96", tmp_path / "folded")
