@@ -12,7 +12,7 @@ from torch import Tensor
 from qconvert.core.errors import DataError
 from qconvert.core.plan import Dequantize, Keep, Mosaic, Quantize, Reencode, Tile
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import Block, PerTensor, Scheme
+from qconvert.core.scheme import Block, Scheme
 from qconvert.encode import WEIGHT, move, round_rows, to_bf16
 from qconvert.formats.table import format_named
 from qconvert.io.piece import Piece
@@ -111,10 +111,12 @@ def lay_rounded(
         DataError: NaN or infinite values.
     """
     squared_error = signal = 0.0
+    blocking = action.scheme.blocking
+    together = blocking.rows if isinstance(blocking, Block) else 1  # rows that influence each other
 
     def rounded(tile: Tile, first: int, last: int) -> QuantizedTensor:
         nonlocal squared_error, signal
-        a, b = _run(tile, first, last, read, _rows_of_a_block(action.scheme, read.shape(tile.reading)[0]))
+        a, b = _run(tile, first, last, read, together)
         rows = read.rows(tile.reading, a, b, into).to(device)
         with read.naming(tile.reading, action.module):
             whole = round_rows(rows, action, second).quantized
@@ -198,16 +200,6 @@ def _run(tile: Tile, first: int, last: int, read: MatrixReader, multiple: int = 
     rows, _ = read.shape(tile.reading)
     step = lcm(multiple, rows_together(tile.reading.packed, 1))
     return first - first % step, min(last + -last % step, rows)
-
-
-def _rows_of_a_block(scheme: Scheme, rows: int) -> int:
-    """Rows that influence each other when they are rounded."""
-    match scheme.blocking:
-        case Block(rows=height):
-            return height
-        case PerTensor():
-            return rows
-    return 1
 
 
 def _on_cpu(matrix: QuantizedTensor) -> QuantizedTensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qconvert.cli.demo import CHECKPOINT
-from qconvert.convert import convert, plan_conversion, refold
+from qconvert.convert import convert, move_codes, plan_conversion, refold
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError, SourceError
 from qconvert.core.plan import Folding, Plan, Reencode
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
@@ -24,6 +24,7 @@ from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan import row_blocks
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.plan.presets import preset_rules
+from qconvert.plan.reencoding import Reencoding
 from qconvert.verify import verify
 from qconvert.weights.source import CheckpointWeights
 from reference_model.config import ModelConfig
@@ -212,6 +213,17 @@ def test_a_second_scale_stays_as_it_is_stored(originals: Path, tmp_path: Path) -
     unfold(tmp_path / "folded", tmp_path / "back")
     assert same_tensors(tmp_path / "nvfp4", tmp_path / "back")
     assert same(tensors(tmp_path / "folded")[f"{LAYER}experts.6.up_proj.weight_global_scale"], awkward)
+
+
+def test_a_folded_checkpoint_moves_to_another_loader_and_stays_folded(originals: Path, tmp_path: Path) -> None:
+    to_gptq = Reencoding(method="gptq")
+    convert(originals / "32-96", tmp_path / "int4", POLICIES["int4"][0])
+    move_codes(tmp_path / "int4", tmp_path / "gptq", to_gptq)
+    fold(tmp_path / "int4", tmp_path / "folded")
+    move_codes(tmp_path / "folded", tmp_path / "folded-gptq", to_gptq)
+    unfold(tmp_path / "folded-gptq", tmp_path / "back")
+    assert same_tensors(tmp_path / "gptq", tmp_path / "back")
+    assert config_of(tmp_path / "gptq")["quantization_config"] == config_of(tmp_path / "back")["quantization_config"]
 
 
 def test_a_quantized_source_is_folded_when_it_is_rounded_anew(originals: Path, tmp_path: Path) -> None:
