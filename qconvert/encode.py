@@ -104,7 +104,12 @@ class Moved:
 
 
 def move(
-    quantized: QuantizedTensor, action: Reencode, shape: tuple[int, int], stored: Mapping[str, Tensor] | None = None
+    quantized: QuantizedTensor,
+    action: Reencode,
+    shape: tuple[int, int],
+    stored: Mapping[str, Tensor] | None = None,
+    *,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Moved:
     """Store some rows of a quantized [N, K] matrix otherwise: the same codes, zero points and scales.
 
@@ -113,6 +118,7 @@ def move(
         action: the scheme and format that they get.
         shape: (N, K) of the whole matrix.
         stored: their parts, where the source has them in this very scheme and format.
+        kept: those of them that are the same whatever part of the matrix is stored, and stay as they are.
 
     Raises:
         DataError: codes that are NaN, inputs in activation order, which nothing that is written keeps, or scales that
@@ -132,7 +138,7 @@ def move(
         zero_point = None if zero_point is None else zero_point.expand(wanted).contiguous()
     moved = replace(quantized, scale=scale, zero_point=zero_point, scheme=action.scheme)
     form = format_named(action.format)
-    parts = form.pack(moved, shape=shape)
+    parts = {**form.pack(moved, shape=shape), **(kept or {})}
     if quantized.second_scale is not None:
         again = form.unpack(parts, action.scheme, quantized.shape, whole=shape).second_scale
         error = max(error, _second_error(quantized.second_scale, again, action))

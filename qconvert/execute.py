@@ -19,7 +19,7 @@ from qconvert.formats.table import format_named
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
 from qconvert.matrix_reader import MatrixReader, SourceHash
-from qconvert.mosaic import lay_moved, lay_plain, lay_rounded
+from qconvert.mosaic import check_left_behind, lay_moved, lay_plain, lay_rounded
 from qconvert.numerics.finite import all_finite, largest_of
 from qconvert.plan.row_blocks import row_blocks, rows_together
 from qconvert.transform.turns import quantized_in_turns, take_turns
@@ -201,6 +201,7 @@ def _codes(
 def _lay(
     step: Step, mosaic: Mosaic, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
 ) -> tuple[Loss | None, float | None, list[Piece]]:
+    check_left_behind(mosaic, read, step.outputs[0])
     match step.action:
         case Quantize() as action:
             second = second_scale(action, _largest(action, read))

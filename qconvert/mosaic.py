@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -13,7 +13,7 @@ from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError
 from qconvert.core.plan import Dequantize, Keep, Mosaic, Quantize, Reencode, Tile
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.core.scheme import Block, PerTensor, Scheme
+from qconvert.core.scheme import Block, Scheme
 from qconvert.encode import WEIGHT, cast, move, round_rows
 from qconvert.formats.table import format_named
 from qconvert.io.piece import Piece
@@ -37,6 +37,22 @@ class Laid:
     squared_error: float = 0.0
     signal: float = 0.0
     scale_error: float = 0.0
+
+
+def check_left_behind(mosaic: Mosaic, read: MatrixReader, becomes: str) -> None:
+    """Refuse to lose what is no zero where zeros are left behind.
+
+    Raises:
+        DataError: names the tensor, and what was to become of it.
+    """
+    for tile in mosaic.nothing:
+        for begin, end in row_blocks(tile.rows[1] - tile.rows[0], tile.width, 1):
+            first, last = tile.rows[0] + begin, tile.rows[0] + end
+            a, b = _run(tile, first, last, read)
+            rows = read.rows(tile.reading, a, b, None)[first - a : last - a, slice(*tile.cols)]
+            if bool((rows != 0).any()):
+                with read.naming(tile.reading, becomes):
+                    raise DataError("holds other numbers where zeros fill the shared expert up: they would be lost")
 
 
 def lay_plain(action: Keep | Dequantize, mosaic: Mosaic, read: MatrixReader, sink: Sink, into: SourceHash) -> Laid:
@@ -96,10 +112,12 @@ def lay_rounded(
         DataError: NaN or infinite values.
     """
     squared_error = signal = 0.0
+    blocking = action.scheme.blocking
+    together = blocking.rows if isinstance(blocking, Block) else 1  # rows that influence each other
 
     def rounded(tile: Tile, first: int, last: int) -> QuantizedTensor:
         nonlocal squared_error, signal
-        a, b = _run(tile, first, last, read, _rows_of_a_block(action.scheme, read.shape(tile.reading)[0]))
+        a, b = _run(tile, first, last, read, together)
         rows = read.rows(tile.reading, a, b, into).to(device)
         with read.naming(tile.reading, action.module):
             whole = round_rows(rows, action, second).quantized
@@ -119,15 +137,26 @@ def lay_moved(action: Reencode, mosaic: Mosaic, read: MatrixReader, sink: Sink, 
     Raises:
         DataError: codes that are NaN, parts that contradict each other, or scales that cannot be held exactly.
     """
+    packed = mosaic.tiles[0].reading.packed
+    scheme = action.scheme if packed is None else packed.scheme
+    alike = packed is not None and (packed.format, packed.scheme) == (action.format, action.scheme)
+    of_all = _parts_of_all(action, mosaic) if alike else frozenset()
+    kept: dict[str, Tensor] = {}
 
     def stored(tile: Tile, first: int, last: int) -> QuantizedTensor:
         a, b = _run(tile, first, last, read)
-        whole = read.unpacked(tile.reading, a, b, read.parts(tile.reading, a, b, into))
-        return cut(whole, (first - a, last - a), tile.cols)
+        parts = read.parts(tile.reading, a, b, into)
+        kept.update({suffix: parts[suffix].clone() for suffix in of_all})
+        return cut(read.unpacked(tile.reading, a, b, parts), (first - a, last - a), tile.cols)
 
-    packed = mosaic.tiles[0].reading.packed
     with read.naming(mosaic.tiles[0].reading, action.module):
-        return _lay_codes(action, action.scheme if packed is None else packed.scheme, mosaic, sink, stored)
+        return _lay_codes(action, scheme, mosaic, sink, stored, kept)
+
+
+def _parts_of_all(action: Reencode, mosaic: Mosaic) -> frozenset[str]:
+    """Stored parts that speak of every element alike, such as a second scale: any piece of the matrix has the same."""
+    specs = format_named(action.format).parts(action.scheme, mosaic.shape)
+    return frozenset(spec.suffix for spec in specs if not spec.rows_per_row and spec.shape == (1,))
 
 
 def _lay_codes(
@@ -136,8 +165,9 @@ def _lay_codes(
     mosaic: Mosaic,
     sink: Sink,
     part_of: Callable[[Tile, int, int], QuantizedTensor],
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Laid:
-    """Write a mosaic of codes in ``scheme``; ``part_of`` gives some rows of a tile."""
+    """Write a mosaic of codes in ``scheme``: ``part_of`` gives some rows of a tile, ``kept`` what stays as stored."""
     form = format_named(action.format)
     specs = form.parts(action.scheme, mosaic.shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
@@ -151,7 +181,7 @@ def _lay_codes(
         laid = lay_quantized(parts, (end - begin, cols), scheme, second_scale)
         second_scale = laid.second_scale
         if isinstance(action, Reencode):
-            moved = move(laid, action, mosaic.shape)
+            moved = move(laid, action, mosaic.shape, kept=kept)
             stored, scale_error = moved.parts, max(scale_error, moved.scale_error)
         else:
             stored = form.pack(laid, shape=mosaic.shape)
@@ -171,16 +201,6 @@ def _run(tile: Tile, first: int, last: int, read: MatrixReader, multiple: int = 
     rows, _ = read.shape(tile.reading)
     step = lcm(multiple, rows_together(tile.reading.packed, 1))
     return first - first % step, min(last + -last % step, rows)
-
-
-def _rows_of_a_block(scheme: Scheme, rows: int) -> int:
-    """Rows that influence each other when they are rounded."""
-    match scheme.blocking:
-        case Block(rows=height):
-            return height
-        case PerTensor():
-            return rows
-    return 1
 
 
 def _on_cpu(matrix: QuantizedTensor) -> QuantizedTensor:

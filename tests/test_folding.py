@@ -14,16 +14,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qconvert.cli.demo import CHECKPOINT
-from qconvert.convert import convert, plan_conversion, refold
+from qconvert.convert import convert, move_codes, plan_conversion, refold
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError, SourceError
 from qconvert.core.plan import Folding, Plan, Reencode
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
 from qconvert.engine_check.run import check_checkpoint
 from qconvert.io import committer, output_file
 from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan import row_blocks
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.plan.presets import preset_rules
+from qconvert.plan.reencoding import Reencoding
 from qconvert.verify import verify
 from qconvert.weights.source import CheckpointWeights
 from reference_model.config import ModelConfig
@@ -195,6 +196,36 @@ def test_a_folded_quantized_model_computes_the_same(originals: Path, tmp_path: P
     check_logits(tmp_path / "int4", tmp_path / "folded")
 
 
+def test_a_second_scale_stays_as_it_is_stored(originals: Path, tmp_path: Path) -> None:
+    """Others divide by numbers of which no reciprocal's reciprocal is the number."""
+    awkward = torch.tensor([1.9], dtype=torch.float32)
+    while torch.equal(awkward.reciprocal().reciprocal(), awkward):
+        awkward = torch.nextafter(awkward, torch.tensor(2.0))
+    convert(originals / "32-96", tmp_path / "nvfp4", POLICIES["nvfp4"][0])
+
+    def change(t: dict[str, Tensor]) -> None:
+        for name in t:
+            if name.endswith("weight_global_scale"):
+                t[name] = awkward.clone()
+
+    edit_tensors(tmp_path / "nvfp4", change)
+    fold(tmp_path / "nvfp4", tmp_path / "folded")
+    unfold(tmp_path / "folded", tmp_path / "back")
+    assert same_tensors(tmp_path / "nvfp4", tmp_path / "back")
+    assert same(tensors(tmp_path / "folded")[f"{LAYER}experts.6.up_proj.weight_global_scale"], awkward)
+
+
+def test_a_folded_checkpoint_moves_to_another_loader_and_stays_folded(originals: Path, tmp_path: Path) -> None:
+    to_gptq = Reencoding(method="gptq")
+    convert(originals / "32-96", tmp_path / "int4", POLICIES["int4"][0])
+    move_codes(tmp_path / "int4", tmp_path / "gptq", to_gptq)
+    fold(tmp_path / "int4", tmp_path / "folded")
+    move_codes(tmp_path / "folded", tmp_path / "folded-gptq", to_gptq)
+    unfold(tmp_path / "folded-gptq", tmp_path / "back")
+    assert same_tensors(tmp_path / "gptq", tmp_path / "back")
+    assert config_of(tmp_path / "gptq")["quantization_config"] == config_of(tmp_path / "back")["quantization_config"]
+
+
 def test_a_quantized_source_is_folded_when_it_is_rounded_anew(originals: Path, tmp_path: Path) -> None:
     rules = tuple(
         Rule(match=f"mtp.{kind}.*", scheme=FP8_BLOCK, reason="all of it") for kind in ("expert", "shared_expert")
@@ -257,6 +288,37 @@ def test_two_schemes_are_refused_with_the_rule_that_makes_them_one(originals: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_what_bitsandbytes_leaves_alone_is_refused(originals: Path, tmp_path: Path) -> None:
+    convert(originals / "32-96", tmp_path / "int8", default_policy(LLM_INT8))
+    with pytest.raises(PlanError, match="keep = true"):
+        fold(tmp_path / "int8", tmp_path / "out")
+
+
+def test_activation_order_is_refused(originals: Path, tmp_path: Path) -> None:
+    convert(originals / "32-96", tmp_path / "gptq", POLICIES["gptq"][0])
+    edit_tensors(tmp_path / "gptq", lambda t: t[f"{LAYER}shared_expert.up_proj.g_idx"].copy_(torch.arange(96) % 3))
+    with pytest.raises(PlanError, match=r"shared_expert\.up_proj\.g_idx: inputs are in activation order"):
+        fold(tmp_path / "gptq", tmp_path / "out")
+
+
+def test_a_format_that_is_only_read_is_refused_by_name(originals: Path, tmp_path: Path) -> None:
+    convert(originals / "32-96", tmp_path / "nvfp4", POLICIES["nvfp4"][0])
+    config = config_of(tmp_path / "nvfp4") | {
+        "quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}
+    }
+    (tmp_path / "nvfp4" / "config.json").write_text(json.dumps(config))
+
+    def rename(t: dict[str, Tensor]) -> None:
+        for name in [name for name in t if name.endswith("weight_global_scale")]:
+            module = name.removesuffix(".weight_global_scale")
+            t[f"{module}.weight_scale_2"] = t.pop(name).reciprocal().reshape(())
+            t[f"{module}.weight"] = t.pop(f"{module}.weight_packed")
+
+    edit_tensors(tmp_path / "nvfp4", rename)
+    with pytest.raises(FormatError, match="quant_method 'modelopt' is read only"):
+        fold(tmp_path / "nvfp4", tmp_path / "out")
+
+
 def test_a_width_that_the_group_does_not_divide_is_refused(tmp_path: Path) -> None:
     make_tiny(tmp_path / "src", layers=1, experts=3, shared=48)
     with pytest.raises(FormatError, match="groups of 32 do not divide the 48 columns"):
@@ -290,6 +352,18 @@ def test_pieces_that_do_not_belong_together_are_refused(originals: Path, tmp_pat
         unfold(tmp_path / "int8", tmp_path / "out")
     report = compare(originals / "32-128", tmp_path / "int8", ParityOptions(run_model=False))
     assert any("shared_expert" in str(cause) and "different" in str(cause) for cause in report.causes)
+
+
+def test_what_stands_where_zeros_should_is_not_lost_in_silence(originals: Path, tmp_path: Path) -> None:
+    fold(originals / "32-96", tmp_path / "plain")
+    edit_tensors(tmp_path / "plain", lambda t: t[f"{LAYER}experts.down_proj"][6, 3, 40:41].fill_(1.0))
+    with pytest.raises(DataError, match=r"experts\.down_proj.*they would be lost"):
+        unfold(tmp_path / "plain", tmp_path / "out")
+    convert(originals / "32-96", tmp_path / "int4", POLICIES["int4"][0], fold=True)
+    edit_tensors(tmp_path / "int4", lambda t: t[f"{LAYER}experts.6.up_proj.weight_packed"][50].fill_(7))
+    with pytest.raises(DataError, match=r"experts\.6\.up_proj.*they would be lost"):
+        unfold(tmp_path / "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("folded_side", ["converted", "both", "original"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -109,7 +110,8 @@ def export_onnx(
 
     def call() -> int:
         # Here, because onnx takes a while to import, and no other command needs it.
-        from qconvert.onnx_export.export import export_onnx, plan_export
+        from qconvert.onnx_export.export import export_onnx as write_package
+        from qconvert.onnx_export.export import plan_export
         from qconvert.onnx_export.operator_sets import operator_set
         from qconvert.onnx_export.operators import version_named
         from qconvert.onnx_export.plan import PackageOptions
@@ -122,7 +124,7 @@ def export_onnx(
                 group,
                 (
                     *(() if policy is None else read_rules(policy, search=search)),
-                    *(() if preset is None else _preset(preset)),
+                    *(() if preset is None else _preset(preset, search=search)),
                 ),
                 symmetric=not asymmetric,
                 search=search,
@@ -142,7 +144,7 @@ def export_onnx(
         notes: list[str] = []
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:
-            done = export_onnx(
+            done = write_package(
                 folder, out, options, jobs=jobs, max_memory=limit, fresh=fresh,
                 algorithm=hashes, progress=lambda now, total: advance("writing", now, total), say=notes.append,
             )  # fmt: skip
@@ -152,7 +154,7 @@ def export_onnx(
     raise typer.Exit(console.guarded(call))
 
 
-def _preset(name: str) -> tuple[Rule, ...]:
+def _preset(name: str, *, search: bool) -> tuple[Rule, ...]:
     """The rules of a preset that makes sense in a package.
 
     Raises:
@@ -160,7 +162,7 @@ def _preset(name: str) -> tuple[Rule, ...]:
     """
     if name != "mixed":
         raise UsageError(f"preset {name!r} is unknown; expected mixed")
-    return preset_rules(name, INT8)
+    return tuple(replace(rule, search=search) for rule in preset_rules(name, INT8))
 
 
 def _policy(
@@ -177,6 +179,8 @@ def _policy(
         return default_policy(scheme_named(scheme, group=group, symmetric=symmetric), search=search, rules=rules)
     if group is not None or not symmetric:
         raise UsageError("--group and --asymmetric refine --scheme: name one")
+    if search and not rules:
+        raise UsageError("--search chooses the scales of what is rounded: name a --scheme, --preset or --policy")
     return Policy(rules=(*rules, KEEP)) if rules else None
 
 

@@ -88,10 +88,12 @@ class Mosaic:
     Attributes:
         tiles: they do not overlap.
         shape: (N, K); rows are counted over all leading dimensions of what is stored.
+        nothing: rectangles of source matrices that are left behind and must hold zeros.
     """
 
     tiles: tuple[Tile, ...]
     shape: tuple[int, int]
+    nothing: tuple[Tile, ...] = ()
 
     @property
     def inputs(self) -> tuple[Slice, ...]:

@@ -33,9 +33,11 @@ class MatMulNBits:
     quant_method: str = "onnxruntime"
 
     def check_scheme(self, scheme: Scheme) -> None:
-        """Raise ``FormatError`` unless the scheme is int4 or int8 weights in groups or channels, 16-bit activations."""
+        """Raise ``FormatError`` unless the scheme is int4 or int8 weights in groups or channels, weights only."""
         if not isinstance(scheme.grid, Int) or scheme.grid.bits not in (4, 8):
             raise FormatError(f"{self.name} holds 4- and 8-bit integers, not {scheme.grid}")
+        if scheme.activation.kind != "none":
+            raise FormatError(f"{self.name} leaves activations to the operator, not to {scheme}")
         size = scheme.blocking.size if isinstance(scheme.blocking, Group) else 16
         if not isinstance(scheme.blocking, Group | Channel) or size < 16 or size & (size - 1):
             raise FormatError(

@@ -140,6 +140,11 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
         FormatError: a matrix does not fit the blocks of its scheme.
     """
     source = look_at(checkpoint, from_quantized=True)
+    if source.census.config.text.folded_experts:
+        raise PlanError(
+            f"{checkpoint.path}: its shared expert is folded into the routed ones, which packages do not route yet: "
+            "`qconvert unfold` it first"
+        )
     sections = [Section.TEXT, *([Section.MTP] if options.mtp and source.census.mtp_layers else [])]
     decided = [_decide(role, group, options) for role, group in _grouped(source, sections)]
     plan = Plan(
@@ -291,7 +296,9 @@ def _action(
                     f"{reason}. --dequantize stores it in float32"
                 ) from None
             return Cast(reason=f"{stored} in the source, which no operator reads", name=name, dtype=DType.F32)
-        return Reencode(reason="codes of the source", module=module_of(name), scheme=scheme, format=NBITS.name)
+        rounded = stored.activation.kind != "none"
+        why = "codes of the source" + ("; its rounding of activations is the operator's" if rounded else "")
+        return Reencode(reason=why, module=module_of(name), scheme=scheme, format=NBITS.name)
     if options.policy is None:
         return Cast(reason="not quantized in the source", name=name, dtype=DType.F32)
     rule = _one_of({options.policy.decide(one.role) for one in matrices}, name, "are decided by different rules")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from qconvert.core.errors import SourceError, UsageError
@@ -38,7 +39,7 @@ class Package:
     config: ModelConfig
 
     def __init__(self, folder: Path, *, threads: int = 0) -> None:
-        """Load the graphs and their weights; ``threads`` 0 leaves their number to ONNX Runtime.
+        """Load the decoder and its weights; ``threads`` 0 leaves their number to ONNX Runtime.
 
         Raises:
             SourceError: no package, or ONNX Runtime refuses it.
@@ -49,13 +50,18 @@ class Package:
             raise SourceError(str(error)) from error
         if not (folder / MODEL_FILE).is_file():
             raise SourceError(f"{folder}: no {MODEL_FILE}, so no package; `qconvert export-onnx` makes one")
+        self._folder, self._threads = folder, threads
         self._decoder = Session(folder / MODEL_FILE, threads=threads)
-        self._head = Session(folder / MTP_FILE, threads=threads) if (folder / MTP_FILE).is_file() else None
 
     @property
     def drafts(self) -> bool:
         """Whether it has a prediction head."""
-        return self._head is not None
+        return (self._folder / MTP_FILE).is_file()
+
+    @cached_property
+    def _head(self) -> Session:
+        """Loaded when it is first asked: it has embedding and head in memory once more, and most never draft."""
+        return Session(self._folder / MTP_FILE, threads=self._threads)
 
     def forward(
         self,
@@ -94,8 +100,9 @@ class Package:
 
         Raises:
             UsageError: the package has no prediction head.
+            SourceError: ONNX Runtime refuses its graph.
         """
-        if self._head is None:
+        if not self.drafts:
             raise UsageError(f"the package has no {MTP_FILE} to draft with")
         found, after = self._head.run(
             next_ids,

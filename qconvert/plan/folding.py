@@ -27,7 +27,7 @@ from qconvert.formats.table import format_for, format_named
 from qconvert.plan.decided import Decided, StoredAs, kept_module
 from qconvert.plan.policy import Policy, Rule
 from qconvert.plan.row_blocks import mosaic_peak_bytes
-from qconvert.transform.rectangles import blocks_of
+from qconvert.transform.rectangles import Span, blocks_of
 from qconvert.transform.shared_expert import FOLDED, Share, matrix_shape, shares
 from reference_model.config import TextConfig
 from reference_model.config_fold import FOLD, NOTE, fold_block, folded_count
@@ -272,20 +272,27 @@ def _whole(block: _Block, kind: Kind, census: Census) -> Decided:
     """A matrix of the shared expert, laid together from those of the experts that hold it."""
     text = census.config.text
     hidden, width, shared = text.hidden_size, text.moe_intermediate_size, text.shared_expert_intermediate_size
-    tiles, holder = [], None
+    piece = matrix_shape(kind, width, hidden)
+    tiles, nothing, holder = [], [], None
     for number, share in enumerate(shares(shared, width), start=text.num_experts):
         holder, first = _holder(block, FOLDED[kind], number)
-        rows, cols = share.target(kind, hidden)
-        _check_cut(holder, matrix_shape(kind, width, hidden), rows, cols)
+        _check_cut(holder, piece, *share.target(kind, hidden))
         (row, _), (col, _) = share.source(kind, hidden)
-        inside = (first + rows[0], first + rows[1])
-        tiles.append(_rectangle(holder.step.reading, inside, cols, matrix_shape(kind, width, hidden)[1], (row, col)))
+        tiles.append(_inside(holder, first, share.target(kind, hidden), piece[1], (row, col)))
+        if share.end - share.begin < width:
+            nothing.append(_inside(holder, first, share.rest(kind, hidden), piece[1], (0, 0)))
     if holder is None:
         raise SourceError(f"the shared expert has no units: its width is {shared}")
     role = replace(holder.step.role, kind=kind, expert=None)
-    mosaic = Mosaic(tiles=tuple(tiles), shape=matrix_shape(kind, shared, hidden))
+    mosaic = Mosaic(tiles=tuple(tiles), shape=matrix_shape(kind, shared, hidden), nothing=tuple(nothing))
     like = replace(holder, step=replace(holder.step, role=role))
     return _laid(like, mosaic, mosaic.shape, name_of(role, census.naming), "the shared expert by itself")
+
+
+def _inside(holder: Decided, first: int, where: tuple[Span, Span], width: int, at: tuple[int, int]) -> Tile:
+    """A rectangle of an expert's matrix, which begins at row ``first`` of what holds it."""
+    (begin, end), cols = where
+    return _rectangle(holder.step.reading, (first + begin, first + end), cols, width, at)
 
 
 def _holder(block: _Block, kind: Kind, expert: int) -> tuple[Decided, int]:

@@ -50,6 +50,11 @@ class Share:
         units, all_of_hidden = (0, self.end - self.begin), (0, hidden)
         return (all_of_hidden, units) if kind is Kind.SHARED_DOWN else (units, all_of_hidden)
 
+    def rest(self, kind: Kind, hidden: int) -> tuple[Span, Span]:
+        """Rows and columns of the expert's matrix that are filled up with zeros."""
+        units, all_of_hidden = (self.end - self.begin, self.width), (0, hidden)
+        return (all_of_hidden, units) if kind is Kind.SHARED_DOWN else (units, all_of_hidden)
+
 
 def shares(shared: int, width: int) -> Iterator[Share]:
     """The n experts of ``width`` units that a shared expert of ``shared`` units becomes."""
