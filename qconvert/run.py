@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -19,8 +18,9 @@ from qconvert.formats.table import format_named
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
+from qconvert.largest_values import LargestValues
 from qconvert.matrix_reader import MatrixReader, SourceHash, StoppedError
-from qconvert.numerics.finite import all_finite, largest_of
+from qconvert.numerics.finite import all_finite
 from qconvert.plan.row_blocks import row_blocks, rows_together
 
 CPU = torch.device("cpu")
@@ -114,6 +114,7 @@ def run(
     lock = threading.Lock()
     stop = threading.Event()
     waiting = iter(left)
+    largest = LargestValues()
 
     def work() -> None:
         nonlocal done
@@ -124,7 +125,7 @@ def run(
             if step is None:
                 return
             with budget.holding(step.peak_bytes, stop):
-                outcome = execute(step, reader, sink, device)
+                outcome = execute(step, reader, sink, device, largest)
             with lock:
                 done += _bytes(source, step)
                 outcomes[step.key] = outcome
@@ -158,7 +159,7 @@ def check_memory(plan: Plan, memory: int) -> None:
         )
 
 
-def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) -> Outcome:
+def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device, largest: LargestValues) -> Outcome:
     """Carry one step out."""
     source_hash = SourceHash(sink.algorithm, step.inputs)
     loss: Loss | None = None
@@ -169,7 +170,7 @@ def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) ->
         case Dequantize(name=name):
             loss, pieces = _dequantize(step.reading, name, read, sink, source_hash)
         case Quantize() as action:
-            loss, pieces = _quantize(step.reading, action, read, sink, source_hash, device)
+            loss, pieces = _quantize(step.reading, action, read, sink, source_hash, device, largest)
         case Reencode() as action:
             scale_error, pieces = _reencode(step.reading, action, read, sink, source_hash)
     outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss, scale_error=scale_error)
@@ -204,14 +205,20 @@ def _dequantize(
 
 
 def _quantize(
-    reading: Reading, action: Quantize, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+    reading: Reading,
+    action: Quantize,
+    read: MatrixReader,
+    sink: Sink,
+    source_hash: SourceHash,
+    device: torch.device,
+    largest: LargestValues,
 ) -> tuple[Loss, list[Piece]]:
     shape = read.shape(reading)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
-    second = second_scale(action, _largest(action, read))
+    second = second_scale(action, largest.of(action.scale_over, read))
     for begin, end in row_blocks(*shape, rows_together(reading.packed, form.row_block(action.scheme, shape))):
         rows = read.rows(reading, begin, end, source_hash).to(device)
         with _named(reading, read, action.module):
@@ -253,19 +260,6 @@ def _named(reading: Reading, read: MatrixReader, becomes: str) -> Iterator[None]
     except DataError as error:
         part = reading.inputs[0]
         raise DataError(f"{read.info(part).shard}: {part.tensor}, for {becomes}: {error}") from None
-
-
-def _largest(action: Quantize, read: MatrixReader) -> float:
-    """The largest value of all matrices that share a second scale: each of them reads them all once more for it."""
-    largest = 0.0
-    for reading in action.scale_over:
-        for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
-            found = largest_of(read.rows(reading, begin, end, None))
-            if not math.isfinite(found):
-                part = reading.inputs[0]
-                raise DataError(f"{read.info(part).shard}: {part.tensor} has NaN or infinite values")
-            largest = max(largest, found)
-    return largest
 
 
 def _bytes(source: Checkpoint, step: Step) -> int:

@@ -36,11 +36,17 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.quantized_view", "reference_model.config",
     },
     "qconvert.column_order": {"qconvert.core", "qconvert.io", "qconvert.formats"},
+    "qconvert.exact_scales": {
+        "qconvert.core", "qconvert.io", "qconvert.formats", "qconvert.encode", "qconvert.matrix_reader",
+    },
+    "qconvert.largest_values": {
+        "qconvert.core", "qconvert.matrix_reader", "qconvert.numerics.finite", "qconvert.plan.row_blocks",
+    },
     "qconvert.matrix_reader": {"qconvert.core", "qconvert.io", "qconvert.formats"},
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
     "qconvert.run": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
-        "qconvert.numerics.finite", "qconvert.matrix_reader",
+        "qconvert.numerics.finite", "qconvert.matrix_reader", "qconvert.largest_values",
     },
     "qconvert.memory": set(),
     "qconvert.device": {"qconvert.core"},
@@ -56,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
-        "qconvert.device", "qconvert.column_order", "qconvert.engine_check",
+        "qconvert.device", "qconvert.column_order", "qconvert.exact_scales", "qconvert.engine_check",
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",
