@@ -14,7 +14,13 @@ from qconvert.engine_check.run import EngineCheck, check_checkpoint, describe
 
 FAULTY = 1
 
-_STYLES = {Effect.FAILS: "red", Effect.WRONG: "bold red", Effect.NOTE: "yellow"}
+_STYLES = {
+    Effect.FAILS: "red",
+    Effect.WRONG: "bold red",
+    Effect.DRAFT_FAILS: "red",
+    Effect.DRAFT_WRONG: "bold red",
+    Effect.NOTE: "yellow",
+}
 
 
 def check(
@@ -50,7 +56,7 @@ def check(
 
 def _show(found: EngineCheck) -> None:
     for one in found.found:
-        console.say(f"{one.rule.effect.value}: {describe(one)}", style=_STYLES[one.rule.effect])
+        console.say(f"{one.effect.value}: {describe(one)}", style=_STYLES[one.effect])
     engines = ", ".join(map(str, found.engines))
     ranks = "" if found.tp == 1 else f", {found.tp} ranks"
     verdict = f"faults: {len(found.faults):,}" if found.faults else "no fault"

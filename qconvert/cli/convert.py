@@ -101,6 +101,4 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
         console.say(f"{path}: scales {f'rounded, largest relative error {error:.2g}' if error else 'exact'}")
     sizes = f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)}"
     console.say(f"{sizes} in {seconds:.1f} s: {done.out}")
-    for name, reason in done.plan.left_out:
-        console.say(f"left out: {name} ({reason})")
     console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(done.out)])}")
