@@ -106,7 +106,7 @@ def move(
         raise DataError("has inputs in activation order")
     if stored is not None:
         return Moved(parts=stored, scale_error=0.0)
-    scale, error = _scales(quantized.scale, action)
+    scale, error = stored_scales(quantized.scale, action)
     moved = replace(quantized, scale=scale, scheme=action.scheme)
     form = format_named(action.format)
     parts = form.pack(moved, shape=shape)
@@ -127,7 +127,12 @@ def _second_error(before: Tensor, after: Tensor | None, action: Reencode) -> flo
     return error
 
 
-def _scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:
+def stored_scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:
+    """Scales in the type in which ``action`` stores them, in any shape, and the largest relative error of one.
+
+    Raises:
+        DataError: that type, or the one in which engines hold them, does not hold them all.
+    """
     spec = action.scheme.scale
     held = scale if spec.exact_in is None else scale.to(spec.exact_in.torch_dtype)
     stored = held.to(spec.dtype.torch_dtype)
