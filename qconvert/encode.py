@@ -142,7 +142,7 @@ def stored_scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:
         return stored, 0.0
     error = float((after / before - 1.0).abs().max())
     types = " and ".join(str(dtype) for dtype in (spec.dtype, spec.exact_in) if dtype is not None)
-    if not bool(((after > 0) & after.isfinite()).all()):
+    if not bool(((after != 0) & after.isfinite()).all()):
         raise DataError(f"has scales that become zero or infinite in {types}")
     if not action.allow_scale_rounding:
         raise DataError(

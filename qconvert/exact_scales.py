@@ -7,6 +7,7 @@ from math import prod
 
 from qconvert.core.errors import DataError, FormatError
 from qconvert.core.plan import Packed, Plan, Reencode, Slice, Step
+from qconvert.core.scheme import Int
 from qconvert.encode import move, stored_scales
 from qconvert.formats.base import PartSpec
 from qconvert.formats.base import check_scales as refuse_impossible
@@ -36,7 +37,7 @@ def check_scales(plan: Plan, source: Checkpoint) -> None:
             elif action.scheme.scale != packed.scheme.scale:
                 for part in _scales_of(step, packed):
                     scales = source.read(part.tensor, part.begin, part.end)
-                    refuse_impossible(scales, part.tensor)
+                    refuse_impossible(scales, part.tensor, signed=isinstance(packed.scheme.grid, Int))
                     stored_scales(scales, action)
         except (DataError, FormatError) as error:
             first = step.inputs[0]

@@ -67,7 +67,7 @@ def test_an_inexact_second_scale_is_found_before_the_first_byte(tmp_path: Path) 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_an_impossible_scale_is_found_there_too(gptq: Path, value: float) -> None:
     edit_tensors(gptq, lambda t: t[f"{UP}.scales"].view(-1)[:1].fill_(value))
-    with pytest.raises(DataError, match=rf"{UP}\.scales holds 1 scales that are zero, negative, infinite or NaN"):
+    with pytest.raises(DataError, match=rf"{UP}\.scales holds 1 scales that are zero, infinite or NaN"):
         plan_codes(gptq, to("compressed-tensors"))
 
 

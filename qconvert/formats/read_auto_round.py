@@ -10,7 +10,7 @@ from typing import Any
 from qconvert.core.errors import SourceError
 from qconvert.formats.awq import Awq
 from qconvert.formats.base import Format
-from qconvert.formats.declaration import Declaration, Declared, plain_names_of
+from qconvert.formats.declaration import Declaration, Declared
 from qconvert.formats.gptq import AUTO_ROUND, AUTO_ROUND_GPTQ, GPTQ_V2, Gptq
 from qconvert.formats.read_gptq import integer_scheme
 
@@ -27,42 +27,36 @@ _PACKINGS: Mapping[str, tuple[Format, ...]] = {
 _UNQUANTIZED_BITS = 16
 _ROTATIONS = ("rotation_config", "spinquant_config")
 _SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")
-_HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeclaredAutoRound:
-    """``quant_method: auto-round``: what is inside the blocks, and what ``extra_config`` says otherwise.
+    """``quant_method: auto-round``: one scheme, and what ``extra_config`` says otherwise.
 
-    A full name decides first, then the first pattern that is found anywhere in a name, then whether the name begins
-    with that of a block; without blocks all but the head are inside (AutoRound 0.15, vLLM 0.32).
+    A full name decides first, then the first pattern that is found anywhere in a name (AutoRound 0.16, vLLM 0.32). The
+    blocks that a configuration lists are not asked: which modules are quantized shows in what is stored, and AutoRound
+    0.16 quantizes ``mtp.fc``, which is in none of its blocks.
 
     Attributes:
-        inside: of everything in the blocks.
-        blocks: beginnings of names; ``None`` where none are given.
-        exact: name -> what is said of it, inside the blocks or not.
-        patterns: pattern -> what it says of a module inside, and of one outside.
+        exact: name -> what is said of it; ``None`` for what stays.
+        patterns: the same by pattern.
     """
 
-    inside: Declaration
-    blocks: tuple[str, ...] | None
+    declaration: Declaration
     exact: Mapping[str, Declaration | None]
-    patterns: tuple[tuple[re.Pattern[str], Declaration | None, Declaration | None], ...]
+    patterns: tuple[tuple[re.Pattern[str], Declaration | None], ...]
     complete: bool = False
 
     def of(self, module: str) -> Declaration | None:
         """See ``Declared.of``."""
         if module in self.exact:
             return self.exact[module]
-        inside = module != _HEAD if self.blocks is None else module.startswith(self.blocks)
-        for pattern, within, without in self.patterns:
-            if pattern.search(module):
-                return within if inside else without
-        return self.inside if inside else None
+        found = (declaration for pattern, declaration in self.patterns if pattern.search(module))
+        return next(found, self.declaration)
 
 
 def read_auto_round(block: Mapping[str, Any]) -> Declared:
-    """What ``bits``, ``group_size``, ``sym``, ``packing_format``, the blocks and ``extra_config`` declare.
+    """What ``bits``, ``group_size``, ``sym``, ``packing_format`` and ``extra_config`` declare.
 
     Raises:
         SourceError: another kind of numbers, rotated weights, or an argument that cannot be read here; the message
@@ -77,8 +71,8 @@ def read_auto_round(block: Mapping[str, Any]) -> Declared:
     extra = block.get("extra_config") or {}
     if not isinstance(extra, Mapping):
         raise SourceError(f"config.json: {_WHERE}.extra_config is {extra!r}; expected an object")
-    inside = _declaration(block, packing, _WHERE)
-    if inside is None:
+    declaration = _declaration(block, packing, _WHERE)
+    if declaration is None:
         raise SourceError(f"config.json: {_WHERE} has {_UNQUANTIZED_BITS} bits; 4 and 8 can be read")
     exact: dict[str, Declaration | None] = {}
     patterns = []
@@ -87,18 +81,10 @@ def read_auto_round(block: Mapping[str, Any]) -> Declared:
         if not isinstance(overrides, Mapping):
             raise SourceError(f"config.json: {where} is {overrides!r}; expected an object")
         given = {key: value for key, value in overrides.items() if value is not None}
-        exact[name] = within = _declaration({**block, **given}, packing, where)
+        exact[name] = said = _declaration({**block, **given}, packing, where)
         if _SPECIAL.search(name):
-            patterns.append((_compiled(name, where), within, within if "bits" in given else None))
-    return DeclaredAutoRound(inside=inside, blocks=_blocks(block), exact=exact, patterns=tuple(patterns))
-
-
-def _blocks(block: Mapping[str, Any]) -> tuple[str, ...] | None:
-    names = block.get("block_name_to_quantize") or block.get("to_quant_block_names")
-    if not names:
-        return None
-    listed = names.split(",") if isinstance(names, str) else names
-    return tuple(sorted(name.strip() for name in plain_names_of(listed, f"{_WHERE}.block_name_to_quantize")))
+            patterns.append((_compiled(name, where), said))
+    return DeclaredAutoRound(declaration=declaration, exact=exact, patterns=tuple(patterns))
 
 
 def _declaration(arguments: Mapping[str, Any], packing: str, where: str) -> Declaration | None:

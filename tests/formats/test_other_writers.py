@@ -105,7 +105,8 @@ def in_order(offset: int, *, indexed: bool = False) -> Callable[[tuple[int, int]
     def write(shape: tuple[int, int], seed: int) -> Written:
         rows, cols = shape
         codes, zeros = draw(shape, 0, 16, seed), draw((cols // GROUP, rows), 3, 13, seed)
-        scale, index = scales((rows, cols // GROUP), seed).half(), torch.arange(cols) // GROUP
+        signs = draw((rows, cols // GROUP), 0, 2, seed) * 2 - 1  # the largest value of a group gets the lowest code
+        scale, index = (scales((rows, cols // GROUP), seed) * signs).half(), torch.arange(cols) // GROUP
         parts = {
             "qweight": pack_int32(codes.to(torch.uint8), 4).T.contiguous(),
             "qzeros": pack_int32((zeros - offset).to(torch.uint8), 4),
@@ -306,17 +307,16 @@ def bits_of(quantization: dict[str, Any], *modules: str) -> list[str | None]:
 
 
 def test_what_autoround_says_of_single_modules_decides() -> None:
-    inside, outside = f"{BLOCKS}.3.self_attn.q_proj", "mtp.layers.0.self_attn.q_proj"
-    asked = (inside, f"{BLOCKS}.3.mlp.experts.1.up_proj", outside, "lm_head")
+    query = f"{BLOCKS}.3.self_attn.q_proj"
+    asked = (query, f"{BLOCKS}.3.mlp.experts.1.up_proj", "mtp.fc", "lm_head")
     four, eight = "int4-g32-asym", "int8-g32-asym"
-    assert bits_of(auto_round(), *asked) == [four, four, None, None]
-    assert bits_of(auto_round(block_name_to_quantize=None), *asked) == [four, four, four, None]
-    assert bits_of(auto_round(block_name_to_quantize=[f"{BLOCKS}.3.mlp", "mtp"]), *asked) == [None, four, four, None]
-    assert bits_of(auto_round(extra_config={inside: {"bits": 16}, "lm_head": {"bits": 8}}), *asked) == [
-        None, four, None, eight,
-    ]  # fmt: skip
-    assert bits_of(auto_round(extra_config={r".*q_proj": {"bits": 8}}), *asked) == [eight, four, eight, None]
-    assert bits_of(auto_round(extra_config={r".*q_proj": {"sym": True}}), *asked) == ["int4-g32-sym", four, None, None]
+    assert bits_of(auto_round(), *asked) == [four] * 4
+    extra: dict[str, Any] = {query: {"bits": 16, "data_type": "float"}, "lm_head": {"bits": 8, "group_size": None}}
+    assert bits_of(auto_round(extra_config=extra), *asked) == [None, four, four, eight]
+    extra = {r"layers\.\d+.*q_proj": {"sym": True}, ".*": {"bits": 8}}
+    assert bits_of(auto_round(extra_config=extra), *asked) == ["int4-g32-sym", eight, eight, eight]
+    extra = {r"mtp.*": {"bits": 16}, "mtp.fc": {"bits": 8}}
+    assert bits_of(auto_round(extra_config=extra), *asked, "mtp.layers.0.mlp.down_proj")[2:] == [eight, four, None]
 
 
 def test_the_longest_name_of_a_mixed_list_decides() -> None:
