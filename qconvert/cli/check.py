@@ -34,8 +34,9 @@ def check(
     """Apply the loading rules of vLLM, transformers and SGLang to a checkpoint: names, schemes, sizes, completeness.
 
     Reads headers and config.json alone, no weights. Every violation is named at once, with the modules, what the
-    engine does there and what to do. A rule that was read in an engine's source and not run says so. Exit code 1 when
-    an engine would not load the checkpoint or load it wrongly, 3 when it cannot be read at all.
+    engine does there and what to do; what concerns the MTP head alone is told as a fault of drafts. A rule that was
+    read in an engine's source and not run says so. Exit code 1 when an engine would not load the checkpoint or load
+    it wrongly, 3 when it cannot be read at all.
 
     Examples:
       qconvert check ./int4

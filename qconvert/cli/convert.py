@@ -54,7 +54,8 @@ def convert(
     Codes, zero points and scales stay what they are: every matrix means exactly the same numbers, also after the
     loader has cast its scales (to the type of the model for int4 and int8). What is not quantized is copied. Pairs
     with another grid, other blocks, zero points that the format has no room for or inputs in activation order are
-    refused before anything is written; for these there is `qconvert quantize --from-quantized`.
+    refused before anything is written, and so are scales that the loader does not hold exactly; for the former there
+    is `qconvert quantize --from-quantized`, for the latter --allow-scale-rounding.
 
     Examples:
       qconvert convert ./int4 ./gptq --format gptq
