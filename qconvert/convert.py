@@ -15,6 +15,7 @@ from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError,
 from qconvert.core.plan import Folding, Plan
 from qconvert.device import check_device
 from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
+from qconvert.exact_scales import check_scales
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
@@ -160,11 +161,12 @@ def convert(
 def plan_codes(
     source: Path, reencoding: Reencoding, *, max_memory: int | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> Plan:
-    """Decide what ``move_codes`` does to every tensor of ``source``; reads headers, and the order of inputs.
+    """Decide what ``move_codes`` does to every tensor of ``source``; reads headers, the order of inputs, and scales.
 
     Raises:
         SourceError: ``source`` is no checkpoint that can be read, or is not quantized.
         PlanError, FormatError: the codes cannot be moved: another grid, other blocks, zero points, activation order.
+        DataError: scales cannot be held exactly, and ``reencoding`` does not allow to round them.
     """
     with Checkpoint.open(source) as checkpoint:
         plan = _plan_codes(checkpoint, reencoding, shard_bytes)
@@ -176,6 +178,7 @@ def plan_codes(
 def _plan_codes(checkpoint: Checkpoint, reencoding: Reencoding, shard_bytes: int) -> Plan:
     plan = plan_reencoding(checkpoint, reencoding, shard_bytes=shard_bytes)
     check_column_order(plan, checkpoint)
+    check_scales(plan, checkpoint)
     return plan
 
 

@@ -131,7 +131,7 @@ def move(
         raise DataError("has inputs in activation order")
     if stored is not None:
         return Moved(parts=stored, scale_error=0.0)
-    scale, error = _scales(quantized.scale, action)
+    scale, error = stored_scales(quantized.scale, action)
     zero_point, wanted = quantized.zero_point, action.scheme.scale_shape(*quantized.shape)
     if isinstance(quantized.scheme.blocking, Channel) and scale.shape != wanted:
         scale = scale.expand(wanted).contiguous()
@@ -156,7 +156,12 @@ def _second_error(before: Tensor, after: Tensor | None, action: Reencode) -> flo
     return error
 
 
-def _scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:
+def stored_scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:
+    """Scales in the type in which ``action`` stores them, in any shape, and the largest relative error of one.
+
+    Raises:
+        DataError: that type, or the one in which engines hold them, does not hold them all.
+    """
     spec = action.scheme.scale
     held = scale if spec.exact_in is None else scale.to(spec.exact_in.torch_dtype)
     stored = held.to(spec.dtype.torch_dtype)
@@ -166,7 +171,7 @@ def _scales(scale: Tensor, action: Reencode) -> tuple[Tensor, float]:
         return stored, 0.0
     error = float((after / before - 1.0).abs().max())
     types = " and ".join(str(dtype) for dtype in (spec.dtype, spec.exact_in) if dtype is not None)
-    if not bool(((after > 0) & after.isfinite()).all()):
+    if not bool(((after != 0) & after.isfinite()).all()):
         raise DataError(f"has scales that become zero or infinite in {types}")
     if not action.allow_scale_rounding:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,10 @@ from qconvert.encode import WEIGHT, cast, encode, move, second_scale
 from qconvert.formats.table import format_named
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
+from qconvert.largest_values import LargestValues
 from qconvert.matrix_reader import MatrixReader, SourceHash
 from qconvert.mosaic import check_left_behind, lay_moved, lay_plain, lay_rounded
-from qconvert.numerics.finite import all_finite, largest_of
+from qconvert.numerics.finite import all_finite
 from qconvert.plan.row_blocks import row_blocks, rows_together
 from qconvert.transform.turns import quantized_in_turns, take_turns
 
@@ -69,14 +69,14 @@ class Outcome:
         )
 
 
-def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) -> Outcome:
+def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device, largest: LargestValues) -> Outcome:
     """Carry one step out."""
     source_hash = SourceHash(sink.algorithm, step.inputs)
     loss: Loss | None = None
     scale_error: float | None = None
     match step.action:
         case _ if step.mosaic is not None:
-            loss, scale_error, pieces = _lay(step, step.mosaic, read, sink, source_hash, device)
+            loss, scale_error, pieces = _lay(step, step.mosaic, read, sink, source_hash, device, largest)
         case Keep(name=name):
             pieces = [_keep(step.inputs[0], name, read, sink, source_hash)]
         case Dequantize(name=name):
@@ -84,7 +84,7 @@ def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device) ->
         case Cast(name=name, dtype=dtype, formula=formula):
             loss, pieces = _cast(step.matrices, name, dtype, formula, read, sink, source_hash)
         case Quantize() as action:
-            loss, pieces = _quantize(step.matrices, action, read, sink, source_hash, device)
+            loss, pieces = _quantize(step.matrices, action, read, sink, source_hash, device, largest)
         case Reencode() as action:
             scale_error, pieces = _reencode(step.matrices, action, read, sink, source_hash)
     outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss, scale_error=scale_error)
@@ -126,14 +126,20 @@ def _cast(
 
 
 def _quantize(
-    matrices: Matrices, action: Quantize, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+    matrices: Matrices,
+    action: Quantize,
+    read: MatrixReader,
+    sink: Sink,
+    source_hash: SourceHash,
+    device: torch.device,
+    largest: LargestValues,
 ) -> tuple[Loss, list[Piece]]:
     shape = _shape(matrices[0], read)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
-    second = second_scale(action, _largest(action, read))
+    second = second_scale(action, largest.of(action.scale_over, read))
     for readings in matrices:
         multiple = rows_together(readings[0].packed, form.row_block(action.scheme, shape))
         for begin, end in row_blocks(*read.shape(readings[0]), multiple):
@@ -199,12 +205,18 @@ def _codes(
 
 
 def _lay(
-    step: Step, mosaic: Mosaic, read: MatrixReader, sink: Sink, source_hash: SourceHash, device: torch.device
+    step: Step,
+    mosaic: Mosaic,
+    read: MatrixReader,
+    sink: Sink,
+    source_hash: SourceHash,
+    device: torch.device,
+    largest: LargestValues,
 ) -> tuple[Loss | None, float | None, list[Piece]]:
     check_left_behind(mosaic, read, step.outputs[0])
     match step.action:
         case Quantize() as action:
-            second = second_scale(action, _largest(action, read))
+            second = second_scale(action, largest.of(action.scale_over, read))
             laid = lay_rounded(action, mosaic, read, sink, source_hash, device, second)
         case Reencode() as action:
             laid = lay_moved(action, mosaic, read, sink, source_hash)
@@ -216,16 +228,3 @@ def _lay(
             if isinstance(action, Keep):
                 return None, None, laid.pieces
     return Loss(squared_error=laid.squared_error, signal=laid.signal), None, laid.pieces
-
-
-def _largest(action: Quantize, read: MatrixReader) -> float:
-    """The largest value of all matrices that share a second scale: each of them reads them all once more for it."""
-    largest = 0.0
-    for reading in action.scale_over:
-        for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
-            found = largest_of(read.rows(reading, begin, end, None))
-            if not math.isfinite(found):
-                part = reading.inputs[0]
-                raise DataError(f"{read.info(part).shard}: {part.tensor} has NaN or infinite values")
-            largest = max(largest, found)
-    return largest

@@ -72,17 +72,18 @@ def summary(
             for role, action, reason, tensors, nbytes in plan.decisions()
         ],
         "left_out": dict(plan.left_out),
-        **of_quantized(plan.source_quantization),
+        **of_quantized(plan.source_quantization, rounded=reencoding is None),
         **moved,
         "sqnr_db": sqnr_by_role(plan, outcomes),
     }
 
 
-def of_quantized(source: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the source was, if it was quantized, and what losses then are losses of."""
+def of_quantized(source: Mapping[str, Any] | None, *, rounded: bool) -> dict[str, Any]:
+    """What the source was, if it was quantized, and, where its matrices were ``rounded``, what losses are losses of."""
     if source is None:
         return {}
-    return {SOURCE_QUANTIZATION: {**source, "sqnr_db_against": "the source dequantized in float32"}}
+    against = {"sqnr_db_against": "the source dequantized in float32"} if rounded else {}
+    return {SOURCE_QUANTIZATION: {**source, **against}}
 
 
 def manifest_parts(

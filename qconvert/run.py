@@ -15,6 +15,7 @@ from qconvert.core.plan import Plan, Step
 from qconvert.execute import Outcome, execute
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.sink import Sink
+from qconvert.largest_values import LargestValues
 from qconvert.matrix_reader import MatrixReader, StoppedError
 
 CPU = torch.device("cpu")
@@ -72,6 +73,7 @@ def run(
     lock = threading.Lock()
     stop = threading.Event()
     waiting, later = iter(left), islice(left, READ_AHEAD_STEPS, None)
+    largest = LargestValues()
 
     def work() -> None:
         nonlocal done
@@ -85,7 +87,7 @@ def run(
                 for part in announced.inputs[:READ_AHEAD_PARTS]:
                     source.will_read(part.tensor, part.begin, part.end)
             with budget.holding(step.peak_bytes, stop):
-                outcome = execute(step, reader, sink, device)
+                outcome = execute(step, reader, sink, device, largest)
             with lock:
                 done += _bytes(source, step)
                 outcomes[step.key] = outcome

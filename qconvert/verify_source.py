@@ -105,7 +105,8 @@ def _of_files(checkpoint: Checkpoint, repeat: Repeated, manifest: Manifest) -> I
         yield Fault(
             file=MANIFEST_FILE, what=f"policy_hash is {manifest.policy_hash}, its rules give {plan.policy_hash}"
         )
-    told = of_quantized(plan.source_quantization).get(SOURCE_QUANTIZATION)
+    rounded = manifest.reencoding is None
+    told = of_quantized(plan.source_quantization, rounded=rounded).get(SOURCE_QUANTIZATION)
     if told != manifest.source_quantization:
         what = f"{SOURCE_QUANTIZATION} is {manifest.source_quantization}, the source gives {told}"
         yield Fault(file=MANIFEST_FILE, what=what)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qconvert.arch.names import role_of
-from qconvert.convert import Conversion, convert, plan_conversion
+from qconvert.convert import Conversion, convert, move_codes, plan_conversion
 from qconvert.core.errors import DataError, Interrupted, SourceError
 from qconvert.core.plan import Dequantize, Packed
 from qconvert.core.scheme import FP8_BLOCK, INT8, NVFP4, W8A8, Scheme, int4
@@ -22,6 +22,7 @@ from qconvert.numerics.rounding import quantize
 from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan import row_blocks
 from qconvert.plan.policy import Policy, Rule, default_policy, scheme_named
+from qconvert.plan.reencoding import Reencoding
 from qconvert.verify import verify
 from qconvert.weights.source import CheckpointWeights
 from tests.checkpoints import make_tiny, save_checkpoint
@@ -79,7 +80,7 @@ def written_plain(folder: Path, out: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     with CheckpointWeights.open(folder) as source:
-        parts = {name for one in source.stored.values() for name in one.parts.values()}
+        parts = {part.tensor for one in source.stored.values() for part in one.parts.values()}
         plain = {name: tensor for name, tensor in tensors(folder).items() if name not in parts}
         for role, stored in source.stored.items():
             if stored.plain is None:
@@ -313,6 +314,28 @@ def test_contradictions_are_listed_before_anything_is_written(sources: Path, tmp
     edit_tensors(tmp_path / "src", lambda t: [t.pop(f"{name}.weight_{part}") for part in ("packed", "shape")])
     with pytest.raises(SourceError, match=rf"missing: {name}\.weight"):
         again(tmp_path / "src", tmp_path / "out", default_policy(INT8))
+
+
+def test_scales_of_the_cache_are_left_out_with_a_reason(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "int4", tmp_path / "src")
+    attention = "model.language_model.layers.1.self_attn"
+    names = [f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"]
+    edit_tensors(tmp_path / "src", lambda t: t.update({name: torch.tensor(0.5) for name in names}))
+    policy = default_policy(INT8)
+    again(sources / "int4", tmp_path / "expected", policy)
+    done = again(tmp_path / "src", tmp_path / "out", policy)
+    reasons = {name: reason for name, reason in done.plan.left_out if name in names}
+    assert list(reasons) == names and all("cached keys and values" in reason for reason in reasons.values())
+    assert manifest_of(tmp_path / "out")["left_out"].keys() >= reasons.keys()
+    before, after = digest(tmp_path / "expected"), digest(tmp_path / "out")
+    assert {file for file in before if before[file] != after[file]} == {"manifest.json"}
+    assert verify(tmp_path / "out", tmp_path / "src").faults == ()
+    move_codes(tmp_path / "src", tmp_path / "moved", Reencoding(method="gptq"))
+    shown = run("quantize", tmp_path / "src", tmp_path / "new", "--from-quantized", "--dry-run")
+    assert f"left out: {names[0]}, {names[1]} (a scale of cached" in " ".join(shown.stdout.split())
+    inspected = json.loads(run("inspect", tmp_path / "src", "--json").stdout)
+    assert inspected["problems"] == []
+    assert compare(sources / "int4", tmp_path / "src", ParityOptions(run_model=False)).causes == ()
 
 
 def test_a_plain_source_is_converted_as_without_the_switch(sources: Path, tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.quantized_view", "reference_model.config", "reference_model.config_fold",
     },
     "qconvert.column_order": {"qconvert.core", "qconvert.io", "qconvert.formats"},
+    "qconvert.exact_scales": {
+        "qconvert.core", "qconvert.io", "qconvert.formats", "qconvert.encode", "qconvert.matrix_reader",
+    },
+    "qconvert.largest_values": {
+        "qconvert.core", "qconvert.matrix_reader", "qconvert.numerics.finite", "qconvert.plan.row_blocks",
+    },
     "qconvert.matrix_reader": {"qconvert.core", "qconvert.io", "qconvert.formats"},
     "qconvert.encode": {"qconvert.core", "qconvert.transform", "qconvert.numerics", "qconvert.formats"},
     "qconvert.mosaic": {
@@ -45,9 +51,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.execute": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
-        "qconvert.numerics.finite", "qconvert.matrix_reader", "qconvert.mosaic", "qconvert.transform.turns",
+        "qconvert.numerics.finite", "qconvert.matrix_reader", "qconvert.largest_values", "qconvert.mosaic",
+        "qconvert.transform.turns",
     },
-    "qconvert.run": {"qconvert.core", "qconvert.io", "qconvert.matrix_reader", "qconvert.execute"},
+    "qconvert.run": {
+        "qconvert.core", "qconvert.io", "qconvert.matrix_reader", "qconvert.largest_values", "qconvert.execute",
+    },
     "qconvert.memory": set(),
     "qconvert.device": {"qconvert.core"},
     "qconvert.manifest": {"qconvert.core", "qconvert.io", "qconvert.execute"},
@@ -66,12 +75,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
-        "qconvert.run", "qconvert.convert", "reference_model.config", "reference_model.config_fields",
+        "qconvert.run", "qconvert.convert", "qconvert.column_order", "reference_model.config", "reference_model.config_fields",
         "reference_model.rope",
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
-        "qconvert.device", "qconvert.column_order", "qconvert.engine_check",
+        "qconvert.device", "qconvert.column_order", "qconvert.exact_scales", "qconvert.engine_check",
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",

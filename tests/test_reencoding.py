@@ -44,6 +44,7 @@ POLICIES = {
     "gptq": default_policy(int4(128)).stored_as("gptq"),
     "gptq-int8": default_policy(INT8).stored_as("gptq"),
     "awq": default_policy(int4(128)).stored_as("awq"),
+    "awq-asym": default_policy(int4(128, symmetric=False)).stored_as("awq"),
     "fp8": default_policy(FP8),
     "fp8-block": default_policy(FP8_BLOCK),
     "fp8-tiles": default_policy(FP8_BLOCK).stored_as("compressed-tensors"),
@@ -62,6 +63,10 @@ POSSIBLE = (
     ("gptq", "awq"),
     ("gptq-int8", "compressed-tensors"),
     ("awq", "compressed-tensors"),
+    ("awq", "gptq"),
+    ("awq", "awq"),
+    ("awq-asym", "compressed-tensors"),
+    ("awq-asym", "awq"),
     ("fp8-block", "compressed-tensors"),
     ("fp8-tiles", "fp8"),
     *((name, "compressed-tensors") for name in ("int4", "int4-asym", "fp8", "w8a8", "mxfp4", "nvfp4")),
@@ -72,7 +77,7 @@ POSSIBLE = (
 IMPOSSIBLE = (
     ("int4", "fp8", "holds fp8 in 128 x 128 tiles, not int4-g128-sym"),
     ("int4-asym", "gptq", "zero points: vLLM reads symmetric gptq only"),
-    ("awq", "gptq", "zero points: vLLM reads symmetric gptq only"),
+    ("awq-asym", "gptq", "zero points: vLLM reads symmetric gptq only"),
     ("int8", "awq", "awq holds integers of 4 bits, not int8"),
     ("fp8", "fp8", "holds fp8 in 128 x 128 tiles, not fp8-channel"),
     ("fp8-block", "gptq", "gptq holds integers of 4 or 8 bits, not fp8"),
@@ -115,7 +120,7 @@ def test_every_matrix_means_the_same_numbers(sources: Path, tmp_path: Path, name
     assert verify(tmp_path / "out", sources / name).faults == ()
 
 
-@pytest.mark.parametrize(("there", "back"), [("gptq", "int4"), ("gptq", "int8"), ("awq", "int4-asym")])
+@pytest.mark.parametrize(("there", "back"), [("gptq", "int4"), ("gptq", "int8"), ("awq", "int4"), ("awq", "int4-asym")])
 def test_there_and_back_are_the_same_bytes(sources: Path, tmp_path: Path, there: str, back: str) -> None:
     move_codes(sources / back, tmp_path / "there", to(there))
     move_codes(tmp_path / "there", tmp_path / "back", to("compressed-tensors"))
@@ -196,6 +201,16 @@ def test_rounded_scales_are_reported_by_role(sources: Path, tmp_path: Path) -> N
     assert manifest_of(out)["scale_error"] == said["scale_error"]
     assert manifest_of(out)["reencoding"] == {"format": "compressed-tensors", "allow_scale_rounding": True}
     assert verify(out, tmp_path / "src").faults == ()
+
+
+def test_one_zero_point_that_is_not_the_middle_makes_all_of_awq_asymmetric(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "awq", tmp_path / "src")
+    edit_tensors(tmp_path / "src", lambda t: t[f"{UP}.qzeros"].view(-1)[:1].add_(1))
+    plan = plan_codes(tmp_path / "src", to("compressed-tensors"))
+    moved = [step.action.scheme for step in plan.steps if isinstance(step.action, Reencode)]
+    assert not any(scheme.symmetric for scheme in moved)
+    plan = plan_codes(sources / "awq", to("compressed-tensors"))
+    assert all(step.action.scheme.symmetric for step in plan.steps if isinstance(step.action, Reencode))
 
 
 def test_for_the_same_loader_every_scale_stays(sources: Path, tmp_path: Path) -> None:
@@ -375,6 +390,7 @@ def test_what_is_not_quantized_is_copied_with_a_reason(sources: Path, tmp_path: 
     assert "mtp.layers.0.mlp.experts.gate_up_proj" in {action.name for action in kept}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["qconvert"]["source_quantization"]["quant_method"] == "compressed-tensors"
+    assert manifest_of(tmp_path / "out")["source_quantization"] == config["qconvert"]["source_quantization"]
 
 
 def test_parity_finds_no_difference(sources: Path, tmp_path: Path) -> None:

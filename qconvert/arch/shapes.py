@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qconvert.core.role import Kind, Part, Section, TensorRole
+from qconvert.core.role import HALVES, Kind, Part, Section, TensorRole
 from reference_model.config import ModelConfig, TextConfig, VisionConfig
 
 STACKED = (Kind.EXPERT_GATE_UP, Kind.EXPERT_DOWN)
@@ -99,7 +99,7 @@ def expected_shape(role: TensorRole, config: ModelConfig) -> tuple[int, ...]:
             raise KeyError(str(role))
         return _vision_shapes(config.vision)[role.kind, role.part]
     text = config.text
-    if role.kind is Kind.ATTENTION_QUERY and role.part in (Part.QUERY, Part.OUTPUT_GATE):
+    if role.kind is Kind.ATTENTION_QUERY and role.part in HALVES:
         return (text.query_dim, text.hidden_size)
     if role.kind is Kind.EXPERT_DOWN and role.expert is None:
         return (text.stored_experts, text.hidden_size, text.moe_intermediate_size)

@@ -14,7 +14,13 @@ from qconvert.engine_check.run import EngineCheck, check_checkpoint, describe
 
 FAULTY = 1
 
-_STYLES = {Effect.FAILS: "red", Effect.WRONG: "bold red", Effect.NOTE: "yellow"}
+_STYLES = {
+    Effect.FAILS: "red",
+    Effect.WRONG: "bold red",
+    Effect.DRAFT_FAILS: "red",
+    Effect.DRAFT_WRONG: "bold red",
+    Effect.NOTE: "yellow",
+}
 
 
 def check(
@@ -28,8 +34,9 @@ def check(
     """Apply the loading rules of vLLM, transformers and SGLang to a checkpoint: names, schemes, sizes, completeness.
 
     Reads headers and config.json alone, no weights. Every violation is named at once, with the modules, what the
-    engine does there and what to do. A rule that was read in an engine's source and not run says so. Exit code 1 when
-    an engine would not load the checkpoint or load it wrongly, 3 when it cannot be read at all.
+    engine does there and what to do; what concerns the MTP head alone is told as a fault of drafts. A rule that was
+    read in an engine's source and not run says so. Exit code 1 when an engine would not load the checkpoint or load
+    it wrongly, 3 when it cannot be read at all.
 
     Examples:
       qconvert check ./int4
@@ -50,7 +57,7 @@ def check(
 
 def _show(found: EngineCheck) -> None:
     for one in found.found:
-        console.say(f"{one.rule.effect.value}: {describe(one)}", style=_STYLES[one.rule.effect])
+        console.say(f"{one.effect.value}: {describe(one)}", style=_STYLES[one.effect])
     engines = ", ".join(map(str, found.engines))
     ranks = "" if found.tp == 1 else f", {found.tp} ranks"
     verdict = f"faults: {len(found.faults):,}" if found.faults else "no fault"

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -73,7 +73,9 @@ def plain_table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         number = name.startswith(">")
-        table.add_column(name.lstrip(">"), justify="right" if number else "left", no_wrap=number)
+        justify: Literal["left", "right"] = "right" if number else "left"
+        # paths are told apart by their ends: they are folded, not cut
+        table.add_column(name.lstrip(">"), justify=justify, no_wrap=number, overflow="ellipsis" if number else "fold")
     return table
 
 

@@ -54,7 +54,8 @@ def convert(
     Codes, zero points and scales stay what they are: every matrix means exactly the same numbers, also after the
     loader has cast its scales (to the type of the model for int4 and int8). What is not quantized is copied. Pairs
     with another grid, other blocks, zero points that the format has no room for or inputs in activation order are
-    refused before anything is written; for these there is `qconvert quantize --from-quantized`.
+    refused before anything is written, and so are scales that the loader does not hold exactly; for the former there
+    is `qconvert quantize --from-quantized`, for the latter --allow-scale-rounding.
 
     Examples:
       qconvert convert ./int4 ./gptq --format gptq
@@ -101,6 +102,4 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
         console.say(f"{path}: scales {f'rounded, largest relative error {error:.2g}' if error else 'exact'}")
     sizes = f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)}"
     console.say(f"{sizes} in {seconds:.1f} s: {done.out}")
-    for name, reason in done.plan.left_out:
-        console.say(f"left out: {name} ({reason})")
     console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(done.out)])}")

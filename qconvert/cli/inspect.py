@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from qconvert.cli.inspect_package import inspect_package
 from qconvert.cli.options import Json
 from qconvert.convert import plan_conversion
 from qconvert.core.errors import FormatError, PlanError, SourceError
-from qconvert.core.role import Section
+from qconvert.core.role import Section, TensorRole
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hub import resolve
 from qconvert.io.source_folder import is_package
@@ -92,6 +93,7 @@ def _quantized(checkpoint: Checkpoint, *, json: bool) -> int:
                     {"path": path, "scheme": scheme, "tensors": count, "parameters": parameters}
                     for (path, scheme), (count, parameters) in rows.items()
                 ],
+                "policy_paths": sorted({path for role in found.stored for path in _paths(role)}),
                 "problems": problems,
             }
         )
@@ -146,8 +148,14 @@ def _policy_paths(census: Census) -> set[str]:
     paths: set[str] = set()
     for name, role in census.roles.items():
         stacked = role.kind in STACKED and role.expert is None
-        paths.update(one.path for one, _ in unstack(census.tensors[name], role)) if stacked else paths.add(role.path)
+        ones = [one for one, _ in unstack(census.tensors[name], role)] if stacked else [role]
+        paths.update(path for one in ones for path in _paths(one))
     return paths
+
+
+def _paths(role: TensorRole) -> Iterator[str]:
+    """The path of a tensor, and those of its halves."""
+    return (one.path for one in (role, *role.halves))
 
 
 def _show(folder: Path, census: Census, sizes: dict[str, int | str]) -> None:

@@ -13,9 +13,12 @@ from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.plan.document import plan_text
 from reference_model.config_fold import FOLD, NOTE
 
+_LISTED = 3
+"""Names of what is left out that a line has; ``--json`` has them all."""
+
 
 def show_plan(plan: Plan) -> None:
-    """One line per action and reason; ``--dry-run --json`` has every tensor."""
+    """One line per action and reason, and what is left out; ``--dry-run --json`` has every tensor."""
     groups: dict[tuple[str, str], tuple[list[str], int, int]] = {}
     for role, action, reason, tensors, nbytes in plan.decisions():
         roles, count, size = groups.get((action, reason), ([], 0, 0))
@@ -35,6 +38,12 @@ def show_plan(plan: Plan) -> None:
         )
     for limit in limits(plan):
         console.say(f"note: {limit}", style="yellow")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.left_out:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+        console.say(f"left out: {', '.join(names[:_LISTED])}{more} ({reason})")
 
 
 def preview(plan: Plan, out: Path, *, json: bool) -> None:

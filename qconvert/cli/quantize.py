@@ -164,6 +164,4 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
         f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)} in {seconds:.1f} s "
         f"({done.bytes_before / 1e9 / seconds:.2f} GB/s): {done.out}"
     )
-    for name, reason in done.plan.left_out:
-        console.say(f"left out: {name} ({reason})")
     console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(done.out)])}")

@@ -270,7 +270,7 @@ class Plan:
         source_hash: xxh3-128 of the source's headers and ``config.json``.
         policy_hash: xxh3-128 of the rules that decided.
         side_files: files of the source that are copied beside the weights.
-        left_out: (name, reason) of those that are not.
+        left_out: (name, reason) of those that are not, and of tensors that no step reads.
         config: the output's ``config.json``.
         source_quantization: of a source that is quantized: its ``quant_method``, and how many matrices it holds in
             which scheme and format.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class Section(enum.Enum):
@@ -80,6 +80,10 @@ class Part(enum.Enum):
     OUTPUT_GATE = "output_gate"
 
 
+HALVES = (Part.QUERY, Part.OUTPUT_GATE)
+"""The halves of ``q_proj``, in the order of their rows inside a head."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRole:
     """One tensor's place in the architecture.
@@ -100,6 +104,17 @@ class TensorRole:
         """What policies match and reports group by, for example ``text.expert.gate``."""
         suffix = "" if self.part is Part.WEIGHT else f".{self.part.value}"
         return f"{self.section.value}.{self.kind.value}{suffix}"
+
+    @property
+    def whole(self) -> TensorRole:
+        """The tensor that a half of ``q_proj`` is stored in; any other role itself."""
+        return replace(self, part=Part.WEIGHT) if self.part in HALVES else self
+
+    @property
+    def halves(self) -> tuple[TensorRole, ...]:
+        """The query and the output gate of a ``q_proj``; nothing of any other tensor."""
+        whole = self.kind is Kind.ATTENTION_QUERY and self.part is Part.WEIGHT
+        return tuple(replace(self, part=half) for half in HALVES) if whole else ()
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f" layer {self.layer}"

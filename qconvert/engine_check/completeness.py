@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 from qconvert.arch.names import name_of, role_of
 from qconvert.arch.shapes import expected_roles
 from qconvert.core.role import EXPERT_KINDS, Section, TensorRole
 from qconvert.engine_check.rule import Effect, Engine, Finding, Proof, Rule
-from qconvert.engine_check.view import CACHE_SCALES, View, quantized_stack
+from qconvert.engine_check.view import View, quantized_stack
 from qconvert.formats.declared import read_declared
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.quantized_view import QuantizedView, view
+from qconvert.quantized_view import ProblemKind, QuantizedView, view
 
 _MOST_MISSING = 10_000
 """Names are made for no more: a configuration may ask for millions of experts that no tensor bears out."""
 
 
-def stored_problems(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+def stored_problems(checkpoint: Checkpoint) -> Iterator[tuple[ProblemKind, str, str]]:
     """Tensors and modules that are missing, unknown, doubled, misshapen or stored in parts that do not fit.
 
-    What is stored otherwise than the lists declare is left to the rules about lists, quantized experts in stacks to
-    theirs.
+    What is stored otherwise than the lists declare is left to the rules about lists, and experts in stacks whose layout
+    is not known to theirs.
 
     Raises:
         SourceError: another architecture, or a configuration that cannot be read.
@@ -32,18 +33,17 @@ def stored_problems(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     spoken_of: set[TensorRole | None] = set()
     opaque: set[tuple[Section, int | None]] = set()
     for problem in seen.problems:
-        if problem.name.rpartition(".")[2] in CACHE_SCALES:
-            continue
         block = quantized_stack(checkpoint.tensors.get(problem.name))
         if block is not None:
             role = role_of(f"{block}.gate_up_proj")
             opaque.add((role.section, role.layer))
-            continue
+            if problem.kind in (ProblemKind.UNREADABLE, ProblemKind.UNKNOWN):
+                continue
         spoken_of.add(problem.role)
         kept = problem.role in seen.stored
         about_lists = problem.name not in checkpoint.tensors and kept == (declared.of(problem.name) is not None)
         if not about_lists:
-            yield problem.name, problem.message
+            yield problem.kind, problem.name, problem.message
     missing = (
         role
         for role in _expected(seen)
@@ -52,7 +52,7 @@ def stored_problems(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         and not (role.kind in EXPERT_KINDS and (role.section, role.layer) in opaque)
     )
     for role in islice(missing, _MOST_MISSING):
-        yield name_of(role, seen.naming), "is missing"
+        yield ProblemKind.MISSING, name_of(role, seen.naming), "is missing"
 
 
 def _expected(seen: QuantizedView) -> Iterator[TensorRole]:
@@ -61,51 +61,127 @@ def _expected(seen: QuantizedView) -> Iterator[TensorRole]:
     return expected_roles(seen.config, stacked=False, mtp_layers=None if stored else 0)
 
 
-def _problems(view: View) -> Iterator[Finding]:
-    for name, message in view.problems:
-        yield Finding(module=name, detail=message)
+_MISSHAPEN = (ProblemKind.MISSHAPEN, ProblemKind.UNREADABLE)
 
 
-def _problems_of_the_model(view: View) -> Iterator[Finding]:
+def _problems(view: View, *, kinds: tuple[ProblemKind, ...]) -> Iterator[Finding]:
+    for kind, name, message in view.problems:
+        if kind in kinds:
+            yield Finding(module=name, detail=message)
+
+
+def _problems_of_the_model(view: View, *, kinds: tuple[ProblemKind, ...]) -> Iterator[Finding]:
     """Without the draft head, which transformers does not read."""
-    return (finding for finding in _problems(view) if not finding.module.startswith("mtp."))
+    return (finding for finding in _problems(view, kinds=kinds) if not finding.module.startswith("mtp."))
 
 
-_DEMANDS = "every tensor that config.json asks for is there in its type and shape, and no other"
+_COMPLETE = "every tensor that config.json asks for is there, with every part of a quantized one"
+_NO_OTHER = "no tensor is there that the model has no place for"
+_SHAPES = "every tensor has the shape that config.json asks for, and parts of a quantized one the types of its scheme"
+_AGAIN = "convert again, or copy the file again; `qconvert verify` names what changed"
+_TAKE_OUT = "take it out, or give it the name under which the engine looks for it"
+_VLLM = "vllm: models/qwen3_5.py Qwen3_5Model.load_weights"
+_TRANSFORMERS = "transformers: modeling_utils.py PreTrainedModel._load_pretrained_model"
+_SGLANG = "sglang: models/qwen3_5.py Qwen3_5MoeForConditionalGeneration.load_weights"
 
 COMPLETENESS_RULES: tuple[Rule, ...] = (
     Rule(
-        id="vllm-complete",
+        id="vllm-missing",
         engine=Engine.VLLM,
-        demands=_DEMANDS,
+        demands=_COMPLETE,
         source="tests/engines/test_vllm.py FAULTS 'a layer's up missing'",
         proof=Proof.RUN,
         effect=Effect.WRONG,
-        happens="says nothing of a tensor that is missing and answers with what was in memory; stops at one that it "
-        "does not know, or whose shape differs",
-        remedy="convert again, or copy the file again; `qconvert verify` names what changed",
-        find=_problems,
+        happens="says nothing and answers with what was in memory",
+        remedy=_AGAIN,
+        find=partial(_problems, kinds=(ProblemKind.MISSING,)),
     ),
     Rule(
-        id="transformers-complete",
+        id="vllm-unknown",
+        engine=Engine.VLLM,
+        demands=_NO_OTHER,
+        source=f"{_VLLM}, models/utils.py AutoWeightsLoader",
+        proof=Proof.READ,
+        effect=Effect.WRONG,
+        happens="passes over it with a line in the log inside the decoder and the draft head, and stops elsewhere",
+        remedy=_TAKE_OUT,
+        find=partial(_problems, kinds=(ProblemKind.UNKNOWN,)),
+    ),
+    Rule(
+        id="vllm-misshapen",
+        engine=Engine.VLLM,
+        demands=_SHAPES,
+        source="vllm: model_executor/parameter.py BasevLLMParameter, layers/linear.py weight_loader",
+        proof=Proof.READ,
+        effect=Effect.FAILS,
+        happens="ends with an assertion",
+        remedy=_AGAIN,
+        find=partial(_problems, kinds=_MISSHAPEN),
+    ),
+    Rule(
+        id="transformers-missing",
         engine=Engine.TRANSFORMERS,
-        demands=_DEMANDS,
-        source="transformers: modeling_utils.py PreTrainedModel._load_pretrained_model",
+        demands=_COMPLETE,
+        source=_TRANSFORMERS,
         proof=Proof.READ,
         effect=Effect.WRONG,
-        happens="fills what is missing with random numbers and warns",
-        remedy="convert again, or copy the file again",
-        find=_problems_of_the_model,
+        happens="fills it with random numbers and warns",
+        remedy=_AGAIN,
+        find=partial(_problems_of_the_model, kinds=(ProblemKind.MISSING,)),
     ),
     Rule(
-        id="sglang-complete",
-        engine=Engine.SGLANG,
-        demands=_DEMANDS,
-        source="sglang: models/qwen3_5.py Qwen3_5MoeForConditionalGeneration.load_weights",
+        id="transformers-unknown",
+        engine=Engine.TRANSFORMERS,
+        demands=_NO_OTHER,
+        source=_TRANSFORMERS,
         proof=Proof.READ,
         effect=Effect.WRONG,
-        happens="does not look for what is missing; passes over what it does not know with a line in the log",
-        remedy="convert again, or copy the file again",
-        find=_problems,
+        happens="passes over it with a warning",
+        remedy=_TAKE_OUT,
+        find=partial(_problems_of_the_model, kinds=(ProblemKind.UNKNOWN,)),
+    ),
+    Rule(
+        id="transformers-misshapen",
+        engine=Engine.TRANSFORMERS,
+        demands=_SHAPES,
+        source=_TRANSFORMERS,
+        proof=Proof.READ,
+        effect=Effect.FAILS,
+        happens="raises an error that lists what differs in size",
+        remedy=_AGAIN,
+        find=partial(_problems_of_the_model, kinds=_MISSHAPEN),
+    ),
+    Rule(
+        id="sglang-missing",
+        engine=Engine.SGLANG,
+        demands=_COMPLETE,
+        source=_SGLANG,
+        proof=Proof.READ,
+        effect=Effect.WRONG,
+        happens="does not look for it and answers with what was in memory",
+        remedy=_AGAIN,
+        find=partial(_problems, kinds=(ProblemKind.MISSING,)),
+    ),
+    Rule(
+        id="sglang-unknown",
+        engine=Engine.SGLANG,
+        demands=_NO_OTHER,
+        source=_SGLANG,
+        proof=Proof.READ,
+        effect=Effect.WRONG,
+        happens="passes over it with a line in the log, of experts without one",
+        remedy=_TAKE_OUT,
+        find=partial(_problems, kinds=(ProblemKind.UNKNOWN,)),
+    ),
+    Rule(
+        id="sglang-misshapen",
+        engine=Engine.SGLANG,
+        demands=_SHAPES,
+        source="sglang: model_loader/weight_utils.py default_weight_loader, layers/parameter.py",
+        proof=Proof.READ,
+        effect=Effect.FAILS,
+        happens="ends with an assertion",
+        remedy=_AGAIN,
+        find=partial(_problems, kinds=_MISSHAPEN),
     ),
 )

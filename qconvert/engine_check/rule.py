@@ -25,7 +25,13 @@ class Effect(Enum):
 
     WRONG = "loads and answers with wrong numbers"
     FAILS = "does not load"
+    DRAFT_WRONG = "loads, and its draft head guesses from wrong numbers"
+    DRAFT_FAILS = "loads, but its draft head does not"
     NOTE = "loads, with a limit"
+
+
+_OF_DRAFTS = {Effect.WRONG: Effect.DRAFT_WRONG, Effect.FAILS: Effect.DRAFT_FAILS}
+"""vLLM and SGLang load the draft head as a model of its own, and transformers does not read it."""
 
 
 class Proof(Enum):
@@ -71,17 +77,26 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """All modules that break one rule in one way."""
+    """All modules that break one rule in one way, those of the draft head apart from all others."""
 
     rule: Rule
     detail: str
     modules: tuple[str, ...]
 
+    @property
+    def effect(self) -> Effect:
+        """What becomes of the checkpoint, or of its draft head alone."""
+        return _OF_DRAFTS.get(self.rule.effect, self.rule.effect) if _of_draft(self.modules[0]) else self.rule.effect
+
 
 def violations(rule: Rule, view: View) -> Iterator[Violation]:
     """What breaks ``rule``, one violation for each way."""
-    ways: dict[str, dict[str, None]] = {}
+    ways: dict[tuple[str, bool], dict[str, None]] = {}
     for finding in rule.find(view):
-        ways.setdefault(finding.detail, {})[finding.module] = None
-    for detail, modules in ways.items():
+        ways.setdefault((finding.detail, _of_draft(finding.module)), {})[finding.module] = None
+    for (detail, _), modules in ways.items():
         yield Violation(rule=rule, detail=detail, modules=tuple(modules))
+
+
+def _of_draft(module: str) -> bool:
+    return module.startswith("mtp.")

@@ -47,8 +47,8 @@ class EngineCheck:
 
     @property
     def faults(self) -> tuple[Violation, ...]:
-        """Violations with which an engine does not load the checkpoint, or loads it wrongly."""
-        return tuple(one for one in self.found if one.rule.effect is not Effect.NOTE)
+        """Violations with which an engine does not load the checkpoint or its draft head, or loads it wrongly."""
+        return tuple(one for one in self.found if one.effect is not Effect.NOTE)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for machines."""
@@ -67,7 +67,7 @@ def _as_json(one: Violation) -> Mapping[str, Any]:
     return {
         "rule": rule.id,
         "engine": str(rule.engine),
-        "effect": rule.effect.value,
+        "effect": one.effect.value,
         "proof": rule.proof.value,
         "source": rule.source,
         "demands": rule.demands,

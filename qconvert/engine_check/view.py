@@ -19,6 +19,7 @@ from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.declaration import Declaration, Declared
 from qconvert.formats.declared import read_declared
 from qconvert.formats.engine_rules import STACKED
+from qconvert.quantized_view import CACHE_SCALES, ProblemKind
 from reference_model.config import ModelConfig
 
 Storage = frozenset[tuple[str, str]]
@@ -105,7 +106,7 @@ class View:
         quantization: the ``quantization_config`` block, empty where there is none.
         dense_by_nature: routers and the gates of shared experts.
         tp: ranks that a model is split among.
-        problems: module or tensor and what is wrong with it as stored: missing, unknown, misshapen.
+        problems: kind of what is wrong as stored, the module or tensor, and how.
     """
 
     config: ModelConfig
@@ -117,7 +118,7 @@ class View:
     experts: tuple[ExpertBlock, ...]
     names: tuple[str, ...]
     tp: int = 1
-    problems: tuple[tuple[str, str], ...] = ()
+    problems: tuple[tuple[ProblemKind, str, str], ...] = ()
 
     @property
     def method(self) -> str | None:
@@ -197,10 +198,6 @@ def _split(name: str) -> tuple[str, str]:
         if role is not None:
             return module, name[len(module) + 1 :]
     return "", name
-
-
-CACHE_SCALES = ("k_scale", "v_scale", "output_scale", "prob_output_scale")
-"""What tells how keys and values are cached, beside attention or its projections: no part of a weight."""
 
 
 def _storage(parts: Mapping[str, str]) -> Storage:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qconvert.core.dtypes import DType
@@ -105,12 +106,16 @@ def check_groups(scheme: Scheme, shape: tuple[int, int]) -> None:
         raise FormatError(f"groups of {size} do not divide the {cols} columns of a {rows} x {cols} matrix")
 
 
-def check_scales(scale: Tensor, suffix: str) -> None:
+def check_scales(scale: Tensor, suffix: str, *, signed: bool = False) -> None:
     """Refuse scales that no rounding makes.
 
+    AutoRound's scales of integers are ``signed``: the range is -8 .. 7 and the largest value of a group gets the -8.
+
     Raises:
-        FormatError: a scale is zero, negative, infinite or NaN.
+        FormatError: a scale is zero, negative where it has no sign, infinite or NaN.
     """
-    wrong = ~((scale.float() > 0) & scale.float().isfinite())
+    values = scale.to(torch.float32)
+    wrong = ~(((values != 0) if signed else (values > 0)) & values.isfinite())
     if bool(wrong.any()):
-        raise FormatError(f"{suffix} holds {int(wrong.sum())} scales that are zero, negative, infinite or NaN")
+        kinds = "zero, infinite or NaN" if signed else "zero, negative, infinite or NaN"
+        raise FormatError(f"{suffix} holds {int(wrong.sum())} scales that are {kinds}")

@@ -14,10 +14,15 @@ from qconvert.formats.base import Format
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declaration:
-    """What the configuration says of one module. It never names the type of scales: ``scheme`` has BF16 there."""
+    """What the configuration says of one module. It never names the type of scales: ``scheme`` has BF16 there.
+
+    Attributes:
+        otherwise: further layouts that the same words have stood for; which one it is, the stored parts tell.
+    """
 
     format: Format
     scheme: Scheme
+    otherwise: tuple[Format, ...] = ()
 
 
 class Declared(Protocol):

@@ -7,6 +7,7 @@ from typing import Any
 
 from qconvert.core.errors import SourceError
 from qconvert.formats.declaration import Declared, NothingDeclared
+from qconvert.formats.read_auto_round import read_auto_round
 from qconvert.formats.read_bitsandbytes import read_bitsandbytes
 from qconvert.formats.read_compressed_tensors import read_compressed_tensors
 from qconvert.formats.read_fp8 import read_fp8
@@ -18,6 +19,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Declared]] = {
     "fp8": read_fp8,
     "gptq": read_gptq,
     "awq": read_awq,
+    "auto-round": read_auto_round,
     "bitsandbytes": read_bitsandbytes,
     "modelopt": read_modelopt,
 }

@@ -25,14 +25,15 @@ class Gptq(Transposed):
     """``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [G, N*bits/32], ``scales`` F16 [G, N], ``g_idx`` int32 [K].
 
     Codes are packed along the inputs, zero points along the outputs, the first in a word's lowest bits. ``g_idx`` is
-    the group of every input: consecutive in what is written here, any in what is read (activation order). Version 1
-    stores ``zero - zero_offset`` with an offset of 1, version 2 (``checkpoint_format: gptq_v2``) the zero point.
-    Source: GPTQModel 7.7, vLLM 0.32.
+    the group of every input: consecutive in what is written here, any in what is read (activation order), absent where
+    not ``indexed``. Version 1 stores ``zero - zero_offset`` with an offset of 1, version 2 (``checkpoint_format:
+    gptq_v2``) the zero point. Source: GPTQModel 7.7, AutoRound 0.15, vLLM 0.32.
     """
 
     name: str = "gptq"
     quant_method: str = "gptq"
     zero_offset: int = 1
+    indexed: bool = True
 
     def check_scheme(self, scheme: Scheme) -> None:
         """Raise ``FormatError`` unless the scheme is int4 or int8 with F16 scales, and symmetric in version 1."""
@@ -74,15 +75,19 @@ class Gptq(Transposed):
 
     def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
         """Those of all transposed layouts, and the group of every input."""
+        if not self.indexed:
+            return Transposed.parts(self, scheme, shape)
         index = PartSpec(suffix=GROUP_OF_INPUT, dtype=DType.I32, shape=(shape[1],), rows_per_row=0)
         return (*Transposed.parts(self, scheme, shape), index)
 
     def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """See ``Format.pack``."""
-        index = quantized.column_group
+        parts, index = Transposed.pack(self, quantized, shape=shape), quantized.column_group
+        if not self.indexed:
+            return parts
         if index is None:
             index = consecutive_groups(quantized.scheme, quantized.shape)
-        return {**Transposed.pack(self, quantized, shape=shape), GROUP_OF_INPUT: index.to(torch.int32)}
+        return {**parts, GROUP_OF_INPUT: index.to(torch.int32)}
 
     def unpack(
         self,
@@ -94,9 +99,17 @@ class Gptq(Transposed):
     ) -> QuantizedTensor:
         """See ``Format.unpack``; also ``FormatError`` where ``g_idx`` is no permutation of the groups."""
         quantized = Transposed.unpack(self, parts, scheme, shape, whole=whole)
+        if not self.indexed:
+            return quantized
         index = check_groups_of_inputs(parts[GROUP_OF_INPUT], scheme, shape, GROUP_OF_INPUT)
         return replace(quantized, column_group=index)
 
 
 GPTQ_V2 = Gptq(name="gptq_v2", zero_offset=0)
 """Read only: engines take version 1 for granted where a configuration says nothing."""
+
+AUTO_ROUND_GPTQ = Gptq(name="auto-round-gptq", indexed=False)
+"""Read only: version 1 as AutoRound packs it."""
+
+AUTO_ROUND = Gptq(name="auto-round", zero_offset=0, indexed=False)
+"""Read only: AutoRound's own packing, for zero points."""

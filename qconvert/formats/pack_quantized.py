@@ -99,7 +99,7 @@ class PackQuantized:
     ) -> QuantizedTensor:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
-        check_scales(parts[SCALE], SCALE)
+        check_scales(parts[SCALE], SCALE, signed=True)
         if tuple(parts[SHAPE].tolist()) != (whole or shape):
             raise FormatError(f"{SHAPE} says {parts[SHAPE].tolist()}, the architecture says {list(whole or shape)}")
         rows, cols = shape

@@ -64,7 +64,9 @@ def read_gptq(block: Mapping[str, Any]) -> Declared:
     rules = block.get("dynamic") or {}
     if not isinstance(rules, Mapping):
         raise SourceError(f"config.json: {_WHERE}.dynamic is {rules!r}; expected an object")
-    declaration = Declaration(format=_FORMATS[version], scheme=_scheme(block, _WHERE, symmetric=block.get("sym", True)))
+    declaration = Declaration(
+        format=_FORMATS[version], scheme=integer_scheme(block, _WHERE, symmetric=block.get("sym", True))
+    )
     dynamic = []
     for entry, overrides in rules.items():
         where = f"{_WHERE}.dynamic[{entry!r}]"
@@ -76,7 +78,7 @@ def read_gptq(block: Mapping[str, Any]) -> Declared:
         except re.error as error:
             raise SourceError(f"config.json: {where} is a broken pattern: {error}") from None
         merged = {**block, **overrides}
-        scheme = _scheme(merged, where, symmetric=merged.get("sym", True))
+        scheme = integer_scheme(merged, where, symmetric=merged.get("sym", True))
         dynamic.append((compiled, None if sign == "-:" else replace(declaration, scheme=scheme)))
     return DeclaredGptq(declaration=declaration, dynamic=tuple(dynamic))
 
@@ -94,11 +96,18 @@ def read_awq(block: Mapping[str, Any]) -> Declared:
     if block.get("zero_point", True) is not True:
         raise SourceError(f"config.json: {_WHERE}.zero_point is {block['zero_point']!r}; true can be read")
     kept = plain_names_of(block.get("modules_to_not_convert") or (), f"{_WHERE}.modules_to_not_convert")
-    declaration = Declaration(format=Awq(), scheme=_scheme(arguments, _WHERE, symmetric=False, widths=(4,)))
+    declaration = Declaration(format=Awq(), scheme=integer_scheme(arguments, _WHERE, symmetric=False, widths=(4,)))
     return DeclaredAwq(declaration=declaration, kept=kept)
 
 
-def _scheme(arguments: Mapping[str, Any], where: str, *, symmetric: object, widths: tuple[int, ...] = (4, 8)) -> Scheme:
+def integer_scheme(
+    arguments: Mapping[str, Any], where: str, *, symmetric: object, widths: tuple[int, ...] = (4, 8)
+) -> Scheme:
+    """What ``bits``, ``group_size`` and ``symmetric`` mean where scales are F16; ``where`` begins an error's message.
+
+    Raises:
+        SourceError: one of them cannot be read.
+    """
     bits = arguments.get("bits")
     if type(bits) is not int or bits not in widths:
         raise SourceError(f"config.json: {where} has {bits!r} bits; {' and '.join(map(str, widths))} can be read")

@@ -13,7 +13,7 @@ from qconvert.formats.bitsandbytes_state import Bitsandbytes4, Bitsandbytes8
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.fp8_block import Fp8Block
 from qconvert.formats.fp8_tensor import MODELOPT_FP8, TENSOR_SCALED
-from qconvert.formats.gptq import GPTQ_V2, Gptq
+from qconvert.formats.gptq import AUTO_ROUND, AUTO_ROUND_GPTQ, GPTQ_V2, Gptq
 from qconvert.formats.int_quantized import IntQuantized
 from qconvert.formats.matmul_nbits import MatMulNBits
 from qconvert.formats.mxfp4_packed import Mxfp4Packed
@@ -36,7 +36,15 @@ FORMATS: tuple[Format, ...] = (
 )
 """All that are written, those that most engines read before others that hold the same."""
 
-READ_ONLY: tuple[Format, ...] = (GPTQ_V2, REORDERED, TENSOR_SCALED, MODELOPT_FP8, Nvfp4ModelOpt())
+READ_ONLY: tuple[Format, ...] = (
+    GPTQ_V2,
+    AUTO_ROUND_GPTQ,
+    AUTO_ROUND,
+    REORDERED,
+    TENSOR_SCALED,
+    MODELOPT_FP8,
+    Nvfp4ModelOpt(),
+)
 """Those that only checkpoints of others have."""
 
 IN_PACKAGES: tuple[Format, ...] = (MatMulNBits(),)

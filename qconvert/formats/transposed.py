@@ -96,7 +96,7 @@ class Transposed(Protocol):
     ) -> QuantizedTensor:
         """See ``Format.unpack``."""
         check_parts(parts, self.parts(scheme, shape))
-        check_scales(parts[SCALES], SCALES)
+        check_scales(parts[SCALES], SCALES, signed=True)
         bits, middle = scheme.weight_bits, 1 << (scheme.weight_bits - 1)
         codes = self.unpack_codes(parts[CODES], bits, shape)
         zeros_GN = self.unpack_zeros(parts[ZEROS], bits, shape[0])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qconvert.core.errors import SourceError
 from qconvert.core.tensor_info import TensorInfo
+from qconvert.io.quantization_beside import quantization_beside
 from qconvert.io.shard_file import open_shard
 from qconvert.io.source_folder import (
     CONFIG_FILE,
@@ -38,12 +39,12 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        config: parsed ``config.json``.
+        config: parsed ``config.json``; of a quantized checkpoint that is described beside it, with that description.
         tensors: name -> place, by shard and offset.
         side_files: what comes along unchanged; subfolders never do.
         left_out: name -> reason of the files that do not come along.
         config_hash: xxh3-128 of ``config.json``.
-        header_hash: xxh3-128 over ``config.json``, every shard's name, size and header.
+        header_hash: xxh3-128 over ``config.json``, every shard's name, size and header, and a description beside.
         file_hash: the same with every shard's time of modification: a cheap sign that the weights are the same.
     """
 
@@ -81,10 +82,14 @@ class Checkpoint:
                     tensors[info.name] = info
             if folder.weight_map is not None:
                 _check_index(path / INDEX_FILE, folder.weight_map, tensors)
+            beside = quantization_beside(path, self.config, folder.left_out, tensors.values())
         except BaseException:
             self.close()
             raise
         self.tensors = MappingProxyType(tensors)
+        if beside is not None:
+            self.config, raw = beside
+            digest.update(_framed(raw))
         self.header_hash = digest.hexdigest()
         digest.update(times.digest())
         self.file_hash = digest.hexdigest()

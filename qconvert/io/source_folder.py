@@ -36,6 +36,7 @@ _DESCRIBES_SOURCE = {
     "README.md": "describes the source, not the output",
     "quantize_config.json": "describes the source's quantization",
     "quant_config.json": "describes the source's quantization",
+    "quantization_config.json": "describes the source's quantization",
     "hf_quant_config.json": "describes the source's quantization",
     "recipe.yaml": "describes the source's quantization",
     "manifest.json": "describes how the source was made",

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from qconvert.arch.families import read_config
+from qconvert.column_order import check_column_order
 from qconvert.convert import Conversion, Task, carry_out, working_memory
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Layout, Plan
@@ -92,6 +93,7 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
         UsageError: operators of an unknown name.
     """
     planned = plan_package(checkpoint, options)
+    check_column_order(planned.plan, checkpoint)
     config = read_config(checkpoint.config, checkpoint.path)
     weights, layers = Weights(of=planned.weights), planned.mtp_layers
     operators, level = operator_set(options.ops), options.accuracy_level

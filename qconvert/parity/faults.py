@@ -73,13 +73,13 @@ def factor_cause(
 def bad_scales(
     role: TensorRole, name: str, parts: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int]
 ) -> Iterator[Cause]:
-    """Stored scales that no rounding makes: zero, negative, infinite or NaN."""
+    """Stored scales that no rounding makes: zero, infinite, NaN, or negative ones of floats."""
     wanted = scheme.scale_shape(*shape)
     for suffix, part in parts.items():
         if not part.is_floating_point() or tuple(part.shape) != wanted:
             continue
         values = part.to(torch.float32)
-        wrong = ~(values.isfinite() & (values > 0))
+        wrong = ~(values.isfinite() & ((values != 0) if isinstance(scheme.grid, Int) else (values > 0)))
         if bool(wrong.any()):
             example = float(values[wrong][0])
             text = f"{suffix} of {counted(wrong, scheme.blocking, shape)} is {example:g}"

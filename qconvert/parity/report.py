@@ -220,6 +220,7 @@ def _tensor(one: TensorComparison) -> dict[str, Any]:
         "sqnr_db": _json(one.sums.sqnr_db),
         "cosine": _json(one.sums.cosine),
         "max_error": _json(one.sums.max_error),
+        "halves": {half.role.part.value: {"sqnr_db": _json(half.sums.sqnr_db)} for half in one.halves},
     }
 
 

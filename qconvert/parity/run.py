@@ -11,6 +11,7 @@ import torch
 
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
+from qconvert.numerics.error import ErrorSums
 from qconvert.parity.causes import ranked
 from qconvert.parity.limits import Limits
 from qconvert.parity.logits import summarize
@@ -145,6 +146,11 @@ def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metr
     yield exact("sqnr_min", worst.name, worst.sums.sqnr_db, "dB", limit=limits.sqnr_min, better="high")
     yield exact("sqnr", "all quantized tensors", pooled, "dB", better="high")
     yield exact("cosine_min", "quantized tensors", min(one.sums.cosine for one in rounded), better="high")
+    halves: dict[str, ErrorSums] = {}
+    for half in (half for one in rounded for half in one.halves):
+        halves[half.role.path] = halves.get(half.role.path, ErrorSums()) + half.sums
+    for path, sums in sorted(halves.items()):
+        yield exact("sqnr", path, sums.sqnr_db, "dB", better="high")
 
 
 def _model_metrics(model: ModelComparison, limits: Limits, seed: int) -> Iterator[Metric]:

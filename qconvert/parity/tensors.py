@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from qconvert.parity.faults import (
     not_finite,
     scale_faults,
 )
+from qconvert.parity.halves import half_sums
 from qconvert.parity.identity import find_matches, name_matches
 from qconvert.parity.kept import changed_faults, row_sums
 from qconvert.parity.pairs import pair_sums, pairs
@@ -58,6 +59,7 @@ class TensorComparison:
         name: in the converted checkpoint; the module's where it is quantized.
         scheme: how it is rounded there.
         sums: the error; NaN where the converted values are NaN or cannot be read.
+        halves: of a ``q_proj`` that differs, its query and its output gate.
     """
 
     role: TensorRole
@@ -65,6 +67,7 @@ class TensorComparison:
     outcome: Outcome
     scheme: Scheme | None
     sums: ErrorSums
+    halves: tuple[TensorComparison, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +106,9 @@ class WeightsComparison:
     complete: bool
 
     def roles(self) -> tuple[RoleSummary, ...]:
-        """Summaries by role path and scheme, worst first."""
+        """Summaries by role path and scheme, worst first; the halves of ``q_proj`` after the whole."""
         groups: dict[tuple[str, str], list[TensorComparison]] = {}
-        for one in self.tensors:
+        for one in (each for whole in self.tensors for each in (whole, *whole.halves)):
             groups.setdefault((one.role.path, str(one.scheme or "")), []).append(one)
         return tuple(_summary(path, scheme, members) for (path, scheme), members in groups.items())
 
@@ -128,7 +131,7 @@ def compare_weights(
     for done, role in enumerate(common):
         progress("weights", done, len(common))
         found, faults = _compare(original, converted, role)
-        tensors.append(found)
+        tensors.append(_with_halves(found, original, converted))
         causes.extend(faults)
         if found.sums.sqnr_db < floor_db(found.scheme) and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
             suspects.append(role)
@@ -177,6 +180,15 @@ def _compare(
         kinds = {one.kind for one in faults}
         faults += damage_faults(role, stored.name, joined(small), torch.cat(excess), scheme, stored.shape, kinds)
     return result(outcome, sums.total), faults
+
+
+def _with_halves(
+    found: TensorComparison, original: CheckpointWeights, converted: CheckpointWeights
+) -> TensorComparison:
+    if not found.role.halves or found.outcome in (Outcome.IDENTICAL, Outcome.UNREADABLE):
+        return found
+    sums = half_sums((original, found.role), (converted, found.role))
+    return replace(found, halves=tuple(replace(found, role=half, sums=one) for half, one in sums.items()))
 
 
 def _compare_plain(

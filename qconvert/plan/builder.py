@@ -20,6 +20,7 @@ from qconvert.formats.table import format_for
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.decided import Decided, StoredAs, assemble, keep, kept_module, noted
 from qconvert.plan.folding import fold_shared_experts, folded_config, folding_hash
+from qconvert.plan.halves import decide
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy, Rule
 from qconvert.plan.row_blocks import packed_peak_bytes, peak_bytes
@@ -124,8 +125,11 @@ def _matrices(
     """
     whole = Slice(tensor=info.name, begin=0, end=info.numel // info.row_width)
     stacked = role.kind in STACKED and role.expert is None
-    decided = [(one, part, policy.decide(one)) for one, part in (unstack(info, role) if stacked else [(role, whole)])]
-    used.update(rule for _, _, rule in decided)
+    decided = []
+    for one, part in unstack(info, role) if stacked else [(role, whole)]:
+        rule, consulted = decide(policy, one, info.name)
+        used.update(consulted)
+        decided.append((one, part, rule))
     if stacked and all(rule.scheme is None for _, _, rule in decided):
         decided = [(role, whole, decided[0][2])]
     for one, part, rule in decided:

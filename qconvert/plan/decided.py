@@ -98,7 +98,7 @@ def assemble(
         policy_hash=decided_by,
         config=dict(config),
         side_files=tuple(file.name for file in checkpoint.side_files),
-        left_out=tuple(sorted(checkpoint.left_out.items())),
+        left_out=tuple(sorted((*checkpoint.left_out.items(), *source.left_out))),
         source_quantization=source.quantization,
     )
 

@@ -9,7 +9,8 @@ A policy file is TOML::
     reason = "always active"         # optional
 
 ``group``, ``symmetric`` and ``search`` refine ``scheme``; ``format`` names the loader that shall read it. Rules of a
-file are tried before the default ones.
+file are tried before the default ones. The halves of ``q_proj`` have paths of their own beside that of the whole,
+``text.attention.query.query`` and ``text.attention.query.output_gate``; see ``halves.py`` for what decides both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import xxhash
 from tomlkit.exceptions import TOMLKitError
 
 from qconvert.core.errors import FormatError, PlanError, UsageError
-from qconvert.core.role import TensorRole
+from qconvert.core.role import HALVES, TensorRole
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Codebook, Scheme, bnb4, int4
 from qconvert.formats.table import METHODS, scheme_for
 
@@ -56,10 +57,10 @@ class Rule:
     default: bool = False
 
     def matches(self, role: TensorRole) -> bool:
-        """Whether the rule speaks of ``role``."""
+        """Whether the rule speaks of ``role``, or of the whole that it is a half of."""
         if self.layers is not None and role.layer not in self.layers:
             return False
-        return fnmatch.fnmatchcase(role.path, self.match)
+        return fnmatch.fnmatchcase(role.path, self.match) or (role.part in HALVES and self.matches(role.whole))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

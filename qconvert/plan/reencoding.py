@@ -24,6 +24,7 @@ from qconvert.formats.table import FORMATS, METHODS, format_named
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.decided import Decided, StoredAs, assemble, keep, noted
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
+from qconvert.plan.middle_zeros import read_as_symmetric
 from qconvert.plan.row_blocks import packed_peak_bytes
 from qconvert.plan.source import PlannedSource, look_at
 
@@ -59,7 +60,7 @@ class Reencoding:
 
 
 def plan_reencoding(checkpoint: Checkpoint, reencoding: Reencoding, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
-    """Decide every tensor of a quantized ``checkpoint``; reads headers only.
+    """Decide every tensor of a quantized ``checkpoint``; reads headers, and the zero points of AWQ.
 
     Raises:
         SourceError: no checkpoint that can be read, or one that is not quantized.
@@ -71,6 +72,7 @@ def plan_reencoding(checkpoint: Checkpoint, reencoding: Reencoding, *, shard_byt
         raise SourceError(
             f"{checkpoint.path}: not quantized, so there are no codes to move; use `qconvert quantize` instead"
         )
+    source = read_as_symmetric(checkpoint, source)
     decided = decide_moves(checkpoint, source, reencoding)
     config = noted(checkpoint.config, source)
     return assemble(checkpoint, source, decided, config=config, decided_by=reencoding.hash, shard_bytes=shard_bytes)

@@ -30,9 +30,10 @@ def share_second_scales(steps: Iterable[Step]) -> Iterator[Step]:
     for step in steps:
         if _has_second(step):
             stacks[_stack(step)].append(step.reading)
+    together = {stack: tuple(readings) for stack, readings in stacks.items()}
     for step in steps:
         if _has_second(step) and isinstance(step.action, Quantize):
-            step = replace(step, action=replace(step.action, scale_over=tuple(stacks[_stack(step)])))
+            step = replace(step, action=replace(step.action, scale_over=together[_stack(step)]))
         yield step
 
 

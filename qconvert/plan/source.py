@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -13,13 +13,14 @@ from qconvert.arch.families import quant_method, read_config, reject_quantized
 from qconvert.arch.names import name_of
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import SourceError
-from qconvert.core.plan import Packed, Reading, Slice
+from qconvert.core.plan import Packed, Reading
 from qconvert.core.scheme import Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.quantized_view import QuantizedView, Stored, view
 
 _SHOWN = 20
+_CACHE_SCALE = "a scale of cached keys and values: outputs declare nothing of the cache"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +31,13 @@ class PlannedSource:
         census: all tensors; a quantized matrix as the BF16 tensor that it stands for, which lies nowhere.
         quantized: what is read for each of these, by that tensor's name.
         quantization: for ``Plan.source_quantization``.
+        left_out: (name, reason) of the tensors that no output has.
     """
 
     census: Census
     quantized: Mapping[str, Reading] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 def look_at(checkpoint: Checkpoint, *, from_quantized: bool) -> PlannedSource:
@@ -62,9 +65,10 @@ def look_at(checkpoint: Checkpoint, *, from_quantized: bool) -> PlannedSource:
         if stored.plain is None
     }
     return PlannedSource(
-        census=_census(checkpoint, _meant(checkpoint, quantized)),
+        census=_census(checkpoint, _meant(checkpoint, quantized, found.cache_scales)),
         quantized=quantized,
         quantization={"quant_method": method, "matrices": _counts(found)},
+        left_out=tuple((name, _CACHE_SCALE) for name in found.cache_scales),
     )
 
 
@@ -76,9 +80,9 @@ def _census(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> Census
         raise SourceError(f"{checkpoint.path}: {error}") from None
 
 
-def _meant(checkpoint: Checkpoint, quantized: Mapping[str, Reading]) -> dict[str, TensorInfo]:
-    parts = {part.tensor for reading in quantized.values() for part in reading.inputs}
-    meant = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
+def _meant(checkpoint: Checkpoint, quantized: Mapping[str, Reading], left_out: Iterable[str]) -> dict[str, TensorInfo]:
+    gone = {part.tensor for reading in quantized.values() for part in reading.inputs}.union(left_out)
+    meant = {name: info for name, info in checkpoint.tensors.items() if name not in gone}
     for name, reading in quantized.items():
         if reading.packed is not None:
             shard = checkpoint.tensors[reading.inputs[0].tensor].shard
@@ -91,11 +95,7 @@ def _reading(checkpoint: Checkpoint, stored: Stored) -> Reading:
     if stored.format is None or stored.scheme is None:
         raise SourceError(f"{checkpoint.path}: {stored.name} is neither plain nor quantized")
     rows, cols = stored.shape
-    infos = [checkpoint.tensors[name] for name in stored.parts.values()]
-    return Reading(
-        inputs=tuple(Slice(tensor=info.name, begin=0, end=info.numel // info.row_width) for info in infos),
-        packed=_packed(stored.format.name, stored.scheme, (rows, cols)),
-    )
+    return Reading(inputs=tuple(stored.parts.values()), packed=_packed(stored.format.name, stored.scheme, (rows, cols)))
 
 
 @lru_cache(maxsize=64)

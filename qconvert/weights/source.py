@@ -130,11 +130,13 @@ class CheckpointWeights:
         rows, cols = stored.shape
         found = {}
         for spec in stored.format.parts(stored.scheme, (rows, cols)):
-            name = stored.parts[spec.suffix]
+            part = stored.parts[spec.suffix]
             if spec.rows_per_row == 0 or (begin is None and end is None):
-                found[spec.suffix] = self.checkpoint.read(name)
+                whole = self.checkpoint.read(part.tensor, part.begin, part.end)
+                found[spec.suffix] = whole.view(spec.shape)
             else:
-                found[spec.suffix] = self.checkpoint.read(name, *spec.rows_of(begin or 0, rows if end is None else end))
+                first, last = spec.rows_of(begin or 0, rows if end is None else end)
+                found[spec.suffix] = self.checkpoint.read(part.tensor, part.begin + first, part.begin + last)
         return found
 
     def quantized(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> QuantizedTensor:

@@ -246,7 +246,7 @@ def test_the_paths_that_inspect_lists_are_those_that_rules_match(source: Path, t
     paths = json.loads(run("inspect", source, "--json").stdout)["policy_paths"]
     assert "text.expert.gate" in paths and "text.expert.gate_up" not in paths
     policy = tmp_path / "policy.toml"
-    for path in ("text.expert.gate", "vision.merger.norm.bias", "mtp.expert.up"):
+    for path in ("text.expert.gate", "text.attention.query.output_gate", "vision.merger.norm.bias", "mtp.expert.up"):
         policy.write_text(f'[[rule]]\nmatch = "{path}"\nkeep = true\n')
         result = run("quantize", source, tmp_path / "out", "--policy", policy, "--dry-run")
         assert "decides no tensor" not in result.stderr, path

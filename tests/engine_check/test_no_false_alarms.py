@@ -45,4 +45,4 @@ def test_transformers_does_not_read_the_draft_head(tmp_path: Path) -> None:
     convert(CHECKPOINT, tmp_path / "out", default_policy(int4(32)))
     edit_tensors(tmp_path / "out", lambda tensors: tensors.pop("mtp.norm.weight"))
     assert faults(tmp_path / "out", Engine.TRANSFORMERS) == set()
-    assert faults(tmp_path / "out", Engine.VLLM) == {"vllm-complete"}
+    assert faults(tmp_path / "out", Engine.VLLM) == {"vllm-missing"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
 from qconvert.core.scheme import FP8_BLOCK, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
-from qconvert.engine_check.rule import Effect
+from qconvert.engine_check.rule import Effect, Engine
 from qconvert.engine_check.run import RULES, check_checkpoint, describe
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.plan.presets import preset_rules
@@ -114,6 +114,14 @@ def drop(name: str) -> Callable[[Path], None]:
     return lambda path: edit_tensors(path, lambda tensors: tensors.pop(name))
 
 
+def add(name: str) -> Callable[[Path], None]:
+    return lambda path: edit_tensors(path, lambda tensors: tensors.update({f"{TEXT}{name}": torch.ones(4)}))
+
+
+def shorten(name: str) -> Callable[[Path], None]:
+    return lambda path: edit_tensors(path, lambda tensors: tensors.update({name: tensors[name][:-1]}))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     rule: str
@@ -131,9 +139,16 @@ EXPERTS = f"{TEXT}layers.0.mlp.experts"
 PLAIN = "stored plain, but the list does not keep it"
 CASES = (
     *(
-        Case(rule=f"{engine}-complete", base="int4", damage=drop(f"{TEXT}norm.weight"), says="is missing",
-             module=f"{TEXT}norm.weight")
+        case
         for engine in ("vllm", "transformers", "sglang")
+        for case in (
+            Case(rule=f"{engine}-missing", base="int4", damage=drop(f"{TEXT}norm.weight"), says="is missing",
+                 module=f"{TEXT}norm.weight"),
+            Case(rule=f"{engine}-unknown", base="int4", damage=add("inv_freq"), says="is no tensor of this",
+                 module=f"{TEXT}inv_freq"),
+            Case(rule=f"{engine}-misshapen", base="int4", damage=shorten(f"{UP}.weight_scale"), says="weight_scale is",
+                 module=UP),
+        )
     ),
     *(
         Case(rule=f"{engine}-folded", base="folded", says="2 more hold the shared expert",
@@ -249,3 +264,33 @@ def test_a_rule_catches_what_breaks_just_it(case: Case, bases: Callable[[str], P
     assert bool(result.faults) is (rule.effect is not Effect.NOTE)
     line = describe(found[0])
     assert str(rule.engine) in line and rule.proof.value in line and rule.remedy in line
+
+
+DRAFT = ("mtp.norm.weight", "mtp.layers.0.self_attn.o_proj.weight")
+
+
+@pytest.mark.parametrize("engine", [Engine.VLLM, Engine.SGLANG])
+def test_what_concerns_the_draft_head_alone_is_told_of_it(
+    engine: Engine, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(bases("int4"), tmp_path / "out")
+    for name in DRAFT:
+        edit_tensors(path, lambda tensors, name=name: tensors.pop(name))
+    without("ignore", "mtp")(path)
+    found = check_checkpoint(path, [engine])
+    effects = {one.rule.id: one.effect for one in found.found}
+    assert effects.pop(f"{engine.value}-missing") is Effect.DRAFT_WRONG
+    assert effects.pop(f"{engine.value}-ignore") is (
+        Effect.DRAFT_FAILS if engine is Engine.VLLM else Effect.DRAFT_WRONG
+    )
+    assert not effects and found.faults == found.found
+
+
+def test_a_gap_of_the_model_is_told_apart_from_one_of_its_draft_head(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(bases("int4"), tmp_path / "out")
+    for name in (f"{TEXT}norm.weight", *DRAFT):
+        edit_tensors(path, lambda tensors, name=name: tensors.pop(name))
+    modules = {one.effect: set(one.modules) for one in check_checkpoint(path, [Engine.VLLM]).found}
+    assert modules == {Effect.WRONG: {f"{TEXT}norm.weight"}, Effect.DRAFT_WRONG: set(DRAFT)}

@@ -32,6 +32,7 @@ LIMITS = tolerances("engines")
 SHARED = ("text.shared_expert.*",)
 LINEAR_ATTENTION = tuple(f"text.linear_attention.{part}" for part in ("qkv", "z", "output"))
 ATTENTION = tuple(f"text.attention.{part}" for part in ("query", "key", "value", "output"))
+GATE = ("text.attention.query.output_gate",)  # by name, or four-bit floats are refused
 
 
 def always_active(scheme: Scheme, matches: tuple[str, ...]) -> tuple[Rule, ...]:
@@ -60,11 +61,11 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
         {"CompressedTensorsW8A8Int8MoEMethod": 4, "CompressedTensorsW8A8Int8": 4 * 2 + 3 * 2 + 1 * 2},
     ),
     "mxfp4-everywhere": (
-        default_policy(MXFP4, rules=always_active(MXFP4, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        default_policy(MXFP4, rules=always_active(MXFP4, GATE + SHARED + LINEAR_ATTENTION + ATTENTION)),
         {"CompressedTensorsW4A4Mxfp4MoEMethod": 4, "CompressedTensorsW4A4Mxfp4": 4 * 2 + 3 * 2 + 1 * 2},
     ),
     "nvfp4-everywhere": (
-        default_policy(NVFP4, rules=always_active(NVFP4, SHARED + LINEAR_ATTENTION + ATTENTION)),
+        default_policy(NVFP4, rules=always_active(NVFP4, GATE + SHARED + LINEAR_ATTENTION + ATTENTION)),
         {"CompressedTensorsW4A4Nvfp4MoEMethod": 4, "CompressedTensorsW4A4Fp4": 4 * 2 + 3 * 2 + 1 * 2},
     ),
     "gptq": (default_policy(int4(32)).stored_as("gptq"), {"AutoGPTQMoEMethod": 4}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -151,8 +152,11 @@ def test_many_swaps_of_a_layer_are_one_line(converted: Converted) -> None:
     assert found.causes[0].evidence.startswith("6 times gate up swapped, for example layer 2 expert 0: cosine")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, -1e-3])
-@pytest.mark.parametrize("scheme", [int4(32), INT8, FP8_BLOCK], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "value"),
+    [*product([int4(32), INT8, FP8_BLOCK], [torch.nan, torch.inf, 0.0]), (FP8_BLOCK, -1e-3)],
+    ids=str,
+)
 def test_scales_that_no_rounding_makes(scheme: Scheme, value: float, converted: Converted) -> None:
     original, out = converted(scheme)
     edit_tensors(out, lambda tensors: scale_of(tensors)[0, 0].fill_(value))
@@ -161,6 +165,15 @@ def test_scales_that_no_rounding_makes(scheme: Scheme, value: float, converted: 
     assert (kind, where) == (CauseKind.BAD_SCALE, "layer 2 expert 3 up")
     assert evidence.startswith("weight_scale")
     assert not found.complete
+
+
+@pytest.mark.parametrize("scheme", [int4(32), INT8], ids=str)
+def test_a_scale_of_integers_with_the_wrong_sign(scheme: Scheme, converted: Converted) -> None:
+    """Some writers have negative ones: only the numbers tell."""
+    original, out = converted(scheme)
+    edit_tensors(out, lambda tensors: scale_of(tensors)[0, 0].neg_())
+    kind, where, _ = first(compare(original, out))
+    assert (kind, where) == (CauseKind.DAMAGED, "layer 2 expert 3 up")
 
 
 def test_a_code_that_is_no_number(converted: Converted) -> None:

@@ -232,11 +232,11 @@ def test_an_unknown_method_is_named(converted: Converted) -> None:
         CheckpointWeights.open(out)
 
 
-def test_a_stacked_quantized_tensor_is_refused(converted: Converted) -> None:
+def test_a_stack_of_codes_without_scales_is_refused(converted: Converted) -> None:
     _, out = converted(FP8_BLOCK)
     name = "model.language_model.layers.1.mlp.experts.gate_up_proj"
     edit_tensors(out, lambda t: t.update({name: torch.zeros(6, 256, 384, dtype=torch.float8_e4m3fn)}))
-    with pytest.raises(SourceError, match=rf"{name}: is F8_E4M3 in a layout that is unknown"):
+    with pytest.raises(SourceError, match=rf"{name}: {name}_scale_inv is missing"):
         CheckpointWeights.open(out)
 
 
