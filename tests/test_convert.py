@@ -80,7 +80,13 @@ def test_what_engines_stack_has_one_second_scale_from_all_of_it(tmp_path: Path, 
     make_tiny(tmp_path / "src", layout=layout)
     everywhere = tuple(
         Rule(match=f"text.{match}", scheme=scheme_named("nvfp4"), reason="to see it")
-        for match in ("attention.[qkvo]*y", "attention.value", "attention.output", "shared_expert.*")
+        for match in (
+            "attention.query.output_gate",
+            "attention.[qkvo]*y",
+            "attention.value",
+            "attention.output",
+            "shared_expert.*",
+        )
     )
     convert(tmp_path / "src", tmp_path / "out", default_policy(scheme_named("nvfp4"), rules=everywhere))
     before, after = tensors(tmp_path / "src"), tensors(tmp_path / "out")
