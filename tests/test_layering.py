@@ -75,8 +75,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
-        "qconvert.run", "qconvert.convert", "qconvert.column_order", "reference_model.config", "reference_model.config_fields",
-        "reference_model.rope",
+        "qconvert.run", "qconvert.convert", "qconvert.column_order", "reference_model.config",
+        "reference_model.config_fields", "reference_model.rope",
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
