@@ -44,6 +44,9 @@ F = 64
 WIDTHS = (F, 2 * F, F // 2, 3 * F // 2)
 LAYER = "model.language_model.layers.1.mlp."
 
+ROOMY = ("--max-memory", "4GiB")
+"""The process of the tests holds what other tests left in it."""
+
 fold = partial(refold, folding=Folding.FOLDED)
 unfold = partial(refold, folding=Folding.UNFOLDED)
 
@@ -279,7 +282,7 @@ def test_two_schemes_are_refused_with_the_rule_that_makes_them_one(originals: Pa
     assert "plain BF16" in message and "int4-g32-sym" in message and "--preset fusable" in message
     rule = message[message.index("[[rule]]") :]
     (tmp_path / "policy.toml").write_text(rule)
-    options = ("--group", "32", "--fold-shared-expert", "--engine", "onnxruntime", "--dry-run")
+    options = ("--group", "32", "--fold-shared-expert", "--engine", "onnxruntime", "--dry-run", *ROOMY)
     shown = run("quantize", originals / "32-96", tmp_path / "out", "--policy", tmp_path / "policy.toml", *options)
     assert shown.exit_code == 0, shown.output
     convert(originals / "32-96", tmp_path / "int4", default_policy(int4(32)))
@@ -439,23 +442,25 @@ def test_a_plan_says_where_every_piece_goes(originals: Path) -> None:
 
 def test_the_commands(originals: Path, tmp_path: Path) -> None:
     src = originals / "32-96"
-    shown = run("fold", src, tmp_path / "out", "--engine", "onnxruntime", "--dry-run")
+    shown = run("fold", src, tmp_path / "out", "--engine", "onnxruntime", "--dry-run", *ROOMY)
     assert shown.exit_code == 0 and "shared expert" in " ".join(shown.stdout.split()), shown.output
-    document = json.loads(run("fold", src, tmp_path / "out", "--engine", "onnxruntime", "--dry-run", "--json").stdout)
+    document = json.loads(
+        run("fold", src, tmp_path / "out", "--engine", "onnxruntime", "--dry-run", "--json", *ROOMY).stdout
+    )
     assert any("mosaic" in step for step in document["steps"])
     assert os.listdir(tmp_path) == []
-    done = run("fold", src, tmp_path / "out", "--engine", "onnxruntime")
+    done = run("fold", src, tmp_path / "out", "--engine", "onnxruntime", *ROOMY)
     assert done.exit_code == 0, done.output
     assert "transformers, vLLM and SGLang do not load it" in " ".join(done.stdout.split())
     assert "folded into 2 more experts" in run("inspect", tmp_path / "out").stdout
     assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["architecture"].endswith("2 more experts")
-    assert run("verify", tmp_path / "out", "--deep", src).exit_code == 0
+    assert run("verify", tmp_path / "out", "--deep", src, *ROOMY).exit_code == 0
     assert run("check", tmp_path / "out").exit_code == 1
-    back = run("unfold", tmp_path / "out", tmp_path / "back", "--json")
+    back = run("unfold", tmp_path / "out", tmp_path / "back", "--json", *ROOMY)
     assert back.exit_code == 0 and json.loads(back.stdout)["shared_expert"] == "unfolded"
     assert run("check", tmp_path / "back").exit_code == 0
     arguments = ("--group", "32", "--preset", "fusable", "--fold-shared-expert", "--engine", "onnxruntime", "--json")
-    quantized = run("quantize", src, tmp_path / "int4", *arguments)
+    quantized = run("quantize", src, tmp_path / "int4", *arguments, *ROOMY)
     assert quantized.exit_code == 0, quantized.output
     assert "fold" in json.loads(quantized.stdout)["engine_limits"][0]
     assert "folded into 2 more experts" in run("inspect", tmp_path / "int4").stdout
