@@ -32,7 +32,6 @@ from qconvert.plan.policy import Policy, Rule, default_policy, read_rules, schem
 from qconvert.plan.presets import preset_rules
 
 SCHEMES = ("int4", "int8")
-ACCURACY_LEVELS = (0, 4)
 
 KEEP = Rule(match="*", scheme=None, reason="not quantized in the source", default=True)
 """What becomes of all that no rule of the user rounds."""
@@ -116,8 +115,6 @@ def export_onnx(
         from qconvert.onnx_export.operators import version_named
         from qconvert.onnx_export.plan import PackageOptions
 
-        if accuracy_level not in ACCURACY_LEVELS:
-            raise UsageError(f"accuracy level {accuracy_level} is unknown; expected 0 or 4")
         options = PackageOptions(
             policy=_policy(
                 scheme,

@@ -41,6 +41,9 @@ OFFSET_NORMS = frozenset(
 )
 """Norms whose weights are stored as offsets from 1."""
 
+ACCURACY_LEVELS = (0, 4)
+"""Those of MatMulNBits that differ on a CPU."""
+
 GROUPS = (128, 64, 32, 16)
 """Blocks that a row with one scale is cut into, for operators that know no such rows."""
 
@@ -48,6 +51,9 @@ GROUPS = (128, 64, 32, 16)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackageOptions:
     """What is asked of a package.
+
+    Raises:
+        UsageError: an accuracy level that there is not.
 
     Attributes:
         policy: rounds what is not quantized in the source; ``None`` rounds nothing.
@@ -66,6 +72,10 @@ class PackageOptions:
     ort_version: Version = DEFAULT
     shard_bytes: int = DEFAULT_SHARD_BYTES
     mtp: bool = True
+
+    def __post_init__(self) -> None:
+        if self.accuracy_level not in ACCURACY_LEVELS:
+            raise UsageError(f"accuracy level {self.accuracy_level} is unknown; expected 0 or 4")
 
     @property
     def entry(self) -> dict[str, Any]:
