@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "int8"
-    assert run("quantize", source, out, "--scheme", "int8", "--json").exit_code == 0
+    assert run("quantize", source, out, "--scheme", "int8", "--max-memory", "8GiB", "--json").exit_code == 0
     return out
 
 

@@ -21,7 +21,8 @@ def run(*arguments: str | Path) -> Result:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo in int4."""
     out = tmp_path_factory.mktemp("package") / "int4"
-    done = run("export-onnx", CHECKPOINT, out, "--scheme", "int4", "--group", "32", "--accuracy-level", "0")
+    options = ("--scheme", "int4", "--group", "32", "--accuracy-level", "0", "--max-memory", "8GiB")
+    done = run("export-onnx", CHECKPOINT, out, *options)
     assert done.exit_code == 0, done.output
     assert "vision tower is not exported" in done.output
     assert "qconvert run" in done.output
