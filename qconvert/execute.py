@@ -188,7 +188,12 @@ def _rows(readings: tuple[Reading, ...], begin: int, end: int, read: MatrixReade
     first = read.rows(readings[0], begin, end, source_hash)
     if len(readings) == 1:
         return first
-    return take_turns(first, read.rows(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs)))
+    second = read.rows(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs))
+    for reading, rows in zip(readings, (first, second), strict=True):
+        if not all_finite(rows):
+            part = reading.inputs[0]
+            raise DataError(f"{read.info(part).shard}: {part.tensor} has NaN or infinite values")
+    return take_turns(first, second)
 
 
 def _codes(

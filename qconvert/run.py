@@ -93,6 +93,8 @@ def run(
                 outcomes[step.key] = outcome
                 progress(done, total)
 
+    import numba  # noqa: F401  once and here: two threads that import parts of it at the same time fail
+
     with _one_thread_a_step(), ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
         try:
             futures = [pool.submit(work) for _ in range(jobs)]  # one for each step would take two kilobytes of each

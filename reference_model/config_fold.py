@@ -23,6 +23,12 @@ _COUNTS = ("num_experts", "num_experts_per_tok")
 _KEPT = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
+def note_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The block ``NOTE`` of a configuration; nothing where there is none, or something else stands there."""
+    note = config.get(NOTE)
+    return note if isinstance(note, Mapping) else {}
+
+
 def folded_count(shared: int, width: int) -> int:
     """Experts of ``width`` units that ``shared`` units fill: ceil(shared / width)."""
     return -(-shared // width)

@@ -203,4 +203,5 @@ def _report(done: Conversion, source: Path, notes: list[str], seconds: float, *,
     console.say(f"{sizes} in {seconds:.1f} s: {done.out}")
     for name, reason in done.plan.left_out:
         console.say(f"left out: {name} ({reason})")
-    console.say(f"Next: {shlex.join(['qconvert', 'run', str(done.out), 'Once upon a time'])}")
+    if "tokenizer.json" in done.plan.side_files:
+        console.say(f"Next: {shlex.join(['qconvert', 'run', str(done.out), 'Once upon a time'])}")

@@ -47,11 +47,12 @@ def fold(
 ) -> None:
     """Store the shared expert as further routed experts that every token visits.
 
-    Engines with one kernel for all experts want it so. Of a shared expert that is wider than a routed one, several are
-    made, of other widths the last is filled up with zeros. Nothing is rounded: weights, or codes and scales, move, and
-    what the model computes stays the same but for the order of sums. Both have to be stored alike:
-    `qconvert quantize --preset fusable`. transformers, vLLM and SGLang read the shared expert by its own name, so this
-    is for --engine onnxruntime alone. MTP layers fold too. `qconvert unfold` undoes it, bit for bit.
+    Graphs with one kernel for all experts, which you build yourself, want it so; `export-onnx` does not take it yet.
+    A shared expert that is wider than a routed one becomes several; of other widths the last is filled up with zeros.
+    Nothing is rounded: weights, or codes and scales, move, and what the model computes stays the same but for the order
+    of sums. Both have to be stored alike: `qconvert quantize --preset fusable`. transformers, vLLM and SGLang read the
+    shared expert by its own name, so this is for --engine onnxruntime alone. MTP layers fold too. `qconvert unfold`
+    undoes it, bit for bit.
 
     Examples:
       qconvert fold ./Qwen3.5-35B-A3B ./folded --engine onnxruntime

@@ -19,11 +19,11 @@ def inspect_package(folder: Path, *, json: bool) -> int:
         SourceError: files of the package are missing or damaged.
     """
     # Here, because onnx takes a while to import, and checkpoints do not need it.
-    import onnx_ir
+    from qconvert.onnx_export.graph_file import read_graph
 
     manifest = read_manifest(folder)
     config = read_config(parse_object(read_whole(folder / CONFIG_FILE), str(folder / CONFIG_FILE)), folder)
-    graph = onnx_ir.load(folder / MODEL_FILE).graph
+    graph = read_graph(folder / MODEL_FILE)
     operators = Counter((node.domain or "ai.onnx", node.op_type) for node in graph.all_nodes())
     total = sum(int(line["bytes"]) for line in manifest.decisions)
     if json:

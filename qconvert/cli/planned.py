@@ -11,7 +11,7 @@ from qconvert.core.plan import Plan, Quantize, Reencode
 from qconvert.core.role import EXPERT_KINDS
 from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.plan.document import plan_text
-from reference_model.config_fold import FOLD, NOTE
+from reference_model.config_fold import FOLD, note_of
 
 _LISTED = 3
 """Names of what is left out that a line has; ``--json`` has them all."""
@@ -67,10 +67,11 @@ def limits(plan: Plan) -> list[str]:
         for step in plan.steps
         if isinstance(step.action, Quantize | Reencode)
     }
-    folded = [FOLDED_LIMIT] if FOLD in plan.config.get(NOTE, {}) else []
+    folded = [FOLDED_LIMIT] if note_of(plan.config).get(FOLD) else []
     return folded + [str(limit) for limit in engine_limits(written)]
 
 
 FOLDED_LIMIT = (
-    "transformers, vLLM and SGLang do not load it: its shared expert is folded into routed ones, for ONNX Runtime"
+    "transformers, vLLM and SGLang do not load it, and `export-onnx` does not take it yet: its shared expert is folded "
+    "into routed ones, for graphs with ONNX Runtime's QMoE that you build yourself"
 )

@@ -30,10 +30,10 @@ def run(
         from qconvert.onnx_export.generate import generate, read_tokenizer
         from qconvert.onnx_export.runtime import Package
 
-        tokenizer = read_tokenizer(package)
         start = time.perf_counter()
         model = Package(package, threads=threads)
         loaded = time.perf_counter()
+        tokenizer = read_tokenizer(package)
         with console.progress(in_bytes=False, quiet=json) as advance:
             result = generate(
                 model,

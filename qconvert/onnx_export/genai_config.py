@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qconvert.io.source_folder import MODEL_FILE, MTP_FILE, read_whole
-from qconvert.io.strict_json import parse_object
+from qconvert.io.source_folder import MODEL_FILE, MTP_FILE
+from qconvert.onnx_export.end_tokens import end_tokens, generation_config
 from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, LOGITS
 from reference_model.config import TextConfig
 
-_GENERATION_CONFIG = "generation_config.json"
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -23,9 +21,9 @@ def genai_config(config: TextConfig, source: Path, *, mtp_layers: int) -> dict[s
 
     Source: onnxruntime-genai 0.18, model type ``qwen3_5_moe_text``.
     """
-    generation = _generation(source)
-    eos = generation.get("eos_token_id", list(config.eos_token_ids))
-    first_eos = eos[0] if isinstance(eos, list) and eos else eos
+    generation = generation_config(source)
+    eos = list(end_tokens(config, generation))
+    first_eos = eos[0] if eos else None
     return {
         "model": {
             "bos_token_id": generation.get("bos_token_id", first_eos),
@@ -101,8 +99,3 @@ def _prediction_head(config: TextConfig, layers: int) -> dict[str, Any]:
             "present_value_names": "present.%d.value",
         },
     }
-
-
-def _generation(source: Path) -> Mapping[str, Any]:
-    path = source / _GENERATION_CONFIG
-    return parse_object(read_whole(path), str(path)) if path.is_file() else {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from qconvert.core.errors import UsageError
+from qconvert.core.errors import SourceError, UsageError
 from qconvert.io.source_folder import read_whole
 from qconvert.io.strict_json import parse_object
 from qconvert.onnx_export.runtime import Package
@@ -39,11 +39,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a package.
 
     Raises:
-        SourceError: ``tokenizer.json`` is missing or no JSON.
+        SourceError: ``tokenizer.json`` is missing, no JSON or no tokenizer.
     """
     path = folder / "tokenizer.json"
     raw = read_whole(path)
-    parse_object(raw, str(path))  # tokenizers has no exception of its own
+    if "model" not in parse_object(raw, str(path)):  # tokenizers has no exception of its own
+        raise SourceError(f"{path} is no tokenizer: it has no model")
     return Tokenizer.from_str(raw.decode())
 
 
@@ -68,7 +69,7 @@ def generate(
         out = package.forward(ids[:, begin : begin + PREFILL_TOKENS], cache=out.cache)
     filled = time.perf_counter()
     tokens = [int(out.logits[0, -1].argmax())]
-    while len(tokens) < max_tokens and tokens[-1] not in package.config.text.eos_token_ids:
+    while len(tokens) < max_tokens and tokens[-1] not in package.end_tokens:
         out = package.forward(np.asarray([tokens[-1:]], dtype=np.int64), cache=out.cache)
         tokens.append(int(out.logits[0, -1].argmax()))
         progress(len(tokens))

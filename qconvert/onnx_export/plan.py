@@ -18,6 +18,7 @@ from qconvert.core.scheme import Channel, Group, Int, Scheme
 from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.matmul_nbits import MatMulNBits
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.onnx_export.operator_sets import operator_set
 from qconvert.onnx_export.operators import DEFAULT, Version, version_named
 from qconvert.onnx_export.weight import Weight
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
@@ -41,6 +42,9 @@ OFFSET_NORMS = frozenset(
 )
 """Norms whose weights are stored as offsets from 1."""
 
+CONTRIB = "contrib"
+"""The operators of ONNX Runtime's own."""
+
 ACCURACY_LEVELS = (0, 4)
 """Those of MatMulNBits that differ on a CPU."""
 
@@ -53,7 +57,7 @@ class PackageOptions:
     """What is asked of a package.
 
     Raises:
-        UsageError: an accuracy level that there is not.
+        UsageError: operators or an accuracy level that there are not, or files of no size.
 
     Attributes:
         policy: rounds what is not quantized in the source; ``None`` rounds nothing.
@@ -66,7 +70,7 @@ class PackageOptions:
     """
 
     policy: Policy | None = None
-    ops: str = "contrib"
+    ops: str = CONTRIB
     dequantize: bool = False
     accuracy_level: int = 4
     ort_version: Version = DEFAULT
@@ -74,8 +78,11 @@ class PackageOptions:
     mtp: bool = True
 
     def __post_init__(self) -> None:
+        operator_set(self.ops)
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise UsageError(f"accuracy level {self.accuracy_level} is unknown; expected 0 or 4")
+        if self.shard_bytes <= 0:
+            raise UsageError(f"weight files of {self.shard_bytes} bytes hold nothing")
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -157,6 +164,8 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
         )
     sections = [Section.TEXT, *([Section.MTP] if options.mtp and source.census.mtp_layers else [])]
     decided = [_decide(role, group, options) for role, group in _grouped(source, sections)]
+    if options.ops == CONTRIB:
+        _refuse_mixed_layers(decided)
     plan = Plan(
         steps=tuple(one.step for one in decided),
         layout=lay_out((one.outputs for one in decided), options.shard_bytes),
@@ -173,6 +182,20 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
         mtp_layers=source.census.mtp_layers if Section.MTP in sections else 0,
         left_out=tuple(_left_out(source, sections)),
     )
+
+
+def _refuse_mixed_layers(decided: list[_Decided]) -> None:
+    """Raise ``PlanError`` where the two stacks of a layer are not stored alike: QMoE has one width and one block."""
+    stacks = {one.step.role: one.weight for one in decided if one.step.role.kind in STACKED}
+    for role, up in stacks.items():
+        if role.kind is Kind.EXPERT_GATE_UP:
+            down = stacks[replace(role, kind=Kind.EXPERT_DOWN)]
+            if (up.bits, up.block_size) != (down.bits, down.block_size):
+                raise PlanError(
+                    f"{up.name} is {up.scheme or 'float32'}, {down.name} is {down.scheme or 'float32'}: ONNX Runtime's "
+                    "operator for experts reads both in one width and one size of blocks. Decide them alike, or export "
+                    "with --ops standard"
+                )
 
 
 def _hash(options: PackageOptions) -> str:
@@ -311,16 +334,22 @@ def _action(
         return Reencode(reason=why, module=module_of(name), scheme=scheme, format=NBITS.name)
     if options.policy is None:
         return Cast(reason="not quantized in the source", name=name, dtype=DType.F32)
-    rule = _one_of({options.policy.decide(one.role) for one in matrices}, name, "are decided by different rules")
+    rules = [options.policy.decide(one.role) for one in matrices]
+    _one_of({(rule.scheme, rule.search) for rule in rules}, name, "are decided in different ways")
+    rule = rules[0]
     if rule.scheme is None:
         return Cast(reason=rule.reason, name=name, dtype=DType.F32)
-    scheme = held_scheme(rule.scheme, matrices[0].shape[-1], stacked=role.kind in STACKED)
+    try:
+        scheme = held_scheme(rule.scheme, matrices[0].shape[-1], stacked=role.kind in STACKED)
+        NBITS.check(scheme, _rows_and_cols(matrices[0].shape))
+    except FormatError as reason:
+        raise FormatError(f"{name} cannot be stored as {rule.scheme}: {reason}; keep it, or choose another") from None
     return Quantize(reason=rule.reason, module=module_of(name), scheme=scheme, format=NBITS.name, search=rule.search)
 
 
 def _one_of(found: set[Any], name: str, problem: str) -> Any:
     if len(found) > 1:
-        kinds = ", ".join(sorted(str(one) for one in found))
+        kinds = ", ".join(sorted(str(one[0] if isinstance(one, tuple) else one) for one in found))
         raise PlanError(f"the matrices of {name} {problem}: {kinds}; one operator reads them all in one way")
     return next(iter(found))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.io.source_folder import CONFIG_FILE, MODEL_FILE, MTP_FILE
+from qconvert.onnx_export.end_tokens import end_tokens, generation_config
 from qconvert.onnx_export.session import Floats, Integers, PackageCache, Session
 from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, LOGITS
 from reference_model.config import ModelConfig
@@ -34,9 +35,11 @@ class Package:
 
     Attributes:
         config: of the checkpoint that was exported.
+        end_tokens: ids that end a text.
     """
 
     config: ModelConfig
+    end_tokens: tuple[int, ...]
 
     def __init__(self, folder: Path, *, threads: int = 0) -> None:
         """Load the decoder and its weights; ``threads`` 0 leaves their number to ONNX Runtime.
@@ -51,7 +54,8 @@ class Package:
         if not (folder / MODEL_FILE).is_file():
             raise SourceError(f"{folder}: no {MODEL_FILE}, so no package; `qconvert export-onnx` makes one")
         self._folder, self._threads = folder, threads
-        self._decoder = Session(folder / MODEL_FILE, threads=threads)
+        self.end_tokens = end_tokens(self.config.text, generation_config(folder))
+        self._decoder = self._session(MODEL_FILE)
 
     @property
     def drafts(self) -> bool:
@@ -61,7 +65,10 @@ class Package:
     @cached_property
     def _head(self) -> Session:
         """Loaded when it is first asked: it has embedding and head in memory once more, and most never draft."""
-        return Session(self._folder / MTP_FILE, threads=self._threads)
+        return self._session(MTP_FILE)
+
+    def _session(self, name: str) -> Session:
+        return Session(self._folder / name, vocabulary=self.config.text.vocab_size, threads=self._threads)
 
     def forward(
         self,
@@ -78,6 +85,9 @@ class Package:
             attention_mask: [B, S], zero where these tokens are padding.
             position_ids: [3, B, S]; by default real tokens count on from the cache.
             cache: of the tokens before.
+
+        Raises:
+            UsageError: ids that are not of the vocabulary, or shapes that do not fit each other.
         """
         found, after = self._decoder.run(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, beside={}
@@ -99,7 +109,7 @@ class Package:
         those of t, and ``cache`` is the head's own.
 
         Raises:
-            UsageError: the package has no prediction head.
+            UsageError: the package has no prediction head; else see ``forward``.
             SourceError: ONNX Runtime refuses its graph.
         """
         if not self.drafts:

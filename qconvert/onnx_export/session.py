@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from qconvert.core.errors import SourceError
+from qconvert.core.errors import SourceError, UsageError
+from qconvert.onnx_export.graph_file import read_graph
 from qconvert.onnx_export.operators import newer_than, version_named
 from qconvert.onnx_export.states import PAST, present_of
 
@@ -55,14 +55,17 @@ class Session:
 
     outputs: tuple[str, ...]
 
-    def __init__(self, path: Path, *, threads: int) -> None:
+    def __init__(self, path: Path, *, vocabulary: int, threads: int) -> None:
         """Load the graph and its weights; ``threads`` 0 leaves their number to ONNX Runtime.
+
+        ``vocabulary`` is the number of tokens that there are.
 
         Raises:
             SourceError: the installed ONNX Runtime lacks an operator, or refuses the graph.
         """
         version = onnxruntime.__version__
-        lacking = newer_than(ir.load(path).graph, version_named(version))
+        self._vocabulary = vocabulary
+        lacking = newer_than(read_graph(path), version_named(version))
         if lacking:
             raise SourceError(f"{path}: ONNX Runtime {version} lacks {', '.join(sorted(lacking))}: install a newer one")
         options = onnxruntime.SessionOptions()
@@ -88,8 +91,9 @@ class Session:
         beside: Mapping[str, Array],
     ) -> tuple[dict[str, Floats], PackageCache]:
         """Run tokens [B, S] after those of ``cache``, with further inputs ``beside``; see ``Package.forward``."""
+        self._check(input_ids, attention_mask, position_ids, cache)
         batch, new = input_ids.shape
-        real = np.ones((batch, new), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+        real = np.ones((batch, new), np.int64) if attention_mask is None else (attention_mask != 0).astype(np.int64)
         before = np.zeros(batch, np.int64) if cache is None else cache.next_position
         if position_ids is None:
             counted = before[:, None] + np.maximum(real.cumsum(1) - 1, 0)
@@ -108,3 +112,24 @@ class Session:
             next_position=np.maximum(before, largest + 1),
         )
         return dict(zip(self.outputs, found, strict=False)), after
+
+    def _check(
+        self,
+        ids: Integers,
+        mask: Integers | None,
+        positions: Integers | None,
+        cache: PackageCache | None,
+    ) -> None:
+        """Raise ``UsageError`` for what ONNX Runtime would refuse in its own words, or answer with other rows."""
+        if ids.ndim != 2 or not ids.size or ids.dtype != np.int64:
+            raise UsageError(f"input_ids is {ids.dtype} {list(ids.shape)}, expected int64 [B, S] of one token or more")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self._vocabulary:
+            wrong = low if low < 0 else high
+            raise UsageError(f"input_ids has {wrong}, but the vocabulary is 0 .. {self._vocabulary - 1}")
+        if mask is not None and mask.shape != ids.shape:
+            raise UsageError(f"attention_mask is {list(mask.shape)}, expected {list(ids.shape)}: that of these tokens")
+        if positions is not None and positions.shape != (3, *ids.shape):
+            raise UsageError(f"position_ids is {list(positions.shape)}, expected {[3, *ids.shape]}")
+        if cache is not None and (cache.mask.shape[0] != len(ids) or {*map(present_of, self._past)} != {*cache.states}):
+            raise UsageError(f"the cache is of another batch or graph; these are {len(ids)} rows")

@@ -152,7 +152,11 @@ def _compare(
         return TensorComparison(role=role, name=stored.name, outcome=outcome, scheme=scheme, sums=sums)
 
     if original.stored[role].plain is not None and stored.plain is not None:
-        return _compare_plain(original, converted, role)
+        try:
+            return _compare_plain(original, converted, role)
+        except FormatError as error:  # only of what is laid together from several
+            faults = [cause(CauseKind.CONTRADICTION, role, str(error), (stored.name,))]
+            return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), faults
     blocking = None if scheme is None else scheme.blocking
     found: list[BlockSums] = []
     small: list[BlockSums] = []

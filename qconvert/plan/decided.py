@@ -19,7 +19,7 @@ from qconvert.plan.layout import OutputTensor, lay_out
 from qconvert.plan.row_blocks import peak_bytes
 from qconvert.plan.shared_scales import share_second_scales
 from qconvert.plan.source import PlannedSource
-from reference_model.config_fold import FOLD, NOTE
+from reference_model.config_fold import FOLD, NOTE, note_of
 
 QUANTIZATION = "quantization_config"
 """The block of ``config.json`` that engines read."""
@@ -123,8 +123,8 @@ def declared_once(config: Mapping[str, Any], source: PlannedSource) -> dict[str,
 
 def _note(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is noted already, of a shared expert that is folded."""
-    note = config.get(NOTE)
-    return {FOLD: note[FOLD]} if isinstance(note, Mapping) and FOLD in note else {}
+    note = note_of(config)
+    return {FOLD: note[FOLD]} if note.get(FOLD) else {}
 
 
 _Words = list[tuple[int, str]]

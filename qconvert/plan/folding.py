@@ -30,7 +30,7 @@ from qconvert.plan.row_blocks import mosaic_peak_bytes
 from qconvert.transform.rectangles import Span, blocks_of
 from qconvert.transform.shared_expert import FOLDED, Share, matrix_shape, shares
 from reference_model.config import TextConfig
-from reference_model.config_fold import FOLD, NOTE, fold_block, folded_count
+from reference_model.config_fold import FOLD, NOTE, fold_block, folded_count, note_of
 
 _Layer = tuple[Section, int | None]
 
@@ -96,7 +96,7 @@ def folded_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text = config.get("text_config", config)
     count = folded_count(text["shared_expert_intermediate_size"], text["moe_intermediate_size"])
     written = _with_counts(config, {name: text[name] + count for name in ("num_experts", "num_experts_per_tok")})
-    return {**written, NOTE: {**config.get(NOTE, {}), FOLD: fold_block(text)}}
+    return {**written, NOTE: {**note_of(config), FOLD: fold_block(text)}}
 
 
 def unfolded_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,15 +141,23 @@ def _blocks(decided: list[Decided]) -> tuple[dict[_Layer, _Block], list[Decided]
 def _check_alike(layer: _Layer, block: _Block) -> None:
     """Refuse to fold what is stored in two ways: folding changes no scheme."""
     routed = {_way(one): one for one in (*block.stacks.values(), *block.experts.values())}
-    for shared in block.shared.values():
-        way = _way(shared)
-        other = next((one for theirs, one in routed.items() if theirs != way), None)
-        if other is not None:
-            raise PlanError(
-                f"{_name(shared)} is {_words(shared)}, {_name(other)} is {_words(other)}: folding changes no "
-                "scheme, so both must be stored alike. This rule in a policy of `qconvert quantize` does it, so does "
-                f"`--preset fusable` for the decoder:\n{_rule(layer[0], other)}"
-            )
+    for kind, shared in block.shared.items():
+        stack, way = block.stacks.get(_STACK[FOLDED[kind]]), _way(shared)
+        alike = [one for (its, _), one in block.experts.items() if its is FOLDED[kind]] if stack is None else [stack]
+        other = next((one for one in alike if _way(one) != way), None)
+        if other is None:
+            continue
+        differ = (
+            f"{_name(shared)} is {_words(shared)}, {_name(other)} is {_words(other)}: folding changes no scheme, so "
+            "both must be stored alike. "
+        )
+        if _way(shared)[0] is None and _way(other)[0] is None:
+            raise PlanError(f"{differ}Their element types differ in the source, which nothing here changes")
+        preset = len(routed) == 1 and layer[0] is Section.TEXT and _way(other)[0] is not None
+        raise PlanError(
+            f"{differ}This rule in a policy of `qconvert quantize` does it"
+            f"{', so does `--preset fusable`' if preset else ''}:\n{_rule(shared, other, apart=len(routed) > 1)}"
+        )
 
 
 def _way(one: Decided) -> tuple[Scheme | None, str | None, DType]:
@@ -163,13 +171,14 @@ def _words(one: Decided) -> str:
     return f"plain {dtype}" if scheme is None else f"{scheme} ({form})"
 
 
-def _rule(section: Section, routed: Decided) -> str:
-    """The line of a policy that stores the shared expert like ``routed``."""
+def _rule(shared: Decided, routed: Decided, *, apart: bool) -> str:
+    """The line of a policy that stores a matrix of the shared expert, or all of them, like ``routed``."""
     scheme, form, _ = _way(routed)
     method = None
     if scheme is not None and form is not None and format_for(scheme).name != form:
         method = format_named(form).quant_method
-    rule = Rule(match=f"{section.value}.shared_expert.*", scheme=scheme, method=method, reason="as the routed experts")
+    match = shared.step.role.path if apart else f"{shared.step.role.section.value}.shared_expert.*"
+    rule = Rule(match=match, scheme=scheme, method=method, reason="as the routed experts")
     return tomlkit.dumps({"rule": Policy(rules=(rule,)).entries()}).strip()
 
 
@@ -222,12 +231,12 @@ def _check_cut(one: Decided, shape: tuple[int, int], rows: tuple[int, int], cols
         FormatError: names the module.
     """
     scheme = None if one.module is None else one.module.scheme
-    if scheme is None or (rows, cols) == ((0, shape[0]), (0, shape[1])):
+    if scheme is None:
         return
     try:
         blocks_of(scheme, shape, rows, cols)
     except FormatError as reason:
-        raise FormatError(f"{_name(one)} cannot be folded: {reason}") from None
+        raise FormatError(f"{_name(one)} cannot be folded or unfolded: {reason}") from None
 
 
 def _longer(stack: Decided, shared: Mapping[Kind, Decided], text: TextConfig) -> Decided:
@@ -273,9 +282,16 @@ def _whole(block: _Block, kind: Kind, census: Census) -> Decided:
     text = census.config.text
     hidden, width, shared = text.hidden_size, text.moe_intermediate_size, text.shared_expert_intermediate_size
     piece = matrix_shape(kind, width, hidden)
-    tiles, nothing, holder = [], [], None
+    tiles, nothing = [], []
+    holder: Decided | None = None
     for number, share in enumerate(shares(shared, width), start=text.num_experts):
+        before = holder
         holder, first = _holder(block, FOLDED[kind], number)
+        if before is not None and _way(before) != _way(holder):
+            raise PlanError(
+                f"{_name(before)} is {_words(before)}, {_name(holder)} is {_words(holder)}: parts of one matrix of the "
+                "shared expert must be stored alike to be unfolded"
+            )
         _check_cut(holder, piece, *share.target(kind, hidden))
         (row, _), (col, _) = share.source(kind, hidden)
         tiles.append(_inside(holder, first, share.target(kind, hidden), piece[1], (row, col)))

@@ -99,7 +99,7 @@ def lay_quantized(
         parts: they do not overlap.
         shape: (N, K).
         scheme: that of all of them.
-        second_scale: what the result has where there is no part.
+        second_scale: that of parts in other runs of the same matrix, and of the result where there is no part.
 
     Raises:
         FormatError: a part begins or ends inside a block that is not its own.
@@ -122,7 +122,7 @@ def lay_quantized(
             zero_point[where] = part.zero_point
         taken[where] = True
         if part.second_scale is not None:
-            if placed and second_scale is not None and float(part.second_scale) != float(second_scale):
+            if second_scale is not None and float(part.second_scale) != float(second_scale):
                 raise DataError("parts have different second scales")
             second_scale = part.second_scale.clone()
         placed.append((part.codes.clone(), rows, cols))

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from math import gcd
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError, FormatError
 from qconvert.core.plan import Slice
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.role import EXPERT_KINDS, Section, TensorRole
+from qconvert.core.scheme import Channel, Group, PerTensor, ScaleSpec
 from qconvert.quantized_view import Stored
 from qconvert.transform.rectangles import cut
-from qconvert.transform.shared_expert import FOLDED, matrix_shape, unfold
+from qconvert.transform.shared_expert import FOLDED, matrix_shape, shares, unfold
 from qconvert.weights.source import CheckpointWeights
 from reference_model.config import ModelConfig
 
@@ -51,6 +54,7 @@ class UnfoldedWeights(CheckpointWeights):
         if role.kind not in FOLDED or self._stored(role).plain is None:
             return super().raw(role, begin, end)
         pieces = [super(UnfoldedWeights, self).raw(holder) for holder in self._holders(role)]
+        self._check_rest(role, pieces[-1])
         return unfold(pieces, role.kind, self.config.text.shared_expert_intermediate_size)[begin:end]
 
     def parts(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> dict[str, Tensor]:
@@ -62,12 +66,30 @@ class UnfoldedWeights(CheckpointWeights):
         if role.kind not in FOLDED or self._stored(role).format is None:
             return super().quantized(role, begin, end)
         pieces = [super(UnfoldedWeights, self).quantized(holder) for holder in self._holders(role)]
+        self._check_rest(role, pieces[-1].dequantize())
+        text = self.config.text
         try:
-            whole = unfold(pieces, role.kind, self.config.text.shared_expert_intermediate_size)
-        except DataError as error:
-            raise FormatError(f"{self._stored(role).name}: {error}") from None
+            whole = unfold(pieces, role.kind, text.shared_expert_intermediate_size)
+        except DataError:  # a folded checkpoint was rounded: every piece by itself, with scales of its own
+            size = gcd(text.moe_intermediate_size, text.shared_expert_intermediate_size)
+            whole = unfold(
+                [_by_itself(piece, size) for piece in pieces], role.kind, text.shared_expert_intermediate_size
+            )
         rows, cols = whole.shape
         return cut(whole, (begin or 0, rows if end is None else end), (0, cols))
+
+    def _check_rest(self, role: TensorRole, last: Tensor) -> None:
+        """Raise ``FormatError`` where the last expert holds units beyond the shared expert's: they would count."""
+        text = self.config.text
+        *_, share = shares(text.shared_expert_intermediate_size, text.moe_intermediate_size)
+        if share.end - share.begin == share.width:
+            return
+        rows, cols = share.rest(role.kind, text.hidden_size)
+        if bool(last[slice(*rows), slice(*cols)].any()):
+            name = self.view.stored[list(self._holders(role))[-1]].name
+            raise FormatError(
+                f"{name} holds units beyond the shared expert's {share.end}, where zeros should be: they would count"
+            )
 
     @cached_property
     def _by_original_role(self) -> Mapping[TensorRole, Stored]:
@@ -113,3 +135,18 @@ class UnfoldedWeights(CheckpointWeights):
 
     def _stored(self, role: TensorRole) -> Stored:
         return self.view.stored[role] if role in self.view.stored else super()._stored(role)
+
+
+def _by_itself(piece: QuantizedTensor, size: int) -> QuantizedTensor:
+    """The same numbers with scales that no other piece shares: one float32 for ``size`` inputs, or for a group."""
+    scale = piece.scale.to(torch.float32)
+    if piece.second_scale is not None:
+        scale = scale * piece.second_scale
+    blocking, zero_point = piece.scheme.blocking, piece.zero_point
+    if isinstance(blocking, Channel | PerTensor):
+        blocking = Group(size=size)
+        wanted = (piece.shape[0], -(-piece.shape[1] // size))
+        scale = scale.expand(wanted)
+        zero_point = None if zero_point is None else zero_point.expand(wanted)
+    scheme = replace(piece.scheme, blocking=blocking, scale=ScaleSpec(dtype=DType.F32))
+    return replace(piece, scheme=scheme, scale=scale, zero_point=zero_point, second_scale=None)

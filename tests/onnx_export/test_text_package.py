@@ -193,7 +193,7 @@ def test_experts_of_one_layer_in_two_schemes_are_refused(tmp_path: Path) -> None
     make_tiny(tmp_path / "source")
     rules = (Rule(match="text.expert.gate", scheme=INT8, reason="test"),)
     policy = default_policy(int4(32), search=False, rules=rules)
-    with pytest.raises(PlanError, match="different rules"):
+    with pytest.raises(PlanError, match="different ways"):
         export_onnx(tmp_path / "source", tmp_path / "package", PackageOptions(policy=policy))
 
 
