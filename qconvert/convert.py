@@ -16,6 +16,7 @@ from qconvert.core.plan import Folding, Plan
 from qconvert.device import check_device
 from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
 from qconvert.exact_scales import check_scales
+from qconvert.execute import warm_up
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
@@ -305,6 +306,7 @@ def carry_out(
         task = decide(checkpoint)
         plan = task.plan
         before = sum(info.nbytes for info in checkpoint.tensors.values())
+        warm_up(plan)
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)
         identity = {

@@ -85,9 +85,11 @@ def cast(rows: Tensor, dtype: DType, formula: Formula = Formula.SAME) -> Encoded
     stored = exact.to(dtype.torch_dtype)
     if not all_finite(stored):
         raise DataError(f"has NaN or infinite values in {dtype}")
-    lost = stored.to(torch.float32).sub(exact).view(-1)
-    flat = exact.reshape(-1)
-    return Encoded(parts={WEIGHT: stored}, squared_error=float(lost.dot(lost)), signal=float(flat.dot(flat)))
+    flat, squared_error = exact.reshape(-1), 0.0
+    if stored is not exact:
+        lost = stored.to(torch.float32).sub_(exact).view(-1)
+        squared_error = float(lost.dot(lost))
+    return Encoded(parts={WEIGHT: stored}, squared_error=squared_error, signal=float(flat.dot(flat)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

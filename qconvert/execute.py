@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError, PlanError
-from qconvert.core.plan import Cast, Dequantize, Formula, Keep, Mosaic, Quantize, Reading, Reencode, Slice, Step
+from qconvert.core.plan import Cast, Dequantize, Formula, Keep, Mosaic, Plan, Quantize, Reading, Reencode, Slice, Step
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.encode import WEIGHT, cast, encode, move, second_scale
 from qconvert.formats.table import format_named
@@ -67,6 +67,26 @@ class Outcome:
             loss=loss and Loss(squared_error=loss[0], signal=loss[1]),
             scale_error=note.get("scale_error"),
         )
+
+
+_TRIAL = 256
+"""Rows and columns of a matrix that any scheme takes."""
+
+
+def warm_up(plan: Plan) -> None:
+    """Load the kernels that the steps of ``plan`` will use, in this thread and before memory is counted.
+
+    Two threads that import numba at the same time break it, and what it maps would be nobody's.
+    """
+    actions = {
+        (action.scheme, action.format, action.search): action
+        for action in (step.action for step in plan.steps)
+        if isinstance(action, Quantize)
+    }
+    trial = torch.ones(_TRIAL, _TRIAL, dtype=torch.bfloat16)
+    all_finite(trial)
+    for action in actions.values():
+        encode(trial, action, (_TRIAL, _TRIAL))
 
 
 def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device, largest: LargestValues) -> Outcome:

@@ -12,7 +12,7 @@ import torch
 
 from qconvert.core.errors import PlanError
 from qconvert.core.plan import Plan, Step
-from qconvert.execute import Outcome, execute
+from qconvert.execute import Outcome, execute, warm_up
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.sink import Sink
 from qconvert.largest_values import LargestValues
@@ -93,8 +93,7 @@ def run(
                 outcomes[step.key] = outcome
                 progress(done, total)
 
-    import numba  # noqa: F401  once and here: two threads that import parts of it at the same time fail
-
+    warm_up(plan)
     with _one_thread_a_step(), ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
         try:
             futures = [pool.submit(work) for _ in range(jobs)]  # one for each step would take two kilobytes of each

@@ -79,8 +79,8 @@ ALLOWED: dict[str, set[str]] = {
         "reference_model.config_fields", "reference_model.rope",
     },
     "qconvert.convert": {
-        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.manifest", "qconvert.memory",
-        "qconvert.device", "qconvert.column_order", "qconvert.exact_scales", "qconvert.engine_check",
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.execute", "qconvert.manifest",
+        "qconvert.memory", "qconvert.device", "qconvert.column_order", "qconvert.exact_scales", "qconvert.engine_check",
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",

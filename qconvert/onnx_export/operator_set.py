@@ -24,10 +24,12 @@ class OperatorSet(Protocol):
     """
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """What `--ops` calls it."""
 
     @property
-    def opset(self) -> int: ...  # noqa: D102
+    def opset(self) -> int:
+        """Version of the standard's operators that it is written in."""
 
     def linear(self, graph: GraphWriter, x: ir.Value, weight: Weight, accuracy_level: int) -> ir.Value:
         """``x weight^T``: x [B, S, K], weight [N, K] dense or in integer codes; [B, S, N]."""

@@ -99,4 +99,4 @@ class PackageForCausalLM(GenerationMixin):
 def _result(out: PackageOutput | None) -> CausalLMOutputWithPast:
     if out is None:
         raise ValueError("no tokens were given that the cache has not seen")
-    return CausalLMOutputWithPast(logits=torch.from_numpy(out.logits), past_key_values=out.cache)  # type: ignore[arg-type]  # any cache travels
+    return CausalLMOutputWithPast(logits=torch.from_numpy(out.logits), past_key_values=out.cache)  # type: ignore[arg-type]  # generate hands any cache back
