@@ -7,24 +7,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError, PlanError
-from qconvert.core.plan import Cast, Dequantize, Formula, Keep, Mosaic, Plan, Quantize, Reading, Reencode, Slice, Step
-from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.plan import (
+    Cast,
+    Dequantize,
+    Formula,
+    Keep,
+    Matrix,
+    Mosaic,
+    Plan,
+    Quantize,
+    Reading,
+    Reencode,
+    Slice,
+    Step,
+)
 from qconvert.encode import WEIGHT, cast, encode, move, second_scale
 from qconvert.formats.table import format_named
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
 from qconvert.largest_values import LargestValues
+from qconvert.matrices import codes_of, first_reading, rounded_of, rows_at_once, rows_of, shape_of, size_of
 from qconvert.matrix_reader import MatrixReader, SourceHash
 from qconvert.mosaic import check_left_behind, lay_moved, lay_plain, lay_rounded
 from qconvert.numerics.finite import all_finite
-from qconvert.plan.row_blocks import row_blocks, rows_together
-from qconvert.transform.turns import quantized_in_turns, take_turns
+from qconvert.plan.row_blocks import row_blocks
 
-Matrices = tuple[tuple[Reading, ...], ...]
+Matrices = tuple[tuple[Matrix, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +146,9 @@ def _cast(
     piece = sink.piece(name)
     squared_error = signal = 0.0
     for readings in matrices:
-        for begin, end in row_blocks(*read.shape(readings[0]), rows_together(readings[0].packed, 1)):
-            rows = _rows(readings, begin, end, read, source_hash)
-            with read.naming(readings[0], name):
+        for begin, end in row_blocks(*size_of(readings[0], read), rows_at_once(readings[0], 1)):
+            rows = rows_of(readings, begin, end, read, source_hash)
+            with read.naming(first_reading(readings), name):
                 stored = cast(rows, dtype, formula)
             piece.append(stored.parts[WEIGHT])
             squared_error += stored.squared_error
@@ -154,18 +165,16 @@ def _quantize(
     device: torch.device,
     largest: LargestValues,
 ) -> tuple[Loss, list[Piece]]:
-    shape = _shape(matrices[0], read)
+    shape = shape_of(matrices[0], read)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
     second = second_scale(action, largest.of(action.scale_over, read))
     for readings in matrices:
-        multiple = rows_together(readings[0].packed, form.row_block(action.scheme, shape))
-        for begin, end in row_blocks(*read.shape(readings[0]), multiple):
-            rows = _rows(readings, begin, end, read, source_hash).to(device)
-            with read.naming(readings[0], action.module):
-                encoded = encode(rows, action, shape, second)
+        multiple = rows_at_once(readings[0], form.row_block(action.scheme, shape))
+        for begin, end in row_blocks(*size_of(readings[0], read), multiple):
+            encoded = rounded_of(readings, action, begin, end, shape, read, source_hash, device, second)
             for spec in specs:
                 if spec.rows_per_row or begin == 0:
                     pieces[spec.suffix].append(encoded.parts[spec.suffix].cpu())
@@ -177,56 +186,25 @@ def _quantize(
 def _reencode(
     matrices: Matrices, action: Reencode, read: MatrixReader, sink: Sink, source_hash: SourceHash
 ) -> tuple[float, list[Piece]]:
-    shape = _shape(matrices[0], read)
+    shape = shape_of(matrices[0], read)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     scale_error = 0.0
     for readings in matrices:
-        packed = readings[0].packed
+        first = readings[0]
+        packed = first.packed if isinstance(first, Reading) else None
         same = packed is not None and (packed.format, packed.scheme) == (action.format, action.scheme)
-        multiple = rows_together(packed, form.row_block(action.scheme, shape))
-        for begin, end in row_blocks(*read.shape(readings[0]), multiple):
-            quantized, stored = _codes(readings, begin, end, read, source_hash)
-            with read.naming(readings[0], action.module):
+        multiple = rows_at_once(first, form.row_block(action.scheme, shape))
+        for begin, end in row_blocks(*size_of(first, read), multiple):
+            quantized, stored = codes_of(readings, begin, end, read, source_hash)
+            with read.naming(first_reading(readings), action.module):
                 moved = move(quantized, action, shape, stored if same else None)
             for spec in specs:
                 if spec.rows_per_row or begin == 0:
                     pieces[spec.suffix].append(moved.parts[spec.suffix])
             scale_error = max(scale_error, moved.scale_error)
     return scale_error, list(pieces.values())
-
-
-def _shape(readings: tuple[Reading, ...], read: MatrixReader) -> tuple[int, int]:
-    """Of the matrix that they are written as."""
-    rows, cols = read.shape(readings[0])
-    return rows * len(readings), cols
-
-
-def _rows(readings: tuple[Reading, ...], begin: int, end: int, read: MatrixReader, source_hash: SourceHash) -> Tensor:
-    """Rows of one matrix, or of two in turns."""
-    first = read.rows(readings[0], begin, end, source_hash)
-    if len(readings) == 1:
-        return first
-    second = read.rows(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs))
-    for reading, rows in zip(readings, (first, second), strict=True):
-        if not all_finite(rows):
-            part = reading.inputs[0]
-            raise DataError(f"{read.info(part).shard}: {part.tensor} has NaN or infinite values")
-    return take_turns(first, second)
-
-
-def _codes(
-    readings: tuple[Reading, ...], begin: int, end: int, read: MatrixReader, source_hash: SourceHash
-) -> tuple[QuantizedTensor, dict[str, Tensor]]:
-    """The same of quantized matrices, and what is stored of the first one."""
-    stored = read.parts(readings[0], begin, end, source_hash)
-    first = read.unpacked(readings[0], begin, end, stored)
-    if len(readings) == 1:
-        return first, stored
-    other = read.parts(readings[1], begin, end, source_hash, buffer=len(readings[0].inputs))
-    with read.naming(readings[0], readings[1].inputs[0].tensor):
-        return quantized_in_turns(first, read.unpacked(readings[1], begin, end, other)), {}
 
 
 def _lay(

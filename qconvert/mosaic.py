@@ -64,7 +64,7 @@ def lay_plain(action: Keep | Dequantize, mosaic: Mosaic, read: MatrixReader, sin
     piece = sink.piece(action.name)
     squared_error = signal = 0.0
     for begin, end in row_blocks(mosaic.shape[0], mosaic_width(mosaic), 1):
-        rows = _plain_rows(mosaic, read, begin, end, into)
+        rows = laid_rows(mosaic, read, begin, end, into)
         with read.naming(mosaic.tiles[0].reading, action.name):
             if isinstance(action, Dequantize):
                 stored = cast(rows, DType.BF16)
@@ -77,7 +77,8 @@ def lay_plain(action: Keep | Dequantize, mosaic: Mosaic, read: MatrixReader, sin
     return Laid(pieces=[piece], squared_error=squared_error, signal=signal)
 
 
-def _plain_rows(mosaic: Mosaic, read: MatrixReader, begin: int, end: int, into: SourceHash) -> Tensor:
+def laid_rows(mosaic: Mosaic, read: MatrixReader, begin: int, end: int, into: SourceHash) -> Tensor:
+    """Rows ``begin`` to ``end``: plain ones as they are, dequantized ones in float32; valid until more is read."""
     shape = (end - begin, mosaic.shape[1])
     found = list(mosaic.within(begin, end))
 
@@ -111,24 +112,44 @@ def lay_rounded(
     Raises:
         DataError: NaN or infinite values.
     """
-    squared_error = signal = 0.0
-    blocking = action.scheme.blocking
-    together = blocking.rows if isinstance(blocking, Block) else 1  # rows that influence each other
+    rounded = RoundedTiles(action=action, read=read, into=into, device=device, second=second)
+    laid = _lay_codes(action, action.scheme, mosaic, sink, rounded.part)
+    return replace(laid, squared_error=rounded.squared_error, signal=rounded.signal)
 
-    def rounded(tile: Tile, first: int, last: int) -> QuantizedTensor:
-        nonlocal squared_error, signal
-        a, b = _run(tile, first, last, read, together)
-        rows = read.rows(tile.reading, a, b, into).to(device)
-        with read.naming(tile.reading, action.module):
-            whole = round_rows(rows, action, second).quantized
+
+@dataclass(slots=True, kw_only=True)
+class RoundedTiles:
+    """Rounds tiles as parts of the whole rows that they are cut from.
+
+    Attributes:
+        squared_error: of what was rounded so far, like ``signal``.
+    """
+
+    action: Quantize
+    read: MatrixReader
+    into: SourceHash
+    device: torch.device
+    second: float
+    squared_error: float = 0.0
+    signal: float = 0.0
+
+    def part(self, tile: Tile, first: int, last: int) -> QuantizedTensor:
+        """Rows ``first`` to ``last`` of the source of ``tile``, rounded and cut, on the CPU.
+
+        Raises:
+            DataError: NaN or infinite values.
+        """
+        blocking = self.action.scheme.blocking
+        together = blocking.rows if isinstance(blocking, Block) else 1  # rows that influence each other
+        a, b = _run(tile, first, last, self.read, together)
+        rows = self.read.rows(tile.reading, a, b, self.into).to(self.device)
+        with self.read.naming(tile.reading, self.action.module):
+            whole = round_rows(rows, self.action, self.second).quantized
         part = cut(whole, (first - a, last - a), tile.cols)
         wanted = rows[first - a : last - a, slice(*tile.cols)].to(torch.float32)
-        squared_error += float((part.dequantize() - wanted).square().sum())
-        signal += float(wanted.square().sum())
+        self.squared_error += float((part.dequantize() - wanted).square().sum())
+        self.signal += float(wanted.square().sum())
         return _on_cpu(part)
-
-    laid = _lay_codes(action, action.scheme, mosaic, sink, rounded)
-    return replace(laid, squared_error=squared_error, signal=signal)
 
 
 def lay_moved(action: Reencode, mosaic: Mosaic, read: MatrixReader, sink: Sink, into: SourceHash) -> Laid:
@@ -144,13 +165,21 @@ def lay_moved(action: Reencode, mosaic: Mosaic, read: MatrixReader, sink: Sink, 
     kept: dict[str, Tensor] = {}
 
     def stored(tile: Tile, first: int, last: int) -> QuantizedTensor:
-        a, b = _run(tile, first, last, read)
-        parts = read.parts(tile.reading, a, b, into)
+        part, parts = stored_part(tile, first, last, read, into)
         kept.update({suffix: parts[suffix].clone() for suffix in of_all})
-        return cut(read.unpacked(tile.reading, a, b, parts), (first - a, last - a), tile.cols)
+        return part
 
     with read.naming(mosaic.tiles[0].reading, action.module):
         return _lay_codes(action, scheme, mosaic, sink, stored, kept)
+
+
+def stored_part(
+    tile: Tile, first: int, last: int, read: MatrixReader, into: SourceHash
+) -> tuple[QuantizedTensor, dict[str, Tensor]]:
+    """Rows ``first`` to ``last`` of the quantized source of ``tile``, cut, and what is stored of them, not cut."""
+    a, b = _run(tile, first, last, read)
+    parts = read.parts(tile.reading, a, b, into)
+    return cut(read.unpacked(tile.reading, a, b, parts), (first - a, last - a), tile.cols), parts
 
 
 def _parts_of_all(action: Reencode, mosaic: Mosaic) -> frozenset[str]:
@@ -173,12 +202,8 @@ def _lay_codes(
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     second_scale: Tensor | None = None
     scale_error = 0.0
-    rows, cols = mosaic.shape
-    for begin, end in row_blocks(rows, mosaic_width(mosaic), form.row_block(action.scheme, mosaic.shape)):
-        parts = (
-            (part_of(tile, first, last), *_place(tile, first, begin)) for tile, first, last in mosaic.within(begin, end)
-        )
-        laid = lay_quantized(parts, (end - begin, cols), scheme, second_scale)
+    for begin, end in row_blocks(mosaic.shape[0], mosaic_width(mosaic), form.row_block(action.scheme, mosaic.shape)):
+        laid = laid_codes(mosaic, scheme, part_of, begin, end, second_scale)
         second_scale = laid.second_scale
         if isinstance(action, Reencode):
             moved = move(laid, action, mosaic.shape, kept=kept)
@@ -189,6 +214,25 @@ def _lay_codes(
             if spec.rows_per_row or begin == 0:
                 pieces[spec.suffix].append(stored[spec.suffix])
     return Laid(pieces=list(pieces.values()), scale_error=scale_error)
+
+
+def laid_codes(
+    mosaic: Mosaic,
+    scheme: Scheme,
+    part_of: Callable[[Tile, int, int], QuantizedTensor],
+    begin: int,
+    end: int,
+    second_scale: Tensor | None = None,
+) -> QuantizedTensor:
+    """Rows ``begin`` to ``end`` of a mosaic of codes in ``scheme``: ``part_of`` gives some rows of a tile.
+
+    Raises:
+        FormatError, DataError: see ``lay_quantized``.
+    """
+    parts = (
+        (part_of(tile, first, last), *_place(tile, first, begin)) for tile, first, last in mosaic.within(begin, end)
+    )
+    return lay_quantized(parts, (end - begin, mosaic.shape[1]), scheme, second_scale)
 
 
 def _place(tile: Tile, first: int, begin: int) -> tuple[int, int]:

@@ -53,7 +53,11 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.execute": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.encode", "qconvert.formats",
         "qconvert.numerics.finite", "qconvert.matrix_reader", "qconvert.largest_values", "qconvert.mosaic",
-        "qconvert.transform.turns",
+        "qconvert.matrices",
+    },
+    "qconvert.matrices": {
+        "qconvert.core", "qconvert.plan", "qconvert.encode", "qconvert.formats", "qconvert.numerics.finite",
+        "qconvert.transform.turns", "qconvert.matrix_reader", "qconvert.mosaic",
     },
     "qconvert.run": {
         "qconvert.core", "qconvert.io", "qconvert.matrix_reader", "qconvert.largest_values", "qconvert.execute",

@@ -26,7 +26,7 @@ from qconvert.cli.options import (
 from qconvert.cli.planned import preview, show_plan
 from qconvert.convert import Conversion
 from qconvert.core.errors import UsageError
-from qconvert.core.scheme import INT8
+from qconvert.core.scheme import INT8, Scheme
 from qconvert.io.hub import resolve
 from qconvert.plan.policy import Policy, Rule, default_policy, read_rules, scheme_named
 from qconvert.plan.presets import preset_rules
@@ -51,7 +51,10 @@ def export_onnx(
     search: Annotated[bool, typer.Option(help="Choose every scale by least squared error.")] = False,
     preset: Annotated[
         str | None,
-        typer.Option(help="mixed: attention, linear attention and shared expert in 8 bits."),
+        typer.Option(
+            help="mixed: attention, linear attention and shared expert in 8 bits; fusable: the shared expert like the "
+            "routed ones, with --scheme."
+        ),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="TOML of ordered rules, as for `quantize`, for what is not quantized in SRC.")
@@ -76,6 +79,13 @@ def export_onnx(
             "4 rounds activations to 8 bits, which is several times faster."
         ),
     ] = 4,
+    fold_shared_expert: Annotated[
+        bool,
+        typer.Option(
+            "--fold-shared-expert",
+            help="Run the shared expert as routed ones, in one operator; it must be stored like them. Not faster here.",
+        ),
+    ] = False,
     mtp: Annotated[
         bool, typer.Option("--mtp/--no-mtp", help="Export the multi-token-prediction head where SRC has one.")
     ] = True,
@@ -115,21 +125,18 @@ def export_onnx(
         from qconvert.onnx_export.operators import version_named
         from qconvert.onnx_export.plan import PackageOptions
 
+        routed = _scheme(scheme, group, symmetric=not asymmetric)
+        rules = (
+            *(() if policy is None else read_rules(policy, search=search)),
+            *(() if preset is None else _preset(preset, routed, search)),
+        )
         options = PackageOptions(
-            policy=_policy(
-                scheme,
-                group,
-                (
-                    *(() if policy is None else read_rules(policy, search=search)),
-                    *(() if preset is None else _preset(preset, search=search)),
-                ),
-                symmetric=not asymmetric,
-                search=search,
-            ),
+            policy=_policy(routed, rules, search=search),
             ops=operator_set(ops).name,
             dequantize=dequantize,
             accuracy_level=accuracy_level,
             mtp=mtp,
+            fold_shared_expert=fold_shared_expert,
             ort_version=version_named(ort_version),
             shard_bytes=parse_size(max_shard_size),
         )
@@ -151,31 +158,40 @@ def export_onnx(
     raise typer.Exit(console.guarded(call))
 
 
-def _preset(name: str, *, search: bool) -> tuple[Rule, ...]:
-    """The rules of a preset that makes sense in a package.
+def _preset(name: str, scheme: Scheme | None, search: bool) -> tuple[Rule, ...]:
+    """The rules of a preset beside routed experts in ``scheme``.
 
     Raises:
-        UsageError: another one.
+        UsageError: an unknown one, or one that needs a scheme.
     """
-    if name != "mixed":
-        raise UsageError(f"preset {name!r} is unknown; expected mixed")
-    return tuple(replace(rule, search=search) for rule in preset_rules(name, INT8))
+    if name == "fusable" and scheme is None:
+        raise UsageError("--preset fusable rounds the shared expert like the routed ones: name their --scheme")
+    return tuple(replace(rule, search=search) for rule in preset_rules(name, scheme or INT8))
 
 
-def _policy(
-    scheme: str | None, group: int | None, rules: tuple[Rule, ...], *, symmetric: bool, search: bool
-) -> Policy | None:
+def _scheme(name: str | None, group: int | None, *, symmetric: bool) -> Scheme | None:
+    """What ``--scheme`` and its refinements say.
+
+    Raises:
+        UsageError: a scheme that no operator reads, or refinements of none.
+    """
+    if name is None:
+        if group is not None or not symmetric:
+            raise UsageError("--group and --asymmetric refine --scheme: name one")
+        return None
+    if name not in SCHEMES:
+        raise UsageError(f"scheme {name!r} cannot be exported; operators read {' and '.join(SCHEMES)}")
+    return scheme_named(name, group=group, symmetric=symmetric)
+
+
+def _policy(scheme: Scheme | None, rules: tuple[Rule, ...], *, search: bool) -> Policy | None:
     """The rules for what is not quantized in the source; ``rules`` go first.
 
     Raises:
-        UsageError: a scheme that no operator reads, or options that need one.
+        UsageError: a search that is for nothing.
     """
-    if scheme is not None and scheme not in SCHEMES:
-        raise UsageError(f"scheme {scheme!r} cannot be exported; operators read {' and '.join(SCHEMES)}")
     if scheme is not None:
-        return default_policy(scheme_named(scheme, group=group, symmetric=symmetric), search=search, rules=rules)
-    if group is not None or not symmetric:
-        raise UsageError("--group and --asymmetric refine --scheme: name one")
+        return default_policy(scheme, search=search, rules=rules)
     if search and not rules:
         raise UsageError("--search chooses the scales of what is rounded: name a --scheme, --preset or --policy")
     return Policy(rules=(*rules, KEEP)) if rules else None

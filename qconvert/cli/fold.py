@@ -47,7 +47,8 @@ def fold(
 ) -> None:
     """Store the shared expert as further routed experts that every token visits.
 
-    Graphs with one kernel for all experts, which you build yourself, want it so; `export-onnx` does not take it yet.
+    For graphs with one kernel for all experts, as `export-onnx` writes them: it takes a folded checkpoint, and folds by
+    itself with --fold-shared-expert.
     A shared expert that is wider than a routed one becomes several; of other widths the last is filled up with zeros.
     Nothing is rounded: weights, or codes and scales, move, and what the model computes stays the same but for the order
     of sums. Both have to be stored alike: `qconvert quantize --preset fusable`. transformers, vLLM and SGLang read the

@@ -53,8 +53,8 @@ def check_fold_engine(engine: str | None) -> None:
     found = "no engine is named" if engine is None else f"{engine!r} is named"
     raise UsageError(
         "transformers, vLLM and SGLang read the shared expert by its own name, and SGLang fuses it by itself when it "
-        "loads: a folded checkpoint is for graphs with ONNX Runtime's QMoE that you build yourself (`export-onnx` does "
-        f"not take it yet), but {found}. If that is what you want, give --engine {FOLD_ENGINE}"
+        "loads: a folded checkpoint is for `qconvert export-onnx` and other graphs of ONNX Runtime with one kernel for "
+        f"all experts, but {found}. If that is what you want, give --engine {FOLD_ENGINE}"
     )
 
 

@@ -72,6 +72,6 @@ def limits(plan: Plan) -> list[str]:
 
 
 FOLDED_LIMIT = (
-    "transformers, vLLM and SGLang do not load it, and `export-onnx` does not take it yet: its shared expert is folded "
-    "into routed ones, for graphs with ONNX Runtime's QMoE that you build yourself"
+    "transformers, vLLM and SGLang do not load it: its shared expert is folded into routed ones, for `qconvert "
+    "export-onnx` and other graphs with one kernel for all experts"
 )

@@ -109,6 +109,10 @@ class Mosaic:
                 yield tile, first, last
 
 
+Matrix = Reading | Mosaic
+"""What gives one matrix: it is in the source, or laid together from what is."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
     """Copy the bytes as they are, under ``name``."""
@@ -202,8 +206,8 @@ class Step:
         outputs: names of the output tensors that the step writes, all of them and nobody else.
         peak_bytes: memory that the step holds at most while it runs.
         packed: how ``inputs`` are read where they are the parts of one quantized matrix.
-        stack: the matrices that are written below each other where they are several: each is one reading, or two of
-            one shape whose rows take turns. ``inputs`` are then those of all of them.
+        stack: the matrices that are written below each other where they are several: each is read, or laid together,
+            or is two of one shape whose rows take turns. ``inputs`` are then those of all of them.
         mosaic: how the matrix is laid together where it is not one of the source's; ``inputs`` are all that it reads.
     """
 
@@ -213,7 +217,7 @@ class Step:
     outputs: tuple[str, ...]
     peak_bytes: int
     packed: Packed | None = None
-    stack: tuple[tuple[Reading, ...], ...] = ()
+    stack: tuple[tuple[Matrix, ...], ...] = ()
     mosaic: Mosaic | None = None
 
     @property
@@ -222,7 +226,7 @@ class Step:
         return Reading(inputs=self.inputs, packed=self.packed)
 
     @property
-    def matrices(self) -> tuple[tuple[Reading, ...], ...]:
+    def matrices(self) -> tuple[tuple[Matrix, ...], ...]:
         """What the step reads and writes one below the other."""
         return self.stack or ((self.reading,),)
 

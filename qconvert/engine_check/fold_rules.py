@@ -13,7 +13,7 @@ from qconvert.engine_check.view import View
 from reference_model.config_fold import FOLD, NOTE
 
 _DEMANDS = "the shared expert is stored under its own name, beside as many experts as the router has rows"
-_REMEDY = "`qconvert unfold` for this engine; folded checkpoints are for graphs with ONNX Runtime's QMoE"
+_REMEDY = "`qconvert unfold` for this engine; folded checkpoints are for ONNX Runtime: `qconvert export-onnx`"
 
 
 def _folded(view: View) -> Iterator[Finding]:

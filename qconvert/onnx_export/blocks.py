@@ -7,6 +7,8 @@ of the convolution, W its width, E experts, F their width. Everything is float32
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,6 +17,7 @@ from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.heads import per_head, side_by_side
 from qconvert.onnx_export.operator_set import OperatorSet
 from qconvert.onnx_export.placing import Packing
+from qconvert.onnx_export.routing import Routing
 from qconvert.onnx_export.weight import Weights
 from reference_model.config import TextConfig
 
@@ -146,21 +149,29 @@ class Decoder:
         return side_by_side(graph, self.operators.rms_norm(graph, per_head(graph, x, width), scale, L2_EPSILON / width))
 
     def moe(self, x: ir.Value, layer: int) -> ir.Value:
-        """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)`` for x [B, S, D]."""
-        graph = self.graph
-        logits = graph.op("Reshape", self.linear(x, Kind.ROUTER, layer), graph.integers(-1, self.config.num_experts))
-        routed = self.operators.experts(
+        """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)`` for x [B, S, D].
+
+        A folded shared expert is among the experts: the last of them, always on.
+        """
+        graph, config = self.graph, self.config
+        logits = graph.op("Reshape", self.linear(x, Kind.ROUTER, layer), graph.integers(-1, config.num_experts))
+        routing = Routing(logits=logits, chosen=config.num_experts_per_tok)
+        gate = self.linear(x, Kind.SHARED_EXPERT_GATE, layer)
+        if config.folded_experts:
+            always = graph.op("Reshape", gate, graph.integers(-1, 1))
+            routing = replace(routing, gate=always, folded=config.folded_experts)
+        made = self.operators.experts(
             graph,
             x,
-            logits,
+            routing,
             self.weights(Kind.EXPERT_GATE_UP, layer),
             self.weights(Kind.EXPERT_DOWN, layer),
-            self.config.num_experts_per_tok,
             self.accuracy_level,
         )
-        gate = graph.op("Sigmoid", self.linear(x, Kind.SHARED_EXPERT_GATE, layer))
+        if config.folded_experts:
+            return made
         opened = self.linear(x, Kind.SHARED_GATE, layer)
         opened = graph.op("Mul", opened, graph.op("Sigmoid", opened))
         inner = graph.op("Mul", opened, self.linear(x, Kind.SHARED_UP, layer))
         shared = self.linear(inner, Kind.SHARED_DOWN, layer)
-        return self.operators.gated_add(graph, routed, shared, gate)
+        return self.operators.gated_add(graph, made, shared, graph.op("Sigmoid", gate))

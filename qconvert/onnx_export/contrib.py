@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qconvert.onnx_export.graph_writer import MICROSOFT, Attribute, GraphWriter
+from qconvert.onnx_export.routing import Routing, scores
 from qconvert.onnx_export.standard import Standard
 from qconvert.onnx_export.weight import Weight
 
@@ -77,15 +78,15 @@ class Contrib(Standard):
         self,
         graph: GraphWriter,
         x: ir.Value,
-        logits: ir.Value,
+        routing: Routing,
         gate_up: Weight,
         down: Weight,
-        chosen: int,
         accuracy_level: int,
     ) -> ir.Value:
         """See ``OperatorSet``."""
+        scored = scores(graph, routing)
         both: dict[str, Attribute] = {
-            "k": chosen,
+            "k": scored.chosen,
             "normalize_routing_weights": 1,
             "activation_type": "swiglu",
             "swiglu_fusion": 1,
@@ -94,12 +95,12 @@ class Contrib(Standard):
         }
         if gate_up.scheme is None:
             weights = gate_up.dense(graph), None, down.dense(graph)
-            return graph.op("MoE", x, logits, *weights, domain=MICROSOFT, **both)
+            return _times(graph, graph.op("MoE", x, scored.logits, *weights, domain=MICROSOFT, **both), scored.total)
         blocks: dict[str, Attribute] = {"block_size": gate_up.block_size} if gate_up.block_size else {}
-        return graph.op(
+        made = graph.op(
             "QMoE",
             x,
-            logits,
+            scored.logits,
             _packed(graph, gate_up),
             gate_up.scales(graph),
             None,
@@ -117,10 +118,19 @@ class Contrib(Standard):
             **both,
             **blocks,
         )
+        return _times(graph, made, scored.total)
 
     def gated_add(self, graph: GraphWriter, x: ir.Value, y: ir.Value, gate: ir.Value) -> ir.Value:
         """See ``OperatorSet``."""
         return graph.op("GatedAdd", x, y, gate, domain=MICROSOFT)
+
+
+def _times(graph: GraphWriter, made: ir.Value, total: ir.Value | None) -> ir.Value:
+    """Made [B, S, D] times total [B S, 1]."""
+    if total is None:
+        return made
+    shape = graph.op("Concat", graph.op("Shape", made, start=0, end=2), graph.integers(1), axis=0)
+    return graph.op("Mul", made, graph.op("Reshape", total, shape))
 
 
 def _packed(graph: GraphWriter, weight: Weight) -> ir.Value:

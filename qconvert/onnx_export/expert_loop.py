@@ -1,4 +1,4 @@
-"""Routed experts by the standard's operators: a loop over those that any token has chosen."""
+"""Experts by the standard's operators: a loop over those that any token visits."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import onnx_ir as ir
 
 from qconvert.onnx_export import dequantize
 from qconvert.onnx_export.graph_writer import GraphWriter
+from qconvert.onnx_export.routing import Visits
 from qconvert.onnx_export.weight import Weight
 
 
-def loop_over_experts(
-    graph: GraphWriter, rows: ir.Value, logits: ir.Value, gate_up: Weight, down: Weight, chosen: int
-) -> ir.Value:
-    """What the experts make of rows [T, D], see ``OperatorSet.experts``; logits [T, E].
+def loop_over_experts(graph: GraphWriter, rows: ir.Value, visits: Visits, gate_up: Weight, down: Weight) -> ir.Value:
+    """What the experts make of rows [T, D], see ``OperatorSet.experts``.
 
-    A turn of the loop takes one expert out of the stacks, gathers the rows that chose it, and adds what it makes of
-    them to the result. A softmax of the largest logits is a softmax of all, normalised again.
+    A turn of the loop takes one expert out of the stacks, gathers the rows that visit it, and adds what it makes of
+    them to the result.
     """
-    largest, which = graph.ops("TopK", 2, logits, graph.integers(chosen), axis=-1)
-    shares = graph.op("Softmax", largest, axis=-1)
+    which, shares = visits.experts, visits.shares
     visited = graph.op("Unique", which)
     turns = graph.op("Squeeze", graph.op("Shape", visited))
     nothing = graph.op("ConstantOfShape", graph.op("Shape", rows))

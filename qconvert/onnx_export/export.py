@@ -94,7 +94,7 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
     """
     planned = plan_package(checkpoint, options)
     check_column_order(planned.plan, checkpoint)
-    config = read_config(checkpoint.config, checkpoint.path)
+    config = read_config(planned.plan.config, checkpoint.path)
     weights, layers = Weights(of=planned.weights), planned.mtp_layers
     operators, level = operator_set(options.ops), options.accuracy_level
     models = {MODEL_FILE: text_graph(config.text, weights, operators, accuracy_level=level, hidden=bool(layers))}

@@ -10,6 +10,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from qconvert.onnx_export.graph_writer import GraphWriter
+from qconvert.onnx_export.routing import Routing
 from qconvert.onnx_export.weight import Weight
 
 
@@ -96,15 +97,14 @@ class OperatorSet(Protocol):
         self,
         graph: GraphWriter,
         x: ir.Value,
-        logits: ir.Value,
+        routing: Routing,
         gate_up: Weight,
         down: Weight,
-        chosen: int,
         accuracy_level: int,
     ) -> ir.Value:
-        """``sum_e softmax(top logits)_e down_e (silu(gate_e x) * up_e x)`` over the ``chosen`` experts of each token.
+        """``sum_e share_e down_e (silu(gate_e x) * up_e x)`` over the experts that ``routing`` sends each token to.
 
-        x [B, S, D], logits [B S, E], gate_up [E, 2F, D] whose rows take turns, down [E, D, F].
+        x [B, S, D], gate_up [E + n, 2F, D] whose rows take turns, down [E + n, D, F], T = B S tokens.
         """
 
     def gated_add(self, graph: GraphWriter, x: ir.Value, y: ir.Value, gate: ir.Value) -> ir.Value:

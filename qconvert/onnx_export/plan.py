@@ -9,23 +9,23 @@ from typing import Any
 import xxhash
 
 from qconvert.arch.names import Naming, module_of, name_of
-from qconvert.arch.shapes import STACKED, expected_roles, is_linear_weight
+from qconvert.arch.shapes import STACKED, is_linear_weight
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError, PlanError, UsageError
-from qconvert.core.plan import Cast, Formula, Plan, Quantize, Reading, Reencode, Slice, Step
-from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
+from qconvert.core.plan import Cast, Formula, Plan, Quantize, Reencode, Step
+from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import Channel, Group, Int, Scheme
-from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.matmul_nbits import MatMulNBits
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.onnx_export.operator_sets import operator_set
 from qconvert.onnx_export.operators import DEFAULT, Version, version_named
+from qconvert.onnx_export.sources import SourceMatrix, matrices_of
 from qconvert.onnx_export.weight import Weight
+from qconvert.plan.folding import folded_config
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy
-from qconvert.plan.row_blocks import packed_peak_bytes, peak_bytes
 from qconvert.plan.source import PlannedSource, look_at
-from qconvert.transform.experts import stacked_role, unstack
+from reference_model.config import TextConfig
 
 NBITS = MatMulNBits()
 
@@ -48,6 +48,11 @@ CONTRIB = "contrib"
 ACCURACY_LEVELS = (0, 4)
 """Those of MatMulNBits that differ on a CPU."""
 
+STORED_ALIKE = (
+    "; a shared expert that is folded must be stored like the routed ones: `qconvert quantize --preset fusable`"
+)
+DECIDED_ALIKE = "; a shared expert that is folded must be decided like the routed ones: --preset fusable"
+
 GROUPS = (128, 64, 32, 16)
 """Blocks that a row with one scale is cut into, for operators that know no such rows."""
 
@@ -67,6 +72,7 @@ class PackageOptions:
         ort_version: the oldest ONNX Runtime that shall run it; what that lacks is refused.
         shard_bytes: largest weight file.
         mtp: export the multi-token-prediction head where the checkpoint has one.
+        fold_shared_expert: store the shared expert behind the routed ones, for the operator that runs them all.
     """
 
     policy: Policy | None = None
@@ -76,6 +82,7 @@ class PackageOptions:
     ort_version: Version = DEFAULT
     shard_bytes: int = DEFAULT_SHARD_BYTES
     mtp: bool = True
+    fold_shared_expert: bool = False
 
     def __post_init__(self) -> None:
         operator_set(self.ops)
@@ -95,6 +102,7 @@ class PackageOptions:
             "ort_version": f"{major}.{minor}",
             "shard_bytes": self.shard_bytes,
             "mtp": self.mtp,
+            "fold_shared_expert": self.fold_shared_expert,
         }
 
     @classmethod
@@ -128,20 +136,6 @@ class PackagePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Matrix:
-    """One matrix, or one tensor of any shape, before it is decided."""
-
-    role: TensorRole
-    shape: tuple[int, ...]
-    reading: Reading
-    itemsize: int
-
-    @property
-    def scheme(self) -> Scheme | None:
-        return None if self.reading.packed is None else self.reading.packed.scheme
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Decided:
     step: Step
     weight: Weight
@@ -157,13 +151,10 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
         FormatError: a matrix does not fit the blocks of its scheme.
     """
     source = look_at(checkpoint, from_quantized=True)
-    if source.census.config.text.folded_experts:
-        raise PlanError(
-            f"{checkpoint.path}: its shared expert is folded into the routed ones, which packages do not route yet: "
-            "`qconvert unfold` it first"
-        )
+    text = source.census.config.text
+    fold = options.fold_shared_expert and not text.folded_experts
     sections = [Section.TEXT, *([Section.MTP] if options.mtp and source.census.mtp_layers else [])]
-    decided = [_decide(role, group, options) for role, group in _grouped(source, sections)]
+    decided = [_decide(role, group, options, text) for role, group in matrices_of(source, sections, fold=fold)]
     if options.ops == CONTRIB:
         _refuse_mixed_layers(decided)
     plan = Plan(
@@ -171,7 +162,7 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
         layout=lay_out((one.outputs for one in decided), options.shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=_hash(options),
-        config=_config(checkpoint.config),
+        config=_config(checkpoint.config, fold=fold),
         side_files=tuple(file.name for file in checkpoint.side_files),
         left_out=tuple(sorted(checkpoint.left_out.items())),
         source_quantization=source.quantization,
@@ -203,12 +194,12 @@ def _hash(options: PackageOptions) -> str:
     return xxhash.xxh3_128_hexdigest(repr((rules, sorted(options.entry.items()))).encode())
 
 
-def _config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], *, fold: bool) -> dict[str, Any]:
     """The checkpoint's configuration without what describes its own storage."""
     written = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(text := written.get("text_config"), Mapping):
         written["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-    return written
+    return folded_config(written) if fold else written
 
 
 def _left_out(source: PlannedSource, exported: list[Section]) -> Iterator[str]:
@@ -219,52 +210,18 @@ def _left_out(source: PlannedSource, exported: list[Section]) -> Iterator[str]:
         yield "the vision tower is not exported: the package takes text alone"
 
 
-def _grouped(source: PlannedSource, sections: list[Section]) -> Iterator[tuple[TensorRole, list[list[_Matrix]]]]:
-    """The weights of ``sections`` in the order of the forward pass: matrices below each other, of each its halves."""
-    groups: dict[TensorRole, list[list[_Matrix]]] = {}
-    experts: dict[TensorRole, dict[int, dict[Kind, _Matrix]]] = {}
-    for name, role in source.census.roles.items():
-        if role.section not in sections:
-            continue
-        info = source.census.tensors[name]
-        if role.kind in EXPERT_KINDS:
-            for matrix in _of_experts(info, role, source.quantized.get(name)):
-                stack = experts.setdefault(stacked_role(matrix.role), {})
-                stack.setdefault(matrix.role.expert or 0, {})[matrix.role.kind] = matrix
-            continue
-        reading = source.quantized.get(name) or Reading(inputs=(_whole(info),))
-        groups[role] = [[_Matrix(role=role, shape=info.shape, reading=reading, itemsize=info.dtype.itemsize)]]
-    for role, stack in experts.items():
-        order = (Kind.EXPERT_GATE, Kind.EXPERT_UP) if role.kind is Kind.EXPERT_GATE_UP else (Kind.EXPERT_DOWN,)
-        groups[role] = [[stack[expert][kind] for kind in order] for expert in range(len(stack))]
-    for role in expected_roles(source.census.config, mtp_layers=source.census.mtp_layers):
-        if role in groups:
-            yield role, groups[role]
-
-
-def _of_experts(info: TensorInfo, role: TensorRole, reading: Reading | None) -> Iterator[_Matrix]:
-    size = info.dtype.itemsize
-    if role.kind in STACKED and role.expert is None:
-        for one, part in unstack(info, role):
-            shape = (part.end - part.begin, info.row_width)
-            yield _Matrix(role=one, shape=shape, reading=Reading(inputs=(part,)), itemsize=size)
-    else:
-        yield _Matrix(role=role, shape=info.shape, reading=reading or Reading(inputs=(_whole(info),)), itemsize=size)
-
-
-def _whole(info: TensorInfo) -> Slice:
-    return Slice(tensor=info.name, begin=0, end=info.numel // info.row_width)
-
-
-def _decide(role: TensorRole, group: list[list[_Matrix]], options: PackageOptions) -> _Decided:
+def _decide(role: TensorRole, group: list[list[SourceMatrix]], options: PackageOptions, text: TextConfig) -> _Decided:
     """One weight of the graph: ``group`` has one matrix, or of each expert one or two."""
     stacked = role.kind in STACKED
     first = group[0][0]
     name = name_of(role, Naming.TEXT)
     shape = (first.shape[0] * len(group[0]), *first.shape[1:])
-    action = _action(role, name, [one for halves in group for one in halves], options)
-    stack = tuple(tuple(one.reading for one in halves) for halves in group) if stacked else ()
-    inputs = tuple(part for halves in group for one in halves for part in one.reading.inputs)
+    matrices = [one for halves in group for one in halves]
+    action = _action(role, name, matrices, options)
+    for one in matrices:
+        one.check_cut(action.scheme if isinstance(action, Quantize | Reencode) else one.scheme, text)
+    stack = tuple(tuple(one.matrix for one in halves) for halves in group) if stacked else ()
+    inputs = tuple(dict.fromkeys(part for one in matrices for part in one.matrix.inputs))
     leading = (len(group),) if stacked else ()
     if isinstance(action, Cast):
         outputs: tuple[OutputTensor, ...] = (OutputTensor(name=name, dtype=action.dtype, shape=(*leading, *shape)),)
@@ -281,30 +238,15 @@ def _decide(role: TensorRole, group: list[list[_Matrix]], options: PackageOption
         role=role,
         action=action,
         outputs=tuple(output.name for output in outputs),
-        peak_bytes=len(group[0]) * _peak_bytes(first),
+        peak_bytes=len(group[0]) * max(one.peak_bytes for one in matrices),
         packed=None if stacked else first.reading.packed,
         stack=stack,
     )
     return _Decided(step=step, weight=weight, outputs=outputs)
 
 
-def _peak_bytes(matrix: _Matrix) -> int:
-    if matrix.reading.packed is not None:
-        return packed_peak_bytes(matrix.reading.packed, 1)
-    rows, cols = _rows_and_cols(matrix.shape)
-    return peak_bytes(rows, cols, 1, matrix.itemsize, rounding=True)
-
-
-def _rows_and_cols(shape: tuple[int, ...]) -> tuple[int, int]:
-    cols = shape[-1] if len(shape) > 1 else 1
-    rows = 1
-    for size in shape[: max(len(shape) - 1, 1)]:
-        rows *= size
-    return rows, cols
-
-
 def _action(
-    role: TensorRole, name: str, matrices: list[_Matrix], options: PackageOptions
+    role: TensorRole, name: str, matrices: list[SourceMatrix], options: PackageOptions
 ) -> Cast | Quantize | Reencode:
     """What becomes of matrices that one operator reads.
 
@@ -318,7 +260,13 @@ def _action(
         elif role.kind is Kind.LINEAR_A_LOG:
             formula = Formula.MINUS_EXP
         return Cast(reason="no matrix with codes", name=name, dtype=DType.F32, formula=formula)
-    stored = _one_of({one.scheme for one in matrices}, name, "are quantized in different ways in the source")
+    folded = any(one.share is not None for one in matrices)
+    stored = _one_of(
+        {one.scheme for one in matrices},
+        name,
+        "are quantized in different ways in the source",
+        STORED_ALIKE if folded else "",
+    )
     if stored is not None:
         try:
             scheme = held_scheme(stored, matrices[0].shape[-1], stacked=role.kind in STACKED)
@@ -335,22 +283,28 @@ def _action(
     if options.policy is None:
         return Cast(reason="not quantized in the source", name=name, dtype=DType.F32)
     rules = [options.policy.decide(one.role) for one in matrices]
-    _one_of({(rule.scheme, rule.search) for rule in rules}, name, "are decided in different ways")
+    _one_of(
+        {(rule.scheme, rule.search) for rule in rules},
+        name,
+        "are decided in different ways",
+        DECIDED_ALIKE if folded else "",
+    )
     rule = rules[0]
     if rule.scheme is None:
         return Cast(reason=rule.reason, name=name, dtype=DType.F32)
     try:
         scheme = held_scheme(rule.scheme, matrices[0].shape[-1], stacked=role.kind in STACKED)
-        NBITS.check(scheme, _rows_and_cols(matrices[0].shape))
+        for shape in {(one.rows_and_cols[0], one.rounded_cols) for one in matrices}:
+            NBITS.check(scheme, shape)
     except FormatError as reason:
         raise FormatError(f"{name} cannot be stored as {rule.scheme}: {reason}; keep it, or choose another") from None
     return Quantize(reason=rule.reason, module=module_of(name), scheme=scheme, format=NBITS.name, search=rule.search)
 
 
-def _one_of(found: set[Any], name: str, problem: str) -> Any:
+def _one_of(found: set[Any], name: str, problem: str, remedy: str) -> Any:
     if len(found) > 1:
         kinds = ", ".join(sorted(str(one[0] if isinstance(one, tuple) else one) for one in found))
-        raise PlanError(f"the matrices of {name} {problem}: {kinds}; one operator reads them all in one way")
+        raise PlanError(f"the matrices of {name} {problem}: {kinds}; one operator reads them all in one way{remedy}")
     return next(iter(found))
 
 

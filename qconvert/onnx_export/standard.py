@@ -11,6 +11,7 @@ from qconvert.onnx_export import dequantize
 from qconvert.onnx_export.expert_loop import loop_over_experts
 from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.heads import side_by_side
+from qconvert.onnx_export.routing import Routing, visits
 from qconvert.onnx_export.weight import Weight
 
 
@@ -100,15 +101,15 @@ class Standard:
         self,
         graph: GraphWriter,
         x: ir.Value,
-        logits: ir.Value,
+        routing: Routing,
         gate_up: Weight,
         down: Weight,
-        chosen: int,
         accuracy_level: int,
     ) -> ir.Value:
         """See ``OperatorSet``."""
         rows = graph.op("Reshape", x, graph.integers(-1, gate_up.shape[-1]))
-        return graph.op("Reshape", loop_over_experts(graph, rows, logits, gate_up, down, chosen), graph.op("Shape", x))
+        sent = visits(graph, routing, gate_up.shape[0])
+        return graph.op("Reshape", loop_over_experts(graph, rows, sent, gate_up, down), graph.op("Shape", x))
 
     def gated_add(self, graph: GraphWriter, x: ir.Value, y: ir.Value, gate: ir.Value) -> ir.Value:
         """See ``OperatorSet``."""

@@ -209,10 +209,25 @@ def _piece(shared: Decided, share: Share, expert: int, census: Census) -> Decide
 def _tile(shared: Decided, share: Share, text: TextConfig, at: tuple[int, int] = (0, 0)) -> Tile:
     """The units ``share`` of a matrix of the shared expert."""
     kind = shared.step.role.kind
-    shape = matrix_shape(kind, text.shared_expert_intermediate_size, text.hidden_size)
+    check_share(_name(shared), None if shared.module is None else shared.module.scheme, kind, share, text)
+    return units(shared.step.reading, kind, share, text, at)
+
+
+def units(reading: Reading, kind: Kind, share: Share, text: TextConfig, at: tuple[int, int] = (0, 0)) -> Tile:
+    """The units ``share`` of the shared expert's matrix of ``kind``, to lie ``at`` a row and a column."""
     rows, cols = share.source(kind, text.hidden_size)
-    _check_cut(shared, shape, rows, cols)
-    return _rectangle(shared.step.reading, rows, cols, shape[1], at)
+    _, width = matrix_shape(kind, text.shared_expert_intermediate_size, text.hidden_size)
+    return _rectangle(reading, rows, cols, width, at)
+
+
+def check_share(name: str, scheme: Scheme | None, kind: Kind, share: Share, text: TextConfig) -> None:
+    """Refuse units whose edges go through blocks of ``scheme``.
+
+    Raises:
+        FormatError: names the module ``name``.
+    """
+    shape = matrix_shape(kind, text.shared_expert_intermediate_size, text.hidden_size)
+    _check_cut(name, scheme, shape, *share.source(kind, text.hidden_size))
 
 
 def _rectangle(reading: Reading, rows: tuple[int, int], cols: tuple[int, int], width: int, at: tuple[int, int]) -> Tile:
@@ -224,19 +239,13 @@ def _rectangle(reading: Reading, rows: tuple[int, int], cols: tuple[int, int], w
     return Tile(reading=reading, rows=rows, cols=cols, width=width, at=at)
 
 
-def _check_cut(one: Decided, shape: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int]) -> None:
-    """Refuse codes whose blocks the cut would go through.
-
-    Raises:
-        FormatError: names the module.
-    """
-    scheme = None if one.module is None else one.module.scheme
+def _check_cut(name: str, scheme: Scheme | None, shape: tuple[int, int], rows: Span, cols: Span) -> None:
     if scheme is None:
         return
     try:
         blocks_of(scheme, shape, rows, cols)
     except FormatError as reason:
-        raise FormatError(f"{_name(one)} cannot be folded or unfolded: {reason}") from None
+        raise FormatError(f"{name} cannot be folded or unfolded: {reason}") from None
 
 
 def _longer(stack: Decided, shared: Mapping[Kind, Decided], text: TextConfig) -> Decided:
@@ -292,7 +301,8 @@ def _whole(block: _Block, kind: Kind, census: Census) -> Decided:
                 f"{_name(before)} is {_words(before)}, {_name(holder)} is {_words(holder)}: parts of one matrix of the "
                 "shared expert must be stored alike to be unfolded"
             )
-        _check_cut(holder, piece, *share.target(kind, hidden))
+        scheme = None if holder.module is None else holder.module.scheme
+        _check_cut(_name(holder), scheme, piece, *share.target(kind, hidden))
         (row, _), (col, _) = share.source(kind, hidden)
         tiles.append(_inside(holder, first, share.target(kind, hidden), piece[1], (row, col)))
         if share.end - share.begin < width:

@@ -129,3 +129,20 @@ def test_a_graph_that_was_changed_is_found(tmp_path: Path) -> None:
     done = run("verify", tmp_path / "out")
     assert done.exit_code == 1
     assert "model.onnx" in done.output
+
+
+def test_a_folded_package_is_made_checked_and_run(tmp_path: Path) -> None:
+    asked = ("--scheme", "int4", "--group", "32", "--fold-shared-expert", "--max-memory", "8GiB")
+    refused = run("export-onnx", CHECKPOINT, tmp_path / "out", *asked)
+    assert refused.exit_code == 4
+    assert "--preset fusable" in refused.output
+    done = run("export-onnx", CHECKPOINT, tmp_path / "out", *asked, "--preset", "fusable")
+    assert done.exit_code == 0, done.output
+    assert run("verify", tmp_path / "out", "--deep", CHECKPOINT, "--max-memory", "8GiB").exit_code == 0
+    assert json.loads(run("run", tmp_path / "out", "The river", "--max-tokens", "9", "--json").stdout)["text"]
+    counts = {
+        one["operator"]: one["count"]
+        for one in json.loads(run("inspect", tmp_path / "out", "--json").stdout)["operators"]
+    }
+    assert counts["QMoE"] == 4
+    assert "GatedAdd" not in counts

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qconvert.cli.demo import CHECKPOINT
-from qconvert.convert import convert, refold
+from qconvert.convert import convert
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError, PlanError
-from qconvert.core.plan import Folding
 from qconvert.core.scheme import FP8, INT8, ScaleSpec, Scheme, int4
 from qconvert.numerics.rounding import quantize
 from qconvert.onnx_export.export import export_onnx
@@ -180,13 +179,6 @@ def test_a_format_without_an_operator_is_refused_or_dequantized(tmp_path: Path) 
     package = exported(tmp_path / "fp8", tmp_path / "package", replace(EXACT, dequantize=True))
     ids, expected = prompt(reference(tmp_path / "fp8"), 1, 30)
     assert error(package.forward(ids).logits, expected) < LOGITS
-
-
-def test_a_folded_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    make_tiny(tmp_path / "source")
-    refold(tmp_path / "source", tmp_path / "folded", Folding.FOLDED)
-    with pytest.raises(PlanError, match="qconvert unfold"):
-        export_onnx(tmp_path / "folded", tmp_path / "package", EXACT)
 
 
 def test_experts_of_one_layer_in_two_schemes_are_refused(tmp_path: Path) -> None:
