@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.onnx_export.graph_file import read_graph
-from qconvert.onnx_export.operators import newer_than, version_named
+from qconvert.onnx_export.operators import newer_than, unfinished_opset, version_named
 from qconvert.onnx_export.states import PAST, present_of
 
 Array = NDArray[np.generic]
@@ -65,7 +65,8 @@ class Session:
         """
         version = onnxruntime.__version__
         self._vocabulary = vocabulary
-        lacking = newer_than(read_graph(path), version_named(version))
+        graph, installed = read_graph(path), version_named(version)
+        lacking = newer_than(graph, installed)
         if lacking:
             raise SourceError(f"{path}: ONNX Runtime {version} lacks {', '.join(sorted(lacking))}: install a newer one")
         options = onnxruntime.SessionOptions()
@@ -73,7 +74,8 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except _REFUSALS as error:
-            raise SourceError(f"{path}: ONNX Runtime {version} refuses it: {error}") from error
+            told = "".join(f"{note}. " for note in unfinished_opset(graph.opset_imports.get("", 0), installed))
+            raise SourceError(f"{path}: ONNX Runtime {version} refuses it: {told}{error}") from error
         inputs = {given.name: given.shape for given in self._session.get_inputs()}
         # the batch is the first name of a varying dimension, tokens before the second
         self._empty = {name: [0 if isinstance(n, str) else n for n in dims[1:]] for name, dims in inputs.items()}

@@ -18,6 +18,7 @@ from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.operator_sets import OPERATOR_SETS
 from qconvert.onnx_export.plan import PackageOptions
 from qconvert.plan.policy import default_policy
+from qconvert.plan.presets import preset_rules
 from reference_model.model import CausalLM
 from tests.engines.test_genai import PYTHON
 from tests.onnx_export.packages import reference
@@ -49,11 +50,13 @@ def greedy(model: CausalLM, prompt: list[int]) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("ops", [one.name for one in OPERATOR_SETS])
-def test_genai_generates_the_references_tokens(tmp_path: Path, ops: str) -> None:
+@pytest.mark.parametrize(("ops", "fold"), [*((one.name, False) for one in OPERATOR_SETS), ("contrib", True)])
+def test_genai_generates_the_references_tokens(tmp_path: Path, ops: str, fold: bool) -> None:
     # with its prediction head, which genai's own packages do not load with on a CPU
-    convert(CHECKPOINT, tmp_path / "int4", default_policy(int4(32), search=False, rules=()))
-    export_onnx(tmp_path / "int4", tmp_path / "package", PackageOptions(accuracy_level=0, ops=ops))
+    rules = preset_rules("fusable", int4(32)) if fold else ()
+    convert(CHECKPOINT, tmp_path / "int4", default_policy(int4(32), search=False, rules=rules))
+    options = PackageOptions(accuracy_level=0, ops=ops, fold_shared_expert=fold)
+    export_onnx(tmp_path / "int4", tmp_path / "package", options)
     model = reference(tmp_path / "int4")
     draw = torch.Generator().manual_seed(5)
     prompts = [torch.randint(0, 2000, (length,), generator=draw).tolist() for length in (1, 3, 17, 64, 130)]
