@@ -7,8 +7,9 @@ WORK gets a random checkpoint of four layers with the layer shapes of 35B-A3B, 6
 small vocabulary; of it a package in which qconvert rounds every matrix to int4 in groups of 128 that genai's builder
 rounds (but for router and shared-expert gate, which it also rounds), one with int4 experts and everything else that
 is always active in int8, one with int4 experts and the rest in float32, and genai's own with the same bits, blocks and
-accuracy level. A round runs each in onnxruntime-genai on the same two processors, then transformers in float32. The
-best of all rounds counts. The limit of memory is what a token must read, over what the processors read in a second.
+accuracy level. A round runs each in onnxruntime-genai on the same two processors, then transformers in float32; the
+first one runs vLLM too, which takes two minutes to start. The best of all rounds counts. The limit of memory is what a
+token must read, over what the processors read in a second.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ OURS = {
 }
 GENAI = "onnxruntime-genai's builder, int4"
 TRANSFORMERS = "transformers, float32"
+VLLM = "vLLM's build for CPUs, bfloat16"
+VLLM_SHIM = ROOT / "tests" / "engines" / "vllm_shim"
+"""What its import needs here; no kernel is replaced."""
 
 
 def config() -> ModelConfig:
@@ -99,9 +103,9 @@ def limit_threads(package: Path, threads: int) -> None:
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def timed(command: list[Any], threads: int) -> dict[str, float]:
-    """Run a program that prints rates."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+def timed(command: list[Any], threads: int, path: Path = ROOT) -> dict[str, float]:
+    """Run a program that prints rates, with ``path`` before its modules."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(path)}
     done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True, env=env)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -145,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--genai-python", type=Path, default=ROOT / ".venv-genai" / "bin" / "python")
+    parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -152,20 +157,25 @@ def main() -> None:
     packages = [*OURS, GENAI]
     for name in packages:
         limit_threads(_folder(options.work, name), options.threads)
-    rates: dict[str, dict[str, float]] = {name: {} for name in (*packages, TRANSFORMERS)}
+    rates: dict[str, dict[str, float]] = {name: {} for name in (*packages, TRANSFORMERS, VLLM)}
     for number in range(options.rounds):
         for prompt in PROMPTS:
             for name in rates:
+                if name == VLLM and number:
+                    continue
                 say(f"round {number + 1} of {options.rounds}, prompt {prompt}: {name}")
                 if name == TRANSFORMERS:
                     program = [sys.executable, HERE / "packages" / "transformers_rates.py", options.work / "source"]
                     tail = [prompt, NEW, REPEATS, options.threads]
+                elif name == VLLM:
+                    program = [options.vllm_python, HERE / "packages" / "vllm_rates.py", options.work / "source"]
+                    tail = [prompt, NEW, REPEATS]
                 else:
                     program = [
                         options.genai_python, HERE / "packages" / "genai_rates.py", _folder(options.work, name)
                     ]  # fmt: skip
                     tail = [prompt, NEW, REPEATS]
-                found = timed([*program, *tail], options.threads)
+                found = timed([*program, *tail], options.threads, VLLM_SHIM if name == VLLM else ROOT)
                 for key, rate in ((f"prefill {prompt}", prompt / found["prefill"]), ("decode", NEW / found["decode"])):
                     rates[name][key] = max(rate, rates[name].get(key, 0.0))
     speed = bandwidth(options.threads)
