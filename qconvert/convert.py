@@ -22,7 +22,7 @@ from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
 from qconvert.io.shard_writer import BACKGROUND_BYTES, ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
-from qconvert.memory import resident_bytes
+from qconvert.memory import resident_bytes, return_large_blocks
 from qconvert.plan.builder import build_plan
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
@@ -306,6 +306,8 @@ def carry_out(
         task = decide(checkpoint)
         plan = task.plan
         before = sum(info.nbytes for info in checkpoint.tensors.values())
+        if max_memory is not None:
+            return_large_blocks()
         warm_up(plan)
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)

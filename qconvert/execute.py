@@ -85,9 +85,9 @@ _TRIAL = 256
 
 
 def warm_up(plan: Plan) -> None:
-    """Load the kernels that the steps of ``plan`` will use, in this thread and before memory is counted.
+    """Load the code that the steps of ``plan`` will run, in this thread and before memory is counted.
 
-    Two threads that import numba at the same time break it, and what it maps would be nobody's.
+    Two threads that import numba at the same time break it, and what is mapped would be nobody's.
     """
     actions = {
         (action.scheme, action.format, action.search): action
@@ -96,6 +96,9 @@ def warm_up(plan: Plan) -> None:
     }
     trial = torch.ones(_TRIAL, _TRIAL, dtype=torch.bfloat16)
     all_finite(trial)
+    for formula in Formula:
+        cast(trial, DType.F32, formula)
+    cast(trial, DType.BF16)
     for action in actions.values():
         encode(trial, action, (_TRIAL, _TRIAL))
 

@@ -55,6 +55,10 @@ class MatrixReader:
         self._stop = stop
         self._buffers: list[Tensor] = []
 
+    def release(self) -> None:
+        """Give memory back; what was read into it is gone."""
+        self._buffers.clear()
+
     def info(self, part: Slice) -> TensorInfo:
         """The place of the tensor that ``part`` is rows of."""
         return self._source.tensors[part.tensor]

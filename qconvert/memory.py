@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 from pathlib import Path
+
+LARGE_BLOCK = 8 << 20
+
+_M_MMAP_THRESHOLD = -3
+"""Of ``malloc.h``."""
 
 _STATM = Path("/proc/self/statm")
 _MEMINFO = Path("/proc/meminfo")
@@ -18,6 +24,23 @@ def resident_bytes() -> int:
         return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_large_blocks() -> None:
+    """Have the allocator give blocks of ``LARGE_BLOCK`` bytes back when they are freed, where it can (glibc).
+
+    By itself it raises that size to that of the largest block that was freed, and keeps up to some 100 MB a thread.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def give_back() -> None:
+    """Have it give back what it keeps of smaller ones."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_bytes() -> int:

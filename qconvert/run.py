@@ -17,6 +17,7 @@ from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.sink import Sink
 from qconvert.largest_values import LargestValues
 from qconvert.matrix_reader import MatrixReader, StoppedError
+from qconvert.memory import give_back
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def run(
             if announced is not None:
                 for part in announced.inputs[:READ_AHEAD_PARTS]:
                     source.will_read(part.tensor, part.begin, part.end)
-            with budget.holding(step.peak_bytes, stop):
+            with budget.holding(step.peak_bytes, stop, reader.release):
                 outcome = execute(step, reader, sink, device, largest)
             with lock:
                 done += _bytes(source, step)
@@ -135,10 +136,13 @@ class _Budget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def holding(self, amount: int, stop: threading.Event) -> Iterator[None]:
+    def holding(self, amount: int, stop: threading.Event, release: Callable[[], None]) -> Iterator[None]:
+        """Wait for ``amount``; whoever waits has nothing, which ``release`` sees to."""
         with self._changed:
-            if self._limit is not None:
+            if self._limit is not None and self._held + amount > self._limit:
                 limit = self._limit
+                release()
+                give_back()
                 self._changed.wait_for(lambda: self._held + amount <= limit or stop.is_set())
             self._held += amount
         try:

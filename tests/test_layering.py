@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.run": {
         "qconvert.core", "qconvert.io", "qconvert.matrix_reader", "qconvert.largest_values", "qconvert.execute",
+        "qconvert.memory",
     },
     "qconvert.memory": set(),
     "qconvert.device": {"qconvert.core"},
