@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-engines soak lint format demo-checkpoint clean
+.PHONY: help demo test test-engines test-gptqmodel soak lint format demo-checkpoint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -32,6 +32,10 @@ test-engines: $(VENV)/.dev  ## slow tests: converted checkpoints in real inferen
 	PYTHON=$(PYTHON) bash tests/engines/setup.sh
 	$(BIN)/python -m pytest -m engines tests/engines
 
+test-gptqmodel: $(VENV)/.dev  ## GPTQ and AWQ in transformers; makes an environment of 6 GB
+	PYTHON=$(PYTHON) bash tests/engines/setup_gptqmodel.sh
+	$(BIN)/python -m pytest -m gptqmodel tests/engines
+
 soak: $(VENV)/.dev  ## kill conversions two hundred times and compare what comes out
 	QCONVERT_KILLS=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_resume.py -k killed
 
@@ -48,4 +52,4 @@ demo-checkpoint: $(VENV)/.dev  ## train the demo checkpoint anew: about an hour 
 	$(BIN)/python -m calibration.demo
 
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) .venv-vllm .venv-genai .ort-gpu demo-output
+	rm -rf $(VENV) .venv-vllm .venv-genai .venv-gptqmodel .ort-gpu demo-output

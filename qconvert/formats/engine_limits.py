@@ -112,17 +112,33 @@ LIMITS: tuple[Limit, ...] = (
         source="tests/engine_check/test_transformers_is_silent.py",
         applies=lambda written: written.format == Nvfp4Packed().name and written.experts,
     ),
-    *(
-        Limit(
-            id=f"transformers-{name}",
-            engine=TRANSFORMERS,
-            says=f"reads {name} only where optimum and gptqmodel are installed",
-            effect="restricted",
-            proof="read",
-            source=f"transformers: quantizers/quantizer_{name}.py validate_environment",
-            applies=partial(_in_format, name=name),
-        )
-        for name in (Gptq().name, Awq().name)
+    Limit(
+        id="transformers-gptq",
+        engine=TRANSFORMERS,
+        says="cannot run gptq: with optimum and gptqmodel it fills no experts, replaces what `dynamic` leaves out, and "
+        "fails in the first forward pass",
+        effect="wrong",
+        proof="run",
+        source="tests/engines/test_gptqmodel.py test_gptq_is_read_wrong_and_fails",
+        applies=partial(_in_format, name=Gptq().name),
+    ),
+    Limit(
+        id="transformers-awq",
+        engine=TRANSFORMERS,
+        says="reads awq only where gptqmodel is installed",
+        effect="restricted",
+        proof="run",
+        source="tests/engines/test_gptqmodel.py test_single_matrices_in_awq_are_read_right",
+        applies=lambda written: written.format == Awq().name and not written.experts,
+    ),
+    Limit(
+        id="transformers-awq-experts",
+        engine=TRANSFORMERS,
+        says="cannot read experts in awq: it replaces no stacked ones, or fails",
+        effect="refused",
+        proof="run",
+        source="tests/engines/test_gptqmodel.py test_experts_in_awq_are_refused",
+        applies=lambda written: written.format == Awq().name and written.experts,
     ),
     Limit(
         id="vllm-bitsandbytes",

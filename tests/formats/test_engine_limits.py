@@ -33,13 +33,23 @@ def test_transformers_refuses_what_its_tests_see_refused() -> None:
     assert "mxfp4" in EXPERTS
 
 
-def test_transformers_is_said_to_read_nvfp4_experts_wrong_and_others_only_with_more_installed() -> None:
+def test_transformers_is_said_to_read_some_wrong_and_others_only_with_more_installed() -> None:
     assert any("wrong" in one for one in said(NVFP4, experts=True)) and said(NVFP4, experts=False) == []
     assert [one[: len(VLLM)] for one in said(LLM_INT8, experts=False)] == [VLLM]
-    for method in ("gptq", "awq"):
-        scheme = scheme_for(int4(32), method)
-        limits = engine_limits([Written(scheme=scheme, format=method, experts=False)])
-        assert [limit.says for limit in limits] == [f"reads {method} only where optimum and gptqmodel are installed"]
+    effects = {
+        (method, experts): [
+            limit.effect
+            for limit in engine_limits([Written(scheme=scheme_for(int4(32), method), format=method, experts=experts)])
+        ]
+        for method in ("gptq", "awq")
+        for experts in (True, False)
+    }
+    assert effects == {
+        ("gptq", True): ["wrong"],
+        ("gptq", False): ["wrong"],
+        ("awq", True): ["refused"],
+        ("awq", False): ["restricted"],
+    }
 
 
 def test_each_limit_is_said_once_and_names_its_engine() -> None:
