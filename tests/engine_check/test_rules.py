@@ -46,6 +46,13 @@ BASES: dict[str, Policy] = {
     "fp8-tiles": default_policy(FP8_BLOCK).stored_as("compressed-tensors"),
     "gptq": default_policy(int4(32)).stored_as("gptq"),
     "awq": default_policy(int4(32)).stored_as("awq"),
+    "awq singles": default_policy(
+        int4(32),
+        rules=(
+            Rule(match="text.expert.*", scheme=None, reason="test"),
+            Rule(match="text.linear_attention.output", scheme=int4(32), reason="test"),
+        ),
+    ).stored_as("awq"),
     "w8a8": default_policy(W8A8),
     "mxfp4": default_policy(MXFP4),
     "nvfp4": default_policy(NVFP4),
@@ -204,9 +211,9 @@ CASES = (
     Case(rule="transformers-w8a8-experts", base="w8a8", says="int-quantized", module=EXPERTS),
     Case(rule="transformers-fp8-tiles", base="fp8-tiles", says="float-quantized", module=EXPERTS),
     Case(rule="transformers-nvfp4-experts", base="nvfp4", says="nvfp4-pack-quantized", module=EXPERTS),
-    *(
-        Case(rule=f"transformers-{name}", base=name, says=f"in {name}", module=EXPERTS) for name in ("gptq", "awq")
-    ),
+    Case(rule="transformers-gptq", base="gptq", says="in gptq", module=EXPERTS),
+    Case(rule="transformers-awq-experts", base="awq", says="in awq", module=EXPERTS),
+    Case(rule="transformers-awq", base="awq singles", says="in awq", module=f"{TEXT}layers.0.linear_attn.out_proj"),
     Case(rule="vllm-bitsandbytes", base="llm-int8", says="bitsandbytes", module=f"{TEXT}layers.0.linear_attn.out_proj"),
     Case(rule="vllm-mxfp4-activations", base="mxfp4", says="mxfp4-pack-quantized", module=EXPERTS),
 )  # fmt: skip
