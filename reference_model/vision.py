@@ -236,11 +236,15 @@ def axial_rotation(config: VisionConfig, places: Tensor) -> Rotation:
 
     Both axes have the frequencies ``theta ** (-4 i / K)``; fp32, [1, P, K / 2]. Dimension k turns with k + K / 2.
     """
-    quarter = config.head_dim // 4
-    exponents = torch.arange(quarter, dtype=torch.float32, device=places.device) / quarter
-    frequencies = 1.0 / config.rope_theta**exponents
+    frequencies = axial_frequencies(config).to(places.device)
     angles = (places.unsqueeze(-1).to(torch.float32) * frequencies).flatten(1).unsqueeze(0)
     return Rotation(cos=angles.cos(), sin=angles.sin())
+
+
+def axial_frequencies(config: VisionConfig) -> Tensor:
+    """Angles of one step along an axis, of its planes: ``theta ** (-4 i / K)``, fp32 [K / 4]."""
+    quarter = config.head_dim // 4
+    return 1.0 / config.rope_theta ** (torch.arange(quarter, dtype=torch.float32) / quarter)
 
 
 def start_vision(tower: VisionTower, seed: int) -> None:

@@ -89,6 +89,12 @@ def export_onnx(
     mtp: Annotated[
         bool, typer.Option("--mtp/--no-mtp", help="Export the multi-token-prediction head where SRC has one.")
     ] = True,
+    vision: Annotated[
+        bool,
+        typer.Option(
+            "--vision/--no-vision", help="Export the vision tower where SRC has one, so that prompts show images."
+        ),
+    ] = True,
     ort_version: Annotated[
         str, typer.Option(help="Oldest ONNX Runtime that shall run the package; what it lacks is named.")
     ] = "1.31",
@@ -105,7 +111,8 @@ def export_onnx(
     int4 and int8 codes of a quantized checkpoint are carried as they are, whoever wrote it: nothing is rounded twice.
     Everything else becomes float32. The graph is model.onnx; the weights stand beside it in safetensors files. Like
     `quantize` this streams: a run that was killed or stopped by a full disk goes on when the same command is given
-    again. The package holds the text decoder and the MTP head; the vision tower is left out, and the command says so.
+    again. The package holds the text decoder, the MTP head and the vision tower, each a graph of its own. With a tower,
+    prompts may show images, and the decoder takes embeddings, which embedding.onnx makes.
 
     Examples:
       qconvert export-onnx ./int4 ./package
@@ -137,6 +144,7 @@ def export_onnx(
             accuracy_level=accuracy_level,
             mtp=mtp,
             fold_shared_expert=fold_shared_expert,
+            vision=vision,
             ort_version=version_named(ort_version),
             shard_bytes=parse_size(max_shard_size),
         )

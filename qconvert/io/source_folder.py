@@ -15,7 +15,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MODEL_FILE = "model.onnx"
 MTP_FILE = "mtp.onnx"
+VISION_FILE = "vision.onnx"
+EMBEDDING_FILE = "embedding.onnx"
 GENAI_CONFIG = "genai_config.json"
+GENAI_PROCESSOR = "genai_processor.json"
 PACKAGE_FILES = (MODEL_FILE, GENAI_CONFIG)
 """What an ONNX package has beside its weights."""
 SINGLE_FILE = "model.safetensors"

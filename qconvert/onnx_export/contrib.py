@@ -43,6 +43,12 @@ class Contrib(Standard):
         """See ``OperatorSet``."""
         return graph.op("GatedRMSNorm", x, weight, gate, domain=MICROSOFT, epsilon=eps, activation="silu")
 
+    def full_attention(
+        self, graph: GraphWriter, query: ir.Value, key: ir.Value, value: ir.Value, *, heads: int
+    ) -> ir.Value:
+        """See ``OperatorSet``. The kernel keeps no scores of all pairs of tokens, of which an image has many."""
+        return graph.op("MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=heads)
+
     def causal_conv(self, graph: GraphWriter, x: ir.Value, weight: Weight, past: ir.Value) -> ir.Value:
         """See ``OperatorSet``."""
         return graph.ops(

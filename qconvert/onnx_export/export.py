@@ -17,13 +17,24 @@ from qconvert.core.plan import Layout, Plan
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import BACKGROUND_BYTES
-from qconvert.io.source_folder import GENAI_CONFIG, MODEL_FILE, MTP_FILE
+from qconvert.io.source_folder import (
+    EMBEDDING_FILE,
+    GENAI_CONFIG,
+    GENAI_PROCESSOR,
+    MODEL_FILE,
+    MTP_FILE,
+    VISION_FILE,
+)
+from qconvert.onnx_export.embedding_graph import embedding_graph
 from qconvert.onnx_export.genai_config import genai_config
+from qconvert.onnx_export.genai_processor import NO_PROCESSOR, genai_processor
 from qconvert.onnx_export.mtp_graph import mtp_graph
 from qconvert.onnx_export.operator_sets import operator_set
 from qconvert.onnx_export.operators import refuse_newer, unfinished_opset
+from qconvert.onnx_export.pictures import picture_tokens
 from qconvert.onnx_export.plan import PackageOptions, plan_package
 from qconvert.onnx_export.text_graph import text_graph
+from qconvert.onnx_export.vision_graph import vision_graph
 from qconvert.onnx_export.weight import Weights
 from qconvert.run import Progress, check_memory
 
@@ -97,9 +108,19 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
     config = read_config(planned.plan.config, checkpoint.path)
     weights, layers = Weights(of=planned.weights), planned.mtp_layers
     operators, level = operator_set(options.ops), options.accuracy_level
-    models = {MODEL_FILE: text_graph(config.text, weights, operators, accuracy_level=level, hidden=bool(layers))}
+    tower = config.vision if planned.vision else None
+    models = {
+        MODEL_FILE: text_graph(
+            config.text, weights, operators, accuracy_level=level, hidden=bool(layers), embedded=tower is not None
+        )
+    }
     if layers:
         models[MTP_FILE] = mtp_graph(config.text, weights, operators, layers=layers, accuracy_level=level)
+    processor = None
+    if tower is not None:
+        models[VISION_FILE] = vision_graph(tower, weights, operators)
+        models[EMBEDDING_FILE] = embedding_graph(weights, operators, picture_tokens(config))
+        processor = genai_processor(tower, checkpoint.path)
     for model in models.values():
         refuse_newer(model.graph, options.ort_version)
         point_to(model, planned.plan.layout)
@@ -107,11 +128,16 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
         plan=planned.plan,
         beside={
             **{name: ir.to_proto(model).SerializeToString(deterministic=True) for name, model in models.items()},
-            GENAI_CONFIG: _json(genai_config(config.text, checkpoint.path, mtp_layers=layers)),
+            GENAI_CONFIG: _json(genai_config(config, checkpoint.path, mtp_layers=layers, vision=tower)),
+            **({} if processor is None else {GENAI_PROCESSOR: _json(processor)}),
         },
         policy=() if options.policy is None else options.policy.entries(),
         package=options.entry,
-        notes=(*planned.left_out, *unfinished_opset(operators.opset, options.ort_version)),
+        notes=(
+            *planned.left_out,
+            *([NO_PROCESSOR] if tower is not None and processor is None else []),
+            *unfinished_opset(operators.opset, options.ort_version),
+        ),
         accept=refuse_invalid,
     )
 

@@ -17,6 +17,7 @@ from qconvert.onnx_export.weight import Weight
 
 EPSILON = Parameter(name="epsilon", type=ir.AttributeType.FLOAT)
 CHANNELS = Parameter(name="channels", type=ir.AttributeType.INT)
+HEADS = Parameter(name="heads", type=ir.AttributeType.INT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,12 @@ class Functions(Standard):
     ) -> tuple[ir.Value, ...]:
         """See ``OperatorSet``."""
         return graph.call(ATTENTION, query, key, value, bias, past_key, past_value)
+
+    def full_attention(
+        self, graph: GraphWriter, query: ir.Value, key: ir.Value, value: ir.Value, *, heads: int
+    ) -> ir.Value:
+        """See ``OperatorSet``."""
+        return graph.call(FULL_ATTENTION, query, key, value, heads=heads)[0]
 
     def causal_conv(self, graph: GraphWriter, x: ir.Value, weight: Weight, past: ir.Value) -> ir.Value:
         """See ``OperatorSet``."""
@@ -129,6 +136,17 @@ def _attention(
     scores = graph.op("Add", graph.op("MatMul", asked, across), graph.op("Unsqueeze", bias, shared))
     mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), graph.op("Unsqueeze", values, shared))
     return side_by_side(graph, graph.op("Transpose", mixed, perm=(0, 3, 1, 2, 4))), keys, values
+
+
+def _full_attention(graph: GraphWriter, query: ir.Value, key: ir.Value, value: ir.Value) -> Sequence[ir.Value]:
+    heads = graph.op("Unsqueeze", graph.op("Constant", value_int=HEADS), graph.integers(0))
+    query, key, value = (_apart(graph, one, heads, -1) for one in (query, key, value))
+    root = graph.op("Sqrt", graph.op("Cast", graph.op("Shape", query, start=3), to=ir.DataType.FLOAT.value))
+    asked = graph.op("Transpose", graph.op("Div", query, root), perm=(0, 2, 1, 3))
+    scores = graph.op("MatMul", asked, graph.op("Transpose", key, perm=(0, 2, 3, 1)))
+    values = graph.op("Transpose", value, perm=(0, 2, 1, 3))
+    mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), values)
+    return (side_by_side(graph, graph.op("Transpose", mixed, perm=(0, 2, 1, 3))),)
 
 
 def _causal_conv(graph: GraphWriter, x: ir.Value, weight: ir.Value, past: ir.Value) -> Sequence[ir.Value]:
@@ -207,6 +225,9 @@ ATTENTION = Function(
     inputs=("query", "key", "value", "bias", "past_key", "past_value"),
     outputs=("y", "present_key", "present_value"),
     body=_attention,
+)
+FULL_ATTENTION = Function(
+    name="FullAttention", inputs=("query", "key", "value"), outputs=("y",), parameters=(HEADS,), body=_full_attention
 )
 CAUSAL_CONV = Function(
     name="CausalConv", inputs=("x", "weight", "past"), outputs=("y",), parameters=(CHANNELS,), body=_causal_conv

@@ -5,22 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qconvert.io.source_folder import MODEL_FILE, MTP_FILE
+from qconvert.io.source_folder import EMBEDDING_FILE, GENAI_PROCESSOR, MODEL_FILE, MTP_FILE, VISION_FILE
 from qconvert.onnx_export.end_tokens import end_tokens, generation_config
-from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, LOGITS
-from reference_model.config import TextConfig
+from qconvert.onnx_export.states import (
+    HIDDEN_OUT,
+    HIDDEN_STATES,
+    IMAGE_FEATURES,
+    IMAGE_GRID,
+    INPUT_IDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    PIXEL_VALUES,
+)
+from reference_model.config import ModelConfig, TextConfig, VisionConfig
 
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def genai_config(config: TextConfig, source: Path, *, mtp_layers: int) -> dict[str, Any]:
-    """The runtime's configuration of a text package; sampling defaults are those of ``generation_config.json``.
+def genai_config(
+    model: ModelConfig, source: Path, *, mtp_layers: int, vision: VisionConfig | None = None
+) -> dict[str, Any]:
+    """The runtime's configuration of a package; sampling defaults are those of ``generation_config.json``.
 
-    The prediction head, of ``mtp_layers`` layers or none, is named without ``shared_initializers``: with them 0.18 does
-    not load on a CPU. Embedding and head stand once on the disk all the same.
+    With a tower ``vision`` the decoder takes embeddings. The prediction head, of ``mtp_layers`` layers or none, is
+    named without ``shared_initializers``: with them 0.18 does not load on a CPU. Embedding and head stand once on the
+    disk all the same.
 
-    Source: onnxruntime-genai 0.18, model type ``qwen3_5_moe_text``.
+    Source: onnxruntime-genai 0.18, model types ``qwen3_5_moe_text`` and ``qwen3_5_moe``.
     """
+    config = model.text
     generation = generation_config(source)
     eos = list(end_tokens(config, generation))
     first_eos = eos[0] if eos else None
@@ -34,7 +47,7 @@ def genai_config(config: TextConfig, source: Path, *, mtp_layers: int) -> dict[s
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
                 "inputs": {
-                    "input_ids": "input_ids",
+                    **({INPUTS_EMBEDS: INPUTS_EMBEDS} if vision else {INPUT_IDS: INPUT_IDS}),
                     "attention_mask": "attention_mask",
                     "position_ids": "position_ids",
                     "past_key_names": "past_key_values.%d.key",
@@ -57,8 +70,9 @@ def genai_config(config: TextConfig, source: Path, *, mtp_layers: int) -> dict[s
             },
             "eos_token_id": eos,
             "pad_token_id": generation.get("pad_token_id", first_eos),
-            "type": "qwen3_5_moe_text",
+            "type": "qwen3_5_moe" if vision else "qwen3_5_moe_text",
             "vocab_size": config.vocab_size,
+            **(_pictures(model, vision) if vision else {}),
             **({"mtp": _prediction_head(config, mtp_layers)} if mtp_layers else {}),
         },
         "search": {
@@ -76,6 +90,28 @@ def genai_config(config: TextConfig, source: Path, *, mtp_layers: int) -> dict[s
     }
 
 
+def _pictures(model: ModelConfig, vision: VisionConfig) -> dict[str, Any]:
+    """The graphs before the decoder, and the tokens from which the runtime makes three positions."""
+    return {
+        "embedding": {
+            "filename": EMBEDDING_FILE,
+            "inputs": {INPUT_IDS: INPUT_IDS, IMAGE_FEATURES: IMAGE_FEATURES},
+            "outputs": {INPUTS_EMBEDS: INPUTS_EMBEDS},
+        },
+        "vision": {
+            "filename": VISION_FILE,
+            "config_filename": GENAI_PROCESSOR,
+            "patch_size": vision.patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+            "inputs": {PIXEL_VALUES: PIXEL_VALUES, IMAGE_GRID: IMAGE_GRID},
+            "outputs": {IMAGE_FEATURES: IMAGE_FEATURES},
+        },
+        "image_token_id": model.image_token_id,
+        "video_token_id": model.video_token_id,
+        "vision_start_token_id": model.vision_start_token_id,
+    }
+
+
 def _prediction_head(config: TextConfig, layers: int) -> dict[str, Any]:
     return {
         "enabled": True,
@@ -85,7 +121,7 @@ def _prediction_head(config: TextConfig, layers: int) -> dict[str, Any]:
         "head_size": config.head_dim,
         "main_hidden_states": HIDDEN_STATES,
         "inputs": {
-            "input_ids": "input_ids",
+            INPUT_IDS: INPUT_IDS,
             "hidden_states": HIDDEN_STATES,
             "attention_mask": "attention_mask",
             "position_ids": "position_ids",

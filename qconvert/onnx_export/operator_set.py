@@ -65,6 +65,11 @@ class OperatorSet(Protocol):
         and values of all tokens [B, M, A, K].
         """
 
+    def full_attention(
+        self, graph: GraphWriter, query: ir.Value, key: ir.Value, value: ir.Value, *, heads: int
+    ) -> ir.Value:
+        """``softmax(q k^T / sqrt(K)) v``, every token sees every other: all [B, S, H K], the same."""
+
     def causal_conv(self, graph: GraphWriter, x: ir.Value, weight: Weight, past: ir.Value) -> ir.Value:
         """``silu(conv(x))`` of each channel behind its past: x [B, C, S], weight [C, 1, W], past [B, C, W - 1]."""
 

@@ -33,6 +33,7 @@ SINCE: Mapping[tuple[str, str], Version] = {
     (MICROSOFT, "LinearAttentionGate"): (1, 29),
     (MICROSOFT, "MatMulNBits"): OLDEST,
     (MICROSOFT, "MoE"): OLDEST,
+    (MICROSOFT, "MultiHeadAttention"): OLDEST,
     (MICROSOFT, "QMoE"): OLDEST,
 }
 """Operators that are no older than what is written here; all others of the standard are."""

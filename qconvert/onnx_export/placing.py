@@ -17,12 +17,12 @@ UNSEEN = -1e30
 make NaN of it."""
 
 
-def new_tokens(graph: GraphWriter, input_ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+def new_tokens(graph: GraphWriter, tokens: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """How many tokens are new (S) and came before (P), int64 [1] both, and which new ones are real int64 [B, S].
 
     ``mask`` int64 [B, A] is of all tokens, before and new.
     """
-    count = graph.op("Shape", input_ids, start=1, end=2)
+    count = graph.op("Shape", tokens, start=1, end=2)
     before = graph.op("Sub", graph.op("Shape", mask, start=1, end=2), count)
     real = graph.op("Slice", mask, before, graph.op("Shape", mask, start=1, end=2), graph.integers(1))
     return count, before, real

@@ -19,6 +19,7 @@ from qconvert.formats.matmul_nbits import MatMulNBits
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.onnx_export.operator_sets import operator_set
 from qconvert.onnx_export.operators import DEFAULT, Version, version_named
+from qconvert.onnx_export.pictures import check_picture_tokens, unused_processors
 from qconvert.onnx_export.sources import SourceMatrix, matrices_of
 from qconvert.onnx_export.weight import Weight
 from qconvert.plan.folding import folded_config
@@ -73,6 +74,7 @@ class PackageOptions:
         shard_bytes: largest weight file.
         mtp: export the multi-token-prediction head where the checkpoint has one.
         fold_shared_expert: store the shared expert behind the routed ones, for the operator that runs them all.
+        vision: export the vision tower where the checkpoint has one.
     """
 
     policy: Policy | None = None
@@ -83,6 +85,7 @@ class PackageOptions:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     mtp: bool = True
     fold_shared_expert: bool = False
+    vision: bool = True
 
     def __post_init__(self) -> None:
         operator_set(self.ops)
@@ -103,6 +106,7 @@ class PackageOptions:
             "shard_bytes": self.shard_bytes,
             "mtp": self.mtp,
             "fold_shared_expert": self.fold_shared_expert,
+            "vision": self.vision,
         }
 
     @classmethod
@@ -126,12 +130,14 @@ class PackagePlan:
         plan: its weights.
         weights: how the graphs find them.
         mtp_layers: of the prediction head that is exported; 0 where none is.
+        vision: whether a vision tower is exported.
         left_out: what of the checkpoint is in no graph, one sentence each.
     """
 
     plan: Plan
     weights: Mapping[TensorRole, Weight]
     mtp_layers: int
+    vision: bool
     left_out: tuple[str, ...]
 
 
@@ -143,36 +149,48 @@ class _Decided:
 
 
 def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan:
-    """Decide every weight of the decoder of ``checkpoint``, quantized or not; reads headers only.
+    """Decide every weight of a package of ``checkpoint``, quantized or not; reads headers only.
 
     Raises:
         SourceError: another architecture, or tensors missing, unknown or misshapen.
-        PlanError: experts of one layer differ, or a matrix is quantized as no operator reads it.
+        PlanError: experts of one layer differ, a matrix is quantized as no operator reads it, or the configuration does
+            not say which tokens stand for images.
         FormatError: a matrix does not fit the blocks of its scheme.
     """
     source = look_at(checkpoint, from_quantized=True)
     text = source.census.config.text
     fold = options.fold_shared_expert and not text.folded_experts
-    sections = [Section.TEXT, *([Section.MTP] if options.mtp and source.census.mtp_layers else [])]
+    sections = _sections(source, options)
+    if Section.VISION in sections:
+        check_picture_tokens(source.census.config, checkpoint.path)
     decided = [_decide(role, group, options, text) for role, group in matrices_of(source, sections, fold=fold)]
     if options.ops == CONTRIB:
         _refuse_mixed_layers(decided)
+    unused = {} if Section.VISION in sections else unused_processors(file.name for file in checkpoint.side_files)
     plan = Plan(
         steps=tuple(one.step for one in decided),
         layout=lay_out((one.outputs for one in decided), options.shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=_hash(options),
         config=_config(checkpoint.config, fold=fold),
-        side_files=tuple(file.name for file in checkpoint.side_files),
-        left_out=tuple(sorted(checkpoint.left_out.items())),
+        side_files=tuple(file.name for file in checkpoint.side_files if file.name not in unused),
+        left_out=tuple(sorted({**checkpoint.left_out, **unused}.items())),
         source_quantization=source.quantization,
     )
     return PackagePlan(
         plan=plan,
         weights={one.step.role: one.weight for one in decided},
         mtp_layers=source.census.mtp_layers if Section.MTP in sections else 0,
+        vision=Section.VISION in sections,
         left_out=tuple(_left_out(source, sections)),
     )
+
+
+def _sections(source: PlannedSource, options: PackageOptions) -> list[Section]:
+    """What becomes graphs."""
+    stored = {role.section for role in source.census.roles.values()}
+    asked = {Section.MTP: options.mtp, Section.VISION: options.vision}
+    return [Section.TEXT, *(section for section, wanted in asked.items() if wanted and section in stored)]
 
 
 def _refuse_mixed_layers(decided: list[_Decided]) -> None:
@@ -206,8 +224,8 @@ def _left_out(source: PlannedSource, exported: list[Section]) -> Iterator[str]:
     sections = {role.section for role in source.census.roles.values()}
     if Section.MTP in sections.difference(exported):
         yield "the multi-token-prediction head is not exported, as asked: the package decodes one token at a time"
-    if Section.VISION in sections:
-        yield "the vision tower is not exported: the package takes text alone"
+    if Section.VISION in sections.difference(exported):
+        yield "the vision tower is not exported, as asked: the package takes text alone"
 
 
 def _decide(role: TensorRole, group: list[list[SourceMatrix]], options: PackageOptions, text: TextConfig) -> _Decided:
@@ -267,6 +285,13 @@ def _action(
         "are quantized in different ways in the source",
         STORED_ALIKE if folded else "",
     )
+    if role.section is Section.VISION:
+        if stored is not None and not options.dequantize:
+            raise PlanError(
+                f"{name} is {stored} in the source, and the vision tower of a package is in float32: --dequantize "
+                "stores it so, --no-vision leaves the tower out"
+            )
+        return Cast(reason="the vision tower stays in full precision", name=name, dtype=DType.F32)
     if stored is not None:
         try:
             scheme = held_scheme(stored, matrices[0].shape[-1], stacked=role.kind in STACKED)

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from qconvert.core.errors import SourceError, UsageError
-from qconvert.io.source_folder import CONFIG_FILE, MODEL_FILE, MTP_FILE
+from qconvert.io.source_folder import CONFIG_FILE, MODEL_FILE, MTP_FILE, VISION_FILE
+from qconvert.onnx_export.embedder import Embedder, Pictures
 from qconvert.onnx_export.end_tokens import end_tokens, generation_config
 from qconvert.onnx_export.session import Floats, Integers, PackageCache, Session
-from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, LOGITS
+from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, INPUTS_EMBEDS, LOGITS
 from reference_model.config import ModelConfig
 from reference_model.config_fields import ConfigError
 
@@ -31,13 +32,15 @@ class PackageOutput:
 
 
 class Package:
-    """The decoder of a package on the CPU, and its prediction head where it has one.
+    """The decoder of a package on the CPU, and what else it has: a prediction head, a vision tower.
 
     Attributes:
+        folder: where it is.
         config: of the checkpoint that was exported.
         end_tokens: ids that end a text.
     """
 
+    folder: Path
     config: ModelConfig
     end_tokens: tuple[int, ...]
 
@@ -53,14 +56,20 @@ class Package:
             raise SourceError(str(error)) from error
         if not (folder / MODEL_FILE).is_file():
             raise SourceError(f"{folder}: no {MODEL_FILE}, so no package; `qconvert export-onnx` makes one")
-        self._folder, self._threads = folder, threads
+        self.folder, self._threads = folder, threads
         self.end_tokens = end_tokens(self.config.text, generation_config(folder))
         self._decoder = self._session(MODEL_FILE)
+        self._embedder = Embedder(folder, self.config, threads=threads) if self._decoder.embedded else None
 
     @property
     def drafts(self) -> bool:
         """Whether it has a prediction head."""
-        return (self._folder / MTP_FILE).is_file()
+        return (self.folder / MTP_FILE).is_file()
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts may show images."""
+        return self._embedder is not None
 
     @cached_property
     def _head(self) -> Session:
@@ -68,7 +77,7 @@ class Package:
         return self._session(MTP_FILE)
 
     def _session(self, name: str) -> Session:
-        return Session(self._folder / name, vocabulary=self.config.text.vocab_size, threads=self._threads)
+        return Session(self.folder / name, vocabulary=self.config.text.vocab_size, threads=self._threads)
 
     def forward(
         self,
@@ -77,22 +86,76 @@ class Package:
         attention_mask: Integers | None = None,
         position_ids: Integers | None = None,
         cache: PackageCache | None = None,
+        images: Pictures | None = None,
+        videos: Pictures | None = None,
+        embeddings: Floats | None = None,
     ) -> PackageOutput:
         """Run tokens after those of ``cache``; every row as if it were alone.
+
+        Behind a cache and without pictures all tokens are text: a model may draw the id of an image token itself.
 
         Args:
             input_ids: [B, S].
             attention_mask: [B, S], zero where these tokens are padding.
-            position_ids: [3, B, S]; by default real tokens count on from the cache.
+            position_ids: [3, B, S]; by default real tokens count on from the cache, and those of pictures have their
+                row and column.
             cache: of the tokens before.
+            images: all whose tokens are among these.
+            videos: the same.
+            embeddings: of these tokens [B, S, D], see ``embed``; they stand for pictures too.
 
         Raises:
-            UsageError: ids that are not of the vocabulary, or shapes that do not fit each other.
+            UsageError: ids that are not of the vocabulary, shapes that do not fit each other, pictures that do not fit
+                their tokens, or pictures for a package without a vision tower.
         """
+        beside: dict[str, Floats] = {}
+        pictured = images is not None or videos is not None
+        if pictured and embeddings is not None:
+            raise UsageError("pictures and embeddings were both given; embed() puts pictures into embeddings")
+        if pictured and position_ids is None:
+            position_ids = self.positions(
+                input_ids, images=images, videos=videos, attention_mask=attention_mask, cache=cache
+            )
+        if self.sees or pictured or embeddings is not None:
+            if embeddings is None and (pictured or cache is None):
+                embeddings = self.embed(input_ids, images=images, videos=videos)
+            beside[INPUTS_EMBEDS] = self._eyes().look_up(input_ids) if embeddings is None else embeddings
         found, after = self._decoder.run(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, beside={}
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, beside=beside
         )
         return PackageOutput(logits=found[LOGITS], hidden=found.get(HIDDEN_STATES), cache=after)
+
+    def embed(self, input_ids: Integers, *, images: Pictures | None = None, videos: Pictures | None = None) -> Floats:
+        """Embeddings [B, S, D] of prompts with all their pictures, which may then be run in pieces.
+
+        Raises:
+            UsageError: pictures do not fit their tokens, or the package has no vision tower.
+        """
+        return self._eyes().embed(input_ids, images=images, videos=videos)
+
+    def positions(
+        self,
+        input_ids: Integers,
+        *,
+        images: Pictures | None = None,
+        videos: Pictures | None = None,
+        attention_mask: Integers | None = None,
+        cache: PackageCache | None = None,
+    ) -> Integers:
+        """Positions int64 [3, B, S] of prompts with all their pictures, behind ``cache``.
+
+        Raises:
+            UsageError: pictures do not fit their tokens, or the package has no vision tower.
+        """
+        start = None if cache is None else cache.next_position
+        return self._eyes().positions(
+            input_ids, images=images, videos=videos, attention_mask=attention_mask, start=start
+        )
+
+    def _eyes(self) -> Embedder:
+        if self._embedder is None:
+            raise UsageError(f"the package has no {VISION_FILE}: its prompts are text alone")
+        return self._embedder
 
     def draft(
         self,

@@ -14,7 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.onnx_export.graph_file import read_graph
 from qconvert.onnx_export.operators import newer_than, unfinished_opset, version_named
-from qconvert.onnx_export.states import PAST, present_of
+from qconvert.onnx_export.states import INPUT_IDS, INPUTS_EMBEDS, PAST, present_of
 
 Array = NDArray[np.generic]
 Floats = NDArray[np.float32]
@@ -46,14 +46,45 @@ class PackageCache:
     next_position: Integers
 
 
+def load(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A graph on the CPU; ``threads`` 0 leaves their number to ONNX Runtime.
+
+    Raises:
+        SourceError: the installed ONNX Runtime lacks an operator, or refuses the graph.
+    """
+    version = onnxruntime.__version__
+    graph, installed = read_graph(path), version_named(version)
+    lacking = newer_than(graph, installed)
+    if lacking:
+        raise SourceError(f"{path}: ONNX Runtime {version} lacks {', '.join(sorted(lacking))}: install a newer one")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _REFUSALS as error:
+        told = "".join(f"{note}. " for note in unfinished_opset(graph.opset_imports.get("", 0), installed))
+        raise SourceError(f"{path}: ONNX Runtime {version} refuses it: {told}{error}") from error
+
+
+def check_ids(ids: Integers, vocabulary: int) -> None:
+    """Raise ``UsageError`` unless ids are int64 [B, S], not none, and of the vocabulary."""
+    if ids.ndim != 2 or not ids.size or ids.dtype != np.int64:
+        raise UsageError(f"input_ids is {ids.dtype} {list(ids.shape)}, expected int64 [B, S] of one token or more")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise UsageError(f"input_ids has {low if low < 0 else high}, but the vocabulary is 0 .. {vocabulary - 1}")
+
+
 class Session:
-    """A graph that takes tokens, their mask and positions, and states that it gives back.
+    """A graph that takes tokens or their embeddings, their mask and positions, and states that it gives back.
 
     Attributes:
         outputs: names of what it gives besides states.
+        embedded: whether it takes embeddings instead of ids.
     """
 
     outputs: tuple[str, ...]
+    embedded: bool
 
     def __init__(self, path: Path, *, vocabulary: int, threads: int) -> None:
         """Load the graph and its weights; ``threads`` 0 leaves their number to ONNX Runtime.
@@ -63,22 +94,12 @@ class Session:
         Raises:
             SourceError: the installed ONNX Runtime lacks an operator, or refuses the graph.
         """
-        version = onnxruntime.__version__
         self._vocabulary = vocabulary
-        graph, installed = read_graph(path), version_named(version)
-        lacking = newer_than(graph, installed)
-        if lacking:
-            raise SourceError(f"{path}: ONNX Runtime {version} lacks {', '.join(sorted(lacking))}: install a newer one")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except _REFUSALS as error:
-            told = "".join(f"{note}. " for note in unfinished_opset(graph.opset_imports.get("", 0), installed))
-            raise SourceError(f"{path}: ONNX Runtime {version} refuses it: {told}{error}") from error
+        self._session = load(path, threads)
         inputs = {given.name: given.shape for given in self._session.get_inputs()}
         # the batch is the first name of a varying dimension, tokens before the second
         self._empty = {name: [0 if isinstance(n, str) else n for n in dims[1:]] for name, dims in inputs.items()}
+        self.embedded = INPUTS_EMBEDS in inputs
         self._past = tuple(name for name in inputs if name.startswith(PAST))
         present = {present_of(name) for name in self._past}
         self.outputs = tuple(out.name for out in self._session.get_outputs() if out.name not in present)
@@ -92,7 +113,10 @@ class Session:
         cache: PackageCache | None,
         beside: Mapping[str, Array],
     ) -> tuple[dict[str, Floats], PackageCache]:
-        """Run tokens [B, S] after those of ``cache``, with further inputs ``beside``; see ``Package.forward``."""
+        """Run tokens [B, S] after those of ``cache``, with further inputs ``beside``; see ``Package.forward``.
+
+        Where the graph takes embeddings, these are among the further inputs.
+        """
         self._check(input_ids, attention_mask, position_ids, cache)
         batch, new = input_ids.shape
         real = np.ones((batch, new), np.int64) if attention_mask is None else (attention_mask != 0).astype(np.int64)
@@ -101,7 +125,9 @@ class Session:
             counted = before[:, None] + np.maximum(real.cumsum(1) - 1, 0)
             position_ids = np.broadcast_to(counted, (3, batch, new)).astype(np.int64)
         mask = real if cache is None else np.concatenate((cache.mask, real), axis=1)
-        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, **beside}
+        feeds = {"attention_mask": mask, "position_ids": position_ids, **beside}
+        if not self.embedded:
+            feeds[INPUT_IDS] = input_ids
         for name in self._past:
             empty = (batch, *self._empty[name])
             feeds[name] = np.zeros(empty, np.float32) if cache is None else cache.states[present_of(name)]
@@ -123,12 +149,7 @@ class Session:
         cache: PackageCache | None,
     ) -> None:
         """Raise ``UsageError`` for what ONNX Runtime would refuse in its own words, or answer with other rows."""
-        if ids.ndim != 2 or not ids.size or ids.dtype != np.int64:
-            raise UsageError(f"input_ids is {ids.dtype} {list(ids.shape)}, expected int64 [B, S] of one token or more")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocabulary:
-            wrong = low if low < 0 else high
-            raise UsageError(f"input_ids has {wrong}, but the vocabulary is 0 .. {self._vocabulary - 1}")
+        check_ids(ids, self._vocabulary)
         if mask is not None and mask.shape != ids.shape:
             raise UsageError(f"attention_mask is {list(mask.shape)}, expected {list(ids.shape)}: that of these tokens")
         if positions is not None and positions.shape != (3, *ids.shape):

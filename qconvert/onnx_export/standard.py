@@ -64,6 +64,12 @@ class Standard:
         inputs = query, key, value, bias, past_key, past_value
         return graph.ops("Attention", 3, *inputs, q_num_heads=heads, kv_num_heads=key_heads)
 
+    def full_attention(
+        self, graph: GraphWriter, query: ir.Value, key: ir.Value, value: ir.Value, *, heads: int
+    ) -> ir.Value:
+        """See ``OperatorSet``."""
+        return graph.op("Attention", query, key, value, q_num_heads=heads, kv_num_heads=heads)
+
     def causal_conv(self, graph: GraphWriter, x: ir.Value, weight: Weight, past: ir.Value) -> ir.Value:
         """See ``OperatorSet``."""
         return graph.ops("CausalConvWithState", 2, x, weight.dense(graph), None, past, activation="silu")[0]

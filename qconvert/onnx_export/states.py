@@ -8,6 +8,18 @@ from reference_model.config import TextConfig
 
 LOGITS = "logits"
 
+INPUT_IDS = "input_ids"
+
+INPUTS_EMBEDS = "inputs_embeds"
+"""Output of the embedding graph, and input of the decoder of a package with images."""
+
+IMAGE_FEATURES = "image_features"
+"""Output of the vision tower, and input of the embedding graph."""
+
+PIXEL_VALUES = "pixel_values"
+IMAGE_GRID = "image_grid_thw"
+"""Inputs of the vision tower."""
+
 HIDDEN_STATES = "hidden_states"
 """Output of the decoder, and input of the prediction head."""
 

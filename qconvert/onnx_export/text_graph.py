@@ -10,7 +10,7 @@ from qconvert.onnx_export import placing
 from qconvert.onnx_export.blocks import Decoder
 from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.operator_set import OperatorSet
-from qconvert.onnx_export.states import HIDDEN_STATES, LOGITS, State, layer_states
+from qconvert.onnx_export.states import HIDDEN_STATES, INPUT_IDS, INPUTS_EMBEDS, LOGITS, State, layer_states
 from qconvert.onnx_export.weight import Weight, Weights
 from reference_model.config import TextConfig
 from reference_model.rope import axis_of_planes, inverse_frequencies
@@ -21,15 +21,15 @@ def place(
     operators: OperatorSet,
     config: TextConfig,
     weights: Weights,
-    ids: ir.Value,
+    tokens: ir.Value,
     mask: ir.Value,
     positions: ir.Value,
     *,
     accuracy_level: int,
 ) -> Decoder:
-    """What all layers share, from the inputs that say where the tokens stand."""
+    """What all layers share, from the inputs that say where the tokens stand: ids [B, S] or embeddings [B, S, D]."""
     with graph.scope("placing"):
-        count, before, real = placing.new_tokens(graph, ids, mask)
+        count, before, real = placing.new_tokens(graph, tokens, mask)
         frequencies, factor = inverse_frequencies(config)
         return Decoder(
             graph,
@@ -52,23 +52,33 @@ def head_of(config: TextConfig, weights: Weights) -> Weight:
 
 
 def text_graph(
-    config: TextConfig, weights: Weights, operators: OperatorSet, *, accuracy_level: int, hidden: bool = False
+    config: TextConfig,
+    weights: Weights,
+    operators: OperatorSet,
+    *,
+    accuracy_level: int,
+    hidden: bool = False,
+    embedded: bool = False,
 ) -> ir.Model:
     """Tokens to logits, in the operators of one set.
 
-    Inputs: ``input_ids`` int64 [B, S]; ``attention_mask`` int64 [B, A], zero at padding, which may be anywhere;
-    ``position_ids`` int64 [3, B, S]; for every attention layer ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K],
-    for every other ``past.{i}.conv`` [B, C, W - 1] and ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first.
-    Outputs: ``logits`` [B, S, V], with ``hidden`` also ``hidden_states`` [B, S, D], from which a prediction head
-    drafts, and all states as ``present...``. Source: the contract of onnxruntime-genai 0.18.
+    Inputs: ``input_ids`` int64 [B, S], or with ``embedded`` ``inputs_embeds`` [B, S, D]; ``attention_mask`` int64
+    [B, A], zero at padding, which may be anywhere; ``position_ids`` int64 [3, B, S]; for every attention layer
+    ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K], for every other ``past.{i}.conv`` [B, C, W - 1] and
+    ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first. Outputs: ``logits`` [B, S, V], with ``hidden`` also
+    ``hidden_states`` [B, S, D], from which a prediction head drafts, and all states as ``present...``. Source: the
+    contract of onnxruntime-genai 0.18.
     """
     graph = GraphWriter("decoder", opset=operators.opset)
     integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
-    ids = graph.input("input_ids", integer, ("batch", "sequence"))
+    if embedded:
+        tokens = graph.input(INPUTS_EMBEDS, real_number, ("batch", "sequence", config.hidden_size))
+    else:
+        tokens = graph.input(INPUT_IDS, integer, ("batch", "sequence"))
     mask = graph.input("attention_mask", integer, ("batch", "total"))
     positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
-    decoder = place(graph, operators, config, weights, ids, mask, positions, accuracy_level=accuracy_level)
-    x = graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), ids, axis=0)
+    decoder = place(graph, operators, config, weights, tokens, mask, positions, accuracy_level=accuracy_level)
+    x = tokens if embedded else graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), tokens, axis=0)
     present: list[tuple[ir.Value, State]] = []
     for layer, kind in enumerate(config.layer_types):
         with graph.scope(f"layers.{layer}"):

@@ -15,9 +15,13 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qconvert.onnx_export.embedder import Pictures
 from qconvert.onnx_export.generate import PREFILL_TOKENS
 from qconvert.onnx_export.runtime import Package, PackageOutput
 from qconvert.onnx_export.session import PackageCache
+
+_PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+"""What transformers' processors give beside tokens."""
 
 
 class PackageForCausalLM(GenerationMixin):
@@ -67,12 +71,14 @@ class PackageForCausalLM(GenerationMixin):
         input_ids: Tensor,
         past_key_values: PackageCache | None = None,
         attention_mask: Tensor | None = None,
-        **_: Any,
+        **kwargs: Any,  # so named, generate lets through what forward takes
     ) -> dict[str, Any]:
-        """The tokens that the cache has not seen, and their part of the mask."""
+        """The tokens that the cache has not seen, their part of the mask, and at first the pictures."""
         seen = 0 if past_key_values is None else past_key_values.mask.shape[1]
         new_mask = None if attention_mask is None else attention_mask[:, seen:]
-        return {"input_ids": input_ids[:, seen:], "attention_mask": new_mask, "past_key_values": past_key_values}
+        pictures = {} if seen else {name: kwargs[name] for name in _PICTURES if name in kwargs}
+        new = {"input_ids": input_ids[:, seen:], "attention_mask": new_mask, "past_key_values": past_key_values}
+        return {**new, **pictures}
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """See ``forward``."""
@@ -83,17 +89,44 @@ class PackageForCausalLM(GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: PackageCache | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Run new tokens int64 [B, S] with their mask [B, S]; logits of the last part of a long prompt only."""
+        """Run new tokens int64 [B, S] with their mask [B, S]; logits of the last part of a long prompt only.
+
+        Pictures are named as transformers' processors name them; which tokens are theirs the ids say themselves, so
+        that ``mm_token_type_ids`` is not looked at.
+        """
         ids = input_ids.numpy()
         mask = np.ones_like(ids) if attention_mask is None else attention_mask.numpy()
         cache, out = past_key_values, None
+        images, videos = _pictures(pixel_values, image_grid_thw), _pictures(pixel_values_videos, video_grid_thw)
+        embeddings = positions = None
+        if images is not None or videos is not None:
+            embeddings = self.package.embed(ids, images=images, videos=videos)
+            positions = self.package.positions(ids, images=images, videos=videos, attention_mask=mask, cache=cache)
         for begin in range(0, ids.shape[1], PREFILL_TOKENS):
             part = slice(begin, begin + PREFILL_TOKENS)
-            out = self.package.forward(ids[:, part], attention_mask=mask[:, part], cache=cache)
+            out = self.package.forward(
+                ids[:, part],
+                attention_mask=mask[:, part],
+                position_ids=None if positions is None else positions[:, :, part],
+                embeddings=None if embeddings is None else embeddings[:, part],
+                cache=cache,
+            )
             cache = out.cache
         return _result(out)
+
+
+def _pictures(pixels: Tensor | None, grids: Tensor | None) -> Pictures | None:
+    """Pixels [P, ...] and grids int64 [N, 3] as the package takes them."""
+    if pixels is None or grids is None:
+        return None
+    return Pictures(pixels=pixels.float().numpy(), grids=tuple(tuple(grid) for grid in grids.tolist()))
 
 
 def _result(out: PackageOutput | None) -> CausalLMOutputWithPast:

@@ -24,7 +24,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ("--scheme", "int4", "--group", "32", "--accuracy-level", "0", "--max-memory", "8GiB")
     done = run("export-onnx", CHECKPOINT, out, *options)
     assert done.exit_code == 0, done.output
-    assert "vision tower is not exported" in done.output
+    assert "not exported" not in done.output
     assert "qconvert run" in done.output
     return out
 

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoImageProcessor
 
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
@@ -20,10 +23,15 @@ from qconvert.onnx_export.plan import PackageOptions
 from qconvert.plan.policy import default_policy
 from qconvert.plan.presets import preset_rules
 from reference_model.model import CausalLM
+from reference_model.multimodal import Pictures
 from tests.engines.test_genai import PYTHON
-from tests.onnx_export.packages import reference
+from tests.onnx_export.packages import error, reference, reference_of_images
+from tests.tolerances import tolerances
 
 pytestmark = pytest.mark.engines
+
+LOGITS = tolerances("onnx_export")["fp32_logits"]
+PIXELS = tolerances("engines")["genai_pixels"]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -36,10 +44,9 @@ MARGIN = 1e-3
 
 
 @torch.no_grad()
-def greedy(model: CausalLM, prompt: list[int]) -> list[int]:
+def greedy(model: CausalLM, prompt: list[int], **pictures: Pictures) -> list[int]:
     """The reference's continuation up to a token that is nearly tied with another."""
-    ids = torch.tensor([prompt])
-    out = model(ids)
+    out = model(torch.tensor([prompt]), **pictures)
     tokens: list[int] = []
     while len(tokens) < NEW:
         best = out.logits[0, -1].topk(2)
@@ -67,6 +74,49 @@ def test_genai_generates_the_references_tokens(tmp_path: Path, ops: str, fold: b
     assert sum(map(len, expected)) > NEW, "the prompts say nothing: all answers are tied"
     for found, wanted in zip(answers, expected, strict=True):
         assert found[: len(wanted)] == wanted
+
+
+IMAGES = {"wide": (96, 64), "other": (96, 64), "high": (64, 128), "resized": (100, 70)}
+"""Width and height in pixels; patches are of 16, and 2 x 2 of them a token."""
+
+MARKED = "<|vision_start|><|image_pad|><|vision_end|>"
+
+PROMPTS = (("wide",), ("resized",), ("wide", "other"), ("wide", "high"), ("high", "resized"), ())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ops", [one.name for one in OPERATOR_SETS])
+def test_genai_shows_images_and_generates_the_references_tokens(tmp_path: Path, ops: str) -> None:
+    export_onnx(CHECKPOINT, tmp_path / "package", PackageOptions(accuracy_level=0, ops=ops))
+    model = reference_of_images(CHECKPOINT)
+    draw = np.random.default_rng(4)
+    pictures = {}
+    for name, (width, height) in IMAGES.items():
+        pictures[name] = Image.fromarray(draw.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        pictures[name].save(tmp_path / f"{name}.png")
+    texts = ("The river " + " and ".join([MARKED] * len(names)) + " runs" for names in PROMPTS)
+    files = ([f"{name}.png" for name in names] for names in PROMPTS)
+    prompts = [{"text": text, "images": images} for text, images in zip(texts, files, strict=True)]
+    (tmp_path / "inputs.json").write_text(json.dumps({"prompts": prompts, "new": NEW}))
+    subprocess.run([PYTHON, HERE / "genai_images.py", tmp_path / "package", tmp_path], check=True)
+    found = np.load(tmp_path / "outputs.npz")
+    processor = AutoImageProcessor.from_pretrained(CHECKPOINT)
+    compared = 0
+    for number, names in enumerate(PROMPTS):
+        ids, given = found[f"ids.{number}"].astype(np.int64), {}
+        if names:
+            expected = processor(images=[pictures[name] for name in names], return_tensors="pt")
+            assert found[f"grids.{number}"].tolist() == expected["image_grid_thw"].tolist()
+            if len({IMAGES[name] for name in names}) == 1:  # rows of others it fills up with zeros
+                assert np.abs(found[f"pixels.{number}"] - expected["pixel_values"].numpy()).max() < PIXELS
+            grids = tuple(map(tuple, expected["image_grid_thw"].tolist()))
+            given["images"] = Pictures(pixels=expected["pixel_values"], grids=grids)
+        last = model(torch.from_numpy(ids), **given).logits[0, -1].numpy()
+        assert error(found[f"logits.{number}"], last) < LOGITS
+        wanted = greedy(model, ids[0].tolist(), **given)
+        assert found[f"tokens.{number}"][: len(wanted)].tolist() == wanted
+        compared += len(wanted)
+    assert compared > NEW, "the prompts say nothing: all answers are tied"
 
 
 def test_the_suite_passes_with_the_runtime_for_gpus_on_its_cpu_provider() -> None:

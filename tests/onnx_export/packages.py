@@ -17,11 +17,15 @@ from qconvert.weights.source import CheckpointWeights
 from reference_model.config import ModelConfig
 from reference_model.load import load_weights
 from reference_model.model import CausalLM
+from reference_model.multimodal import MultimodalLM
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 EXACT = PackageOptions(accuracy_level=0)
+
+MARKERS = 8
+"""Tokens at the end of a vocabulary, those of images among them, which stand in no prompt without pictures."""
 
 TIE = 2e-6
 """Probabilities of the last expert that is chosen and the first that is not must be further apart: where they are
@@ -38,6 +42,15 @@ def reference(folder: Path) -> CausalLM:
     return model.eval()
 
 
+def reference_of_images(folder: Path) -> MultimodalLM:
+    """The same with the vision tower."""
+    with torch.device("meta"):
+        model = MultimodalLM(ModelConfig.from_file(folder / "config.json"))
+    with CheckpointWeights.open(folder, vision=True) as weights:
+        load_weights(model, weights, torch.float32)
+    return model.eval().requires_grad_(False)
+
+
 def exported(folder: Path, out: Path, options: PackageOptions = EXACT) -> Package:
     """The package of a checkpoint, on one thread."""
     export_onnx(folder, out, options)
@@ -45,9 +58,9 @@ def exported(folder: Path, out: Path, options: PackageOptions = EXACT) -> Packag
 
 
 def prompt(model: CausalLM, batch: int, tokens: int, seed: int = 0) -> tuple[Ids, Logits]:
-    """Random ids [batch, tokens] that the routers decide without ties, and what the reference makes of them."""
+    """Random ids [batch, tokens] of text that the routers decide without ties, and what the reference makes of them."""
     for attempt in range(seed * 100, seed * 100 + 50):
-        ids = np.random.default_rng(attempt).integers(0, model.config.vocab_size, (batch, tokens))
+        ids = np.random.default_rng(attempt).integers(0, model.config.vocab_size - MARKERS, (batch, tokens))
         with torch.no_grad():
             out = model(torch.from_numpy(ids))
         if min(_gap(logits, model.config.num_experts_per_tok) for logits in out.router_logits) > TIE:

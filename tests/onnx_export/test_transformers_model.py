@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.onnx_export.export import export_onnx
@@ -47,3 +48,21 @@ def test_a_prompt_longer_than_one_piece_is_gone_on_from(package: PackageForCausa
 def test_what_would_cut_the_cache_back_is_refused(package: PackageForCausalLM) -> None:
     with pytest.raises(ValueError, match="stateful"):
         package.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
+def test_image_prompts_are_gone_on_from_as_by_transformers(package: PackageForCausalLM) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    draw = np.random.default_rng(2)
+    pictures = [draw.integers(0, 255, size, dtype=np.uint8) for size in ((64, 96, 3), (40, 130, 3))]
+    seen = AutoImageProcessor.from_pretrained(CHECKPOINT)(images=pictures, return_tensors="pt")
+    tokens = (seen["image_grid_thw"].prod(-1) // 4).tolist()
+    rows = [[5, 6, 2043, *[2046] * count, 2044, 7, 8] for count in tokens]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, **seen}
+    options["mm_token_type_ids"] = (ids == 2046).long()
+    expected = model.generate(ids, **options)
+    assert torch.equal(package.generate(ids, **options), expected)
+    other = package.generate(ids, **options | {"pixel_values": -seen["pixel_values"]})
+    assert not torch.equal(other, expected)
