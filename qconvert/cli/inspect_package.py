@@ -1,4 +1,4 @@
-"""What an ONNX package holds: operators of its graph, and weights by role."""
+"""What an ONNX package holds: its graphs, operators of the decoder, and weights by role."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qconvert.manifest_reader import read_manifest
 
 
 def inspect_package(folder: Path, *, json: bool) -> int:
-    """Print it; reads the graph and the manifest, no weights.
+    """Print it; reads the decoder's graph and the manifest, no weights.
 
     Raises:
         SourceError: files of the package are missing or damaged.
@@ -25,6 +25,7 @@ def inspect_package(folder: Path, *, json: bool) -> int:
     config = read_config(parse_object(read_whole(folder / CONFIG_FILE), str(folder / CONFIG_FILE)), folder)
     graph = read_graph(folder / MODEL_FILE)
     operators = Counter((node.domain or "ai.onnx", node.op_type) for node in graph.all_nodes())
+    graphs = sorted(path.name for path in folder.glob("*.onnx"))
     total = sum(int(line["bytes"]) for line in manifest.decisions)
     if json:
         console.show_json(
@@ -32,6 +33,7 @@ def inspect_package(folder: Path, *, json: bool) -> int:
                 "architecture": describe(config),
                 "bytes": total,
                 "package": manifest.package,
+                "graphs": graphs,
                 "opsets": dict(graph.opset_imports),
                 "operators": [
                     {"domain": domain, "operator": name, "count": count}
@@ -44,6 +46,7 @@ def inspect_package(folder: Path, *, json: bool) -> int:
         )
         return 0
     console.say(f"{describe(config)}  {folder}  {console.gigabytes(total)}, ONNX package", style="bold")
+    console.say(f"graphs: {', '.join(graphs)}")
     table = console.plain_table("weights", "as", ">tensors", ">bytes")
     for line in manifest.decisions:
         table.add_row(line["role"], line["action"], f"{line['tensors']:,}", console.gigabytes(line["bytes"]))

@@ -64,6 +64,7 @@ def test_inspect_shows_operators_and_weights(package: Path) -> None:
     assert (counts["QMoE"], counts["LinearAttention"], counts["Attention"]) == (4, 3, 1)
     weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))
     assert 0 < weights - document["bytes"] < 100_000  # headers
+    assert document["graphs"] == ["embedding.onnx", "model.onnx", "mtp.onnx", "vision.onnx"]
     shown = run("inspect", package).stdout
     assert "LinearAttention" in shown and "int4-g32-sym" in shown
 
