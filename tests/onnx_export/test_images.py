@@ -24,6 +24,7 @@ from qconvert.onnx_export.session import load
 from qconvert.onnx_export.states import IMAGE_FEATURES, IMAGE_GRID, INPUT_IDS, INPUTS_EMBEDS, PIXEL_VALUES
 from reference_model import multimodal
 from reference_model.multimodal import MultimodalLM
+from reference_model.positions import prompt_positions
 from reference_model.vision import Grid
 from tests.checkpoints import save_checkpoint
 from tests.onnx_export.packages import EXACT, error, reference_of_images
@@ -107,6 +108,28 @@ def test_the_demos_tower_is_the_references(demo: tuple[Package, MultimodalLM]) -
     grids = ((1, 8, 4), (1, 4, 6), (1, 16, 16))
     pixels = pixels_of(grids, 1536)
     assert error(seen(package.folder, pixels, grids), model.visual(pixels, grids).numpy()) < LIMITS["fp32_vision"]
+
+
+def test_norms_of_small_numbers_are_the_references(tmp_path: Path) -> None:
+    tensors = checkpoint()
+    for name in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed.weight"):
+        tensors[f"model.visual.{name}"] *= 1e-3  # then the first norm divides by its epsilon as well
+    save_checkpoint(tmp_path / "source", config_json(), tensors)
+    export_onnx(tmp_path / "source", tmp_path / "package", EXACT)
+    grids = ((1, 4, 6),)
+    pixels = pixels_of(grids, 54)
+    expected = tiny_model(tensors).visual(pixels, grids).numpy()
+    assert error(seen(tmp_path / "package", pixels, grids), expected) < LIMITS["fp32_vision"]
+
+
+@pytest.mark.parametrize("package", ["contrib"], indirect=True)
+@pytest.mark.parametrize("left", [False, True])
+def test_positions_are_the_references(package: Package, left: bool) -> None:
+    given = prompts(BATCH, left=left)
+    grids = {"image_grids": given.grids("image"), "video_grids": given.grids("video")}
+    expected = prompt_positions(package.config, given.ids, attention_mask=given.mask, **grids)
+    found = package.positions(given.ids.numpy(), attention_mask=given.mask.numpy(), **both(given))
+    assert np.array_equal(found, expected.numpy())
 
 
 @pytest.mark.parametrize("left", [False, True])
