@@ -1,4 +1,4 @@
-"""How onnxruntime-genai shall prepare images: the checkpoint's own ``preprocessor_config.json`` in its terms."""
+"""How onnxruntime-genai shall prepare images: what the checkpoint says of it, in its terms."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from qconvert.core.errors import PlanError
 from qconvert.io.source_folder import GENAI_PROCESSOR, read_whole
 from qconvert.io.strict_json import parse_object
-from qconvert.onnx_export.pictures import IMAGE_PROCESSOR
+from qconvert.onnx_export.pictures import IMAGE_PROCESSOR, WHOLE_PROCESSOR
 from reference_model.config import VisionConfig
 
 NO_PROCESSOR = (
-    f"SRC has no {IMAGE_PROCESSOR}, so the package no {GENAI_PROCESSOR}: onnxruntime-genai runs text with it, and "
-    "images whose pixels it is given"
+    f"SRC has no {IMAGE_PROCESSOR} and no {WHOLE_PROCESSOR} with an image_processor, so the package has no "
+    f"{GENAI_PROCESSOR}: onnxruntime-genai runs text with it, and images whose pixels it is given"
 )
 
 
@@ -27,10 +27,9 @@ def genai_processor(config: VisionConfig, source: Path) -> dict[str, Any] | None
         PlanError: the patches are not those of the tower.
         SourceError: the file is damaged.
     """
-    path = source / IMAGE_PROCESSOR
-    if not path.is_file():
+    path, told = _processor(source)
+    if told is None:
         return None
-    told = parse_object(read_whole(path), str(path))
     sizes = {
         "patch_size": config.patch_size,
         "temporal_patch_size": config.temporal_patch_size,
@@ -53,6 +52,16 @@ def genai_processor(config: VisionConfig, source: Path) -> dict[str, Any] | None
     )
     transforms = [{"operation": {"name": kind, "type": kind, "attrs": attributes}} for kind, attributes in steps]
     return {"processor": {"name": "qwen3_vl_image_processor", "transforms": transforms}}
+
+
+def _processor(source: Path) -> tuple[Path, Mapping[str, Any] | None]:
+    """What says how to prepare images: a file of its own, or a part of the one that newer transformers write."""
+    path = source / IMAGE_PROCESSOR
+    if path.is_file():
+        return path, parse_object(read_whole(path), str(path))
+    path = source / WHOLE_PROCESSOR
+    found = parse_object(read_whole(path), str(path)).get("image_processor") if path.is_file() else None
+    return path, found if isinstance(found, Mapping) else None
 
 
 def _pixels(told: Mapping[str, Any], path: Path) -> tuple[int, int]:

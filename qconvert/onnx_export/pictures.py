@@ -10,7 +10,9 @@ from reference_model.config import ModelConfig
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
 
-_PROCESSORS = (IMAGE_PROCESSOR, "video_preprocessor_config.json", "processor_config.json")
+WHOLE_PROCESSOR = "processor_config.json"
+
+_PROCESSORS = (IMAGE_PROCESSOR, "video_preprocessor_config.json", WHOLE_PROCESSOR)
 
 
 def unused_processors(files: Iterable[str]) -> dict[str, str]:

@@ -92,6 +92,16 @@ def test_a_package_with_a_tower_has_its_processors_and_stores_nothing_twice(tmp_
     )
 
 
+def test_a_processor_inside_of_another_is_read_as_well(tmp_path: Path) -> None:
+    alone, inside = made(tmp_path / "alone"), made(tmp_path / "inside", processor=None)
+    (inside / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR}))
+    told = []
+    for source in (alone, inside):
+        with Checkpoint.open(source) as checkpoint:
+            told.append(package_task(checkpoint, EXACT).beside[GENAI_PROCESSOR])
+    assert told[0] == told[1]
+
+
 def test_a_checkpoint_without_a_processor_says_what_that_means(tmp_path: Path) -> None:
     with Checkpoint.open(made(tmp_path / "source", processor=None)) as checkpoint:
         task = package_task(checkpoint, EXACT)
