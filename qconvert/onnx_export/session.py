@@ -100,6 +100,7 @@ class Session:
         # the batch is the first name of a varying dimension, tokens before the second
         self._empty = {name: [0 if isinstance(n, str) else n for n in dims[1:]] for name, dims in inputs.items()}
         self.embedded = INPUTS_EMBEDS in inputs
+        self._width = inputs[INPUTS_EMBEDS][-1] if self.embedded else 0
         self._past = tuple(name for name in inputs if name.startswith(PAST))
         present = {present_of(name) for name in self._past}
         self.outputs = tuple(out.name for out in self._session.get_outputs() if out.name not in present)
@@ -119,6 +120,13 @@ class Session:
         """
         self._check(input_ids, attention_mask, position_ids, cache)
         batch, new = input_ids.shape
+        if self.embedded:
+            given, expected = beside[INPUTS_EMBEDS], (batch, new, self._width)
+            if given.shape != expected or given.dtype != np.float32:
+                raise UsageError(
+                    f"embeddings are {given.dtype} {list(given.shape)}, expected float32 {list(expected)}: those of "
+                    "these tokens"
+                )
         real = np.ones((batch, new), np.int64) if attention_mask is None else (attention_mask != 0).astype(np.int64)
         before = np.zeros(batch, np.int64) if cache is None else cache.next_position
         if position_ids is None:

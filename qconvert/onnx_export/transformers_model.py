@@ -71,12 +71,13 @@ class PackageForCausalLM(GenerationMixin):
         input_ids: Tensor,
         past_key_values: PackageCache | None = None,
         attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,  # so named, generate lets through what forward takes
     ) -> dict[str, Any]:
-        """The tokens that the cache has not seen, their part of the mask, and at first the pictures."""
+        """The tokens that the cache has not seen, their part of the mask, and the pictures of a new prompt."""
         seen = 0 if past_key_values is None else past_key_values.mask.shape[1]
         new_mask = None if attention_mask is None else attention_mask[:, seen:]
-        pictures = {} if seen else {name: kwargs[name] for name in _PICTURES if name in kwargs}
+        pictures = {name: kwargs[name] for name in _PICTURES if name in kwargs} if is_first_iteration else {}
         new = {"input_ids": input_ids[:, seen:], "attention_mask": new_mask, "past_key_values": past_key_values}
         return {**new, **pictures}
 

@@ -219,9 +219,12 @@ def test_the_tower_itself_refuses_grids_that_do_not_fit(package: Package, grid: 
 
 
 @pytest.mark.parametrize("package", ["contrib"], indirect=True)
-def test_image_tokens_without_pictures_are_refused(package: Package) -> None:
+def test_image_tokens_without_pictures_and_embeddings_of_other_tokens_are_refused(package: Package) -> None:
     with pytest.raises(UsageError, match="1 image tokens"):
         package.forward(np.array([[5, 410]]))
+    for wrong in (np.zeros((1, 2, 96), np.float32), np.zeros((1, 1, 96))):
+        with pytest.raises(UsageError, match=r"expected float32 \[1, 1, 96\]"):
+            package.forward(np.array([[410]]), embeddings=wrong)
     with pytest.raises(UsageError, match="both given"):
         images = Pictures(pixels=np.zeros((4, 54), np.float32), grids=((1, 2, 2),))
         package.forward(np.array([[410]]), images=images, embeddings=np.zeros((1, 1, 96), np.float32))

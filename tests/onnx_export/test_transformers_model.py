@@ -10,7 +10,10 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.transformers_model import PackageForCausalLM
-from tests.onnx_export.packages import EXACT
+from tests.onnx_export.packages import EXACT, error
+from tests.tolerances import tolerances
+
+LOGITS = tolerances("onnx_export")["fp32_logits"]
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,14 @@ def test_image_prompts_are_gone_on_from_as_by_transformers(package: PackageForCa
     assert torch.equal(package.generate(ids, **options), expected)
     other = package.generate(ids, **options | {"pixel_values": -seen["pixel_values"]})
     assert not torch.equal(other, expected)
+
+
+def test_images_of_a_second_turn_are_seen(package: PackageForCausalLM) -> None:
+    draw = np.random.default_rng(3)
+    picture = draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    seen = AutoImageProcessor.from_pretrained(CHECKPOINT)(images=[picture], return_tensors="pt")
+    turns = [[5, 6, 7], [8, 2043, *[2046] * 4, 2044, 9]]
+    first = package(torch.tensor(turns[:1]))
+    second = package(torch.tensor(turns[1:]), past_key_values=first.past_key_values, **seen)
+    whole = package(torch.tensor([turns[0] + turns[1]]), **seen)
+    assert error(second.logits.numpy(), whole.logits[:, 3:].numpy()) < LOGITS
