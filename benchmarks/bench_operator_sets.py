@@ -72,7 +72,7 @@ def main() -> None:
         for stored, policy in POLICIES.items():
             for operators in OPERATOR_SETS:
                 out = Path(folder) / f"{operators.name}-{stored}"
-                options = PackageOptions(policy=policy, ops=operators.name, accuracy_level=0, mtp=False)
+                options = PackageOptions(policy=policy, ops=operators.name, accuracy_level=0, mtp=False, vision=False)
                 export_onnx(args.source, out, options)
                 timed[operators.name, stored] = load(out)
         for _ in range(args.rounds):
