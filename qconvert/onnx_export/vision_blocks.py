@@ -10,7 +10,7 @@ import math
 
 import onnx_ir as ir
 
-from qconvert.core.role import Kind, Part, Section
+from qconvert.core.role import Kind, Part
 from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.heads import per_head
 from qconvert.onnx_export.operator_set import OperatorSet
@@ -120,8 +120,3 @@ class Tower:
         graph = self.graph
         wide = graph.op("Reshape", self.norm(x, Kind.MERGER_NORM), graph.integers(-1, self.config.merged_size))
         return self.linear(graph.op("Gelu", self.linear(wide, Kind.MERGER_FC1)), Kind.MERGER_FC2)
-
-
-def tower_weights(weights: Weights) -> Weights:
-    """Those of the tower."""
-    return Weights(of=weights.of, section=Section.VISION)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
 from qconvert import __version__
-from qconvert.core.role import Kind
+from qconvert.core.role import Kind, Section
 from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.operator_set import OperatorSet
 from qconvert.onnx_export.states import IMAGE_FEATURES, IMAGE_GRID, PIXEL_VALUES
-from qconvert.onnx_export.vision_blocks import Tower, tower_weights
+from qconvert.onnx_export.vision_blocks import Tower
 from qconvert.onnx_export.weight import Weights
 from reference_model.config import VisionConfig
 
@@ -35,7 +37,7 @@ def vision_graph(config: VisionConfig, weights: Weights, operators: OperatorSet)
     frames = graph.op("Gather", grids, graph.integer(0), axis=1)
     until = graph.op("CumSum", frames, graph.integer(0))
     nothing = graph.op("ConstantOfShape", graph.integers(0, config.out_hidden_size))
-    tower = Tower(graph, operators, config, tower_weights(weights))
+    tower = Tower(graph, operators, config, replace(weights, section=Section.VISION))
     with graph.body("frame") as body:
         turn = body.input("turn", integer, ())
         going_on = body.input("going_on", ir.DataType.BOOL, ())

@@ -152,6 +152,17 @@ def test_logits_of_a_mixed_batch_are_the_references_and_so_is_what_follows(
     assert error(found.logits, expected.logits.numpy()) < LIMITS["fp32_logits"]
 
 
+@pytest.mark.parametrize("package", ["contrib"], indirect=True)
+def test_drafts_behind_images_are_the_references(package: Package, model: MultimodalLM) -> None:
+    given = prompts([(text(3), image(4, 6), text(7))])
+    out = package.forward(given.ids.numpy(), **both(given))
+    positions = prompt_positions(package.config, given.ids, image_grids=given.images.grids)[:, :, :-1]
+    hidden, after = torch.from_numpy(out.hidden)[:, :-1], given.ids[:, 1:]
+    expected = model.head(model.draft(hidden, after, position_ids=positions).hidden).numpy()
+    found = package.draft(hidden.numpy(), after.numpy(), position_ids=positions.numpy())
+    assert error(found.logits, expected) < LIMITS["fp32_logits"]
+
+
 def test_pieces_of_a_prompt_with_images_give_the_logits_of_the_whole(demo: tuple[Package, MultimodalLM]) -> None:
     package, model = demo
     grids = ((1, 4, 6), (1, 8, 2))
