@@ -95,6 +95,10 @@ def export_onnx(
             "--vision/--no-vision", help="Export the vision tower where SRC has one, so that prompts show images."
         ),
     ] = True,
+    taps: Annotated[
+        bool,
+        typer.Option("--taps", help="Let the decoder give what happens in each layer as well, to look for a fault."),
+    ] = False,
     ort_version: Annotated[
         str, typer.Option(help="Oldest ONNX Runtime that shall run the package; what it lacks is named.")
     ] = "1.31",
@@ -145,6 +149,7 @@ def export_onnx(
             mtp=mtp,
             fold_shared_expert=fold_shared_expert,
             vision=vision,
+            taps=taps,
             ort_version=version_named(ort_version),
             shard_bytes=parse_size(max_shard_size),
         )

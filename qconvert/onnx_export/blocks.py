@@ -148,13 +148,15 @@ class Decoder:
         scale = graph.floats(np.full(width, width**-0.5))
         return side_by_side(graph, self.operators.rms_norm(graph, per_head(graph, x, width), scale, L2_EPSILON / width))
 
-    def moe(self, x: ir.Value, layer: int) -> ir.Value:
+    def moe(self, x: ir.Value, layer: int) -> tuple[ir.Value, ir.Value]:
         """``experts(x) + sigmoid(shared_expert_gate x) * shared_expert(x)`` for x [B, S, D].
 
-        A folded shared expert is among the experts: the last of them, always on.
+        A folded shared expert is among the experts: the last of them, always on. Also gives the router's logits
+        [B, S, E].
         """
         graph, config = self.graph, self.config
-        logits = graph.op("Reshape", self.linear(x, Kind.ROUTER, layer), graph.integers(-1, config.num_experts))
+        scored = self.linear(x, Kind.ROUTER, layer)
+        logits = graph.op("Reshape", scored, graph.integers(-1, config.num_experts))
         routing = Routing(logits=logits, chosen=config.num_experts_per_tok)
         gate = self.linear(x, Kind.SHARED_EXPERT_GATE, layer)
         if config.folded_experts:
@@ -169,9 +171,9 @@ class Decoder:
             self.accuracy_level,
         )
         if config.folded_experts:
-            return made
+            return made, scored
         opened = self.linear(x, Kind.SHARED_GATE, layer)
         opened = graph.op("Mul", opened, graph.op("Sigmoid", opened))
         inner = graph.op("Mul", opened, self.linear(x, Kind.SHARED_UP, layer))
         shared = self.linear(inner, Kind.SHARED_DOWN, layer)
-        return self.operators.gated_add(graph, made, shared, graph.op("Sigmoid", gate))
+        return self.operators.gated_add(graph, made, shared, graph.op("Sigmoid", gate)), scored

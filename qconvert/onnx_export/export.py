@@ -111,7 +111,13 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
     tower = config.vision if planned.vision else None
     models = {
         MODEL_FILE: text_graph(
-            config.text, weights, operators, accuracy_level=level, hidden=bool(layers), embedded=tower is not None
+            config.text,
+            weights,
+            operators,
+            accuracy_level=level,
+            hidden=bool(layers),
+            embedded=tower is not None,
+            taps=options.taps,
         )
     }
     if layers:

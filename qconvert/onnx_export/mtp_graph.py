@@ -47,7 +47,8 @@ def mtp_graph(
             past = [graph.input(state.past, real_number, state.shape("past")) for state in states]
             mixed, *after = decoder.attention(decoder.norm(x, Kind.INPUT_NORM, layer), layer, past[0], past[1])
             x = graph.op("Add", x, mixed)
-            x = graph.op("Add", x, decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer))
+            made, _ = decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer)
+            x = graph.op("Add", x, made)
             present += zip(after, states, strict=True)
     normal = decoder.norm(x, Kind.NORM)
     logits = operators.linear(graph, normal, head_of(config, weights), accuracy_level)

@@ -75,6 +75,7 @@ class PackageOptions:
         mtp: export the multi-token-prediction head where the checkpoint has one.
         fold_shared_expert: store the shared expert behind the routed ones, for the operator that runs them all.
         vision: export the vision tower where the checkpoint has one.
+        taps: have the decoder give what happens in each layer, see ``states.TAPS``.
     """
 
     policy: Policy | None = None
@@ -86,6 +87,7 @@ class PackageOptions:
     mtp: bool = True
     fold_shared_expert: bool = False
     vision: bool = True
+    taps: bool = False
 
     def __post_init__(self) -> None:
         operator_set(self.ops)
@@ -107,6 +109,7 @@ class PackageOptions:
             "mtp": self.mtp,
             "fold_shared_expert": self.fold_shared_expert,
             "vision": self.vision,
+            "taps": self.taps,
         }
 
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -24,11 +25,13 @@ class PackageOutput:
         logits: float32 [B, S, V].
         hidden: float32 [B, S, D], what a prediction head drafts from; ``None`` in a package without one.
         cache: to go on from.
+        taps: of a package with taps what happened in each layer, by the names of its outputs, see ``states.TAPS``.
     """
 
     logits: Floats
     hidden: Floats | None
     cache: PackageCache
+    taps: Mapping[str, Floats] = field(default_factory=dict)
 
 
 class Package:
@@ -123,7 +126,8 @@ class Package:
         found, after = self._decoder.run(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, beside=beside
         )
-        return PackageOutput(logits=found[LOGITS], hidden=found.get(HIDDEN_STATES), cache=after)
+        logits, hidden = found.pop(LOGITS), found.pop(HIDDEN_STATES, None)
+        return PackageOutput(logits=logits, hidden=hidden, cache=after, taps=found)
 
     def embed(self, input_ids: Integers, *, images: Pictures | None = None, videos: Pictures | None = None) -> Floats:
         """Embeddings [B, S, D] of prompts with all their pictures, which may then be run in pieces.

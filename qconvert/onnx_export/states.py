@@ -29,6 +29,12 @@ HIDDEN_OUT = "hidden_states_out"
 PAST = "past"
 """What the names of states that are given begin with."""
 
+ROUTER = "router"
+
+TAPS = ("mixer", "moe", ROUTER, "hidden")
+"""What a decoder with taps gives of each layer besides: what attention or linear attention, and the experts, add to the
+hidden states [B, S, D], the router's logits [B, S, E], and the hidden states after the layer [B, S, D]."""
+
 GROWS = "tokens"
 """Stands for the dimension of a state that counts tokens."""
 
@@ -67,6 +73,11 @@ def attention_states(config: TextConfig, layer: int) -> tuple[State, State]:
     """Keys and values [B, M, tokens, K]."""
     dims: tuple[int | str, ...] = (config.num_key_value_heads, GROWS, config.head_dim)
     return _state(f"past_key_values.{layer}.key", dims), _state(f"past_key_values.{layer}.value", dims)
+
+
+def tap_name(layer: int, tap: str) -> str:
+    """The name of the output that one of ``TAPS`` comes out at."""
+    return f"taps.{layer}.{tap}"
 
 
 def present_of(past: str) -> str:

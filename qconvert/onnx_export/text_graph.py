@@ -10,7 +10,17 @@ from qconvert.onnx_export import placing
 from qconvert.onnx_export.blocks import Decoder
 from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.operator_set import OperatorSet
-from qconvert.onnx_export.states import HIDDEN_STATES, INPUT_IDS, INPUTS_EMBEDS, LOGITS, State, layer_states
+from qconvert.onnx_export.states import (
+    HIDDEN_STATES,
+    INPUT_IDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    ROUTER,
+    TAPS,
+    State,
+    layer_states,
+    tap_name,
+)
 from qconvert.onnx_export.weight import Weight, Weights
 from reference_model.config import TextConfig
 from reference_model.rope import axis_of_planes, inverse_frequencies
@@ -59,6 +69,7 @@ def text_graph(
     accuracy_level: int,
     hidden: bool = False,
     embedded: bool = False,
+    taps: bool = False,
 ) -> ir.Model:
     """Tokens to logits, in the operators of one set.
 
@@ -66,8 +77,8 @@ def text_graph(
     [B, A], zero at padding, which may be anywhere; ``position_ids`` int64 [3, B, S]; for every attention layer
     ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K], for every other ``past.{i}.conv`` [B, C, W - 1] and
     ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first. Outputs: ``logits`` [B, S, V], with ``hidden`` also
-    ``hidden_states`` [B, S, D], from which a prediction head drafts, and all states as ``present...``. Source: the
-    contract of onnxruntime-genai 0.18.
+    ``hidden_states`` [B, S, D], from which a prediction head drafts, all states as ``present...``, and with
+    ``taps`` those ``TAPS`` of each layer. Source: the contract of onnxruntime-genai 0.18.
     """
     graph = GraphWriter("decoder", opset=operators.opset)
     integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
@@ -80,6 +91,7 @@ def text_graph(
     decoder = place(graph, operators, config, weights, tokens, mask, positions, accuracy_level=accuracy_level)
     x = tokens if embedded else graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), tokens, axis=0)
     present: list[tuple[ir.Value, State]] = []
+    tapped: list[tuple[str, ir.Value]] = []
     for layer, kind in enumerate(config.layer_types):
         with graph.scope(f"layers.{layer}"):
             states = layer_states(config, layer)
@@ -87,7 +99,9 @@ def text_graph(
             mix = decoder.attention if kind == "full_attention" else decoder.linear_attention
             mixed, *after = mix(decoder.norm(x, Kind.INPUT_NORM, layer), layer, past[0], past[1])
             x = graph.op("Add", x, mixed)
-            x = graph.op("Add", x, decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer))
+            made, router = decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer)
+            x = graph.op("Add", x, made)
+            tapped += [(tap_name(layer, tap), value) for tap, value in zip(TAPS, (mixed, made, router, x), strict=True)]
             present += zip(after, states, strict=True)
     normal = decoder.norm(x, Kind.NORM)
     logits = operators.linear(graph, normal, head_of(config, weights), accuracy_level)
@@ -96,4 +110,7 @@ def text_graph(
     graph.output(logits, LOGITS, real_number, ("batch", "sequence", config.vocab_size))
     for value, state in present:
         graph.output(value, state.present, real_number, state.shape("total"))
+    for name, value in tapped if taps else ():
+        width = config.num_experts if name.endswith(ROUTER) else config.hidden_size
+        graph.output(value, name, real_number, ("batch", "sequence", width))
     return graph.model(__version__)
