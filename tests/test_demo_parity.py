@@ -11,12 +11,14 @@ from qconvert.convert import convert
 from qconvert.core.metric import Verdict
 from qconvert.core.scheme import int4
 from qconvert.parity.report import ParityReport
-from qconvert.parity.run import compare
+from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan.policy import Policy, default_policy, scheme_named
 from tests.tolerances import tolerances
 
 DEMO = Path(__file__).parents[1] / "reference_model" / "demo"
-TOKENS = 8000
+TOKENS = 5000
+"""As many windows of each of the texts: half of what the command takes by default."""
+
 POLICIES: dict[str, Policy] = {
     "int8": default_policy(scheme_named("int8")),
     "fp8": default_policy(scheme_named("fp8")),
@@ -34,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def report(folder: Path, name: str) -> ParityReport:
     convert(DEMO, folder / name, POLICIES[name])
-    return compare(DEMO, folder / name)
+    return compare(DEMO, folder / name, ParityOptions(tokens=5120))
 
 
 @pytest.mark.parametrize("name", POLICIES)

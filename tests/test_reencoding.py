@@ -357,7 +357,7 @@ def test_bytes_depend_neither_on_jobs_nor_on_runs_of_rows(
     pairs = (("fp8-block", "compressed-tensors"), ("awq", "compressed-tensors"), ("int4-asym", "awq"))
     for name, method in pairs:
         move_codes(sources / name, tmp_path / name / "one", to(method), jobs=1)
-    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 2048)
     for name, method in pairs:
         move_codes(sources / name, tmp_path / name / "blocks", to(method), jobs=4)
         assert digest(tmp_path / name / "one") == digest(tmp_path / name / "blocks")
