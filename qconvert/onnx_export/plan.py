@@ -22,6 +22,7 @@ from qconvert.onnx_export.operators import DEFAULT, Version, version_named
 from qconvert.onnx_export.pictures import check_picture_tokens, unused_processors
 from qconvert.onnx_export.sources import SourceMatrix, matrices_of
 from qconvert.onnx_export.weight import Weight
+from qconvert.plan.decided import refuse_by_nature
 from qconvert.plan.folding import folded_config
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy
@@ -275,6 +276,8 @@ def _action(
         PlanError: they differ, or are quantized as no operator reads them.
     """
     if not is_linear_weight(role):
+        if options.policy is not None:
+            refuse_by_nature(options.policy.decide(role), role, name)
         formula = Formula.SAME
         if role.kind in OFFSET_NORMS:
             formula = Formula.ONE_PLUS

@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 
 from qconvert.arch.names import Naming, module_of, name_of
-from qconvert.arch.shapes import STACKED, kept_by_nature
+from qconvert.arch.shapes import STACKED
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError, PlanError
 from qconvert.core.plan import Dequantize, Folding, Packed, Plan, Quantize, Reading, Slice, Step
@@ -18,7 +18,7 @@ from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.engine_rules import ModuleDecision
 from qconvert.formats.table import format_for
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.plan.decided import Decided, StoredAs, assemble, keep, kept_module, noted
+from qconvert.plan.decided import Decided, StoredAs, assemble, keep, kept_module, noted, refuse_by_nature
 from qconvert.plan.folding import fold_shared_experts, folded_config, folding_hash
 from qconvert.plan.halves import decide
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
@@ -143,12 +143,7 @@ def _decide(matrix: _Matrix, naming: Naming) -> Decided:
         if matrix.packed is not None:
             return _dequantize(matrix, name, matrix.packed)
         return keep(matrix.info, matrix.role, matrix.part, matrix.shape, name=name, reason=rule.reason)
-    natural = kept_by_nature(matrix.role)
-    if natural is not None:
-        raise PlanError(
-            f"the policy's rule {rule.match!r} rounds {name} to {rule.scheme}, but that is {natural}: "
-            "put a rule with 'keep = true' for it before"
-        )
+    refuse_by_nature(rule, matrix.role, name)
     return _quantize(matrix, module_of(name), rule.scheme)
 
 

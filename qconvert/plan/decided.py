@@ -9,6 +9,7 @@ from typing import Any
 from qconvert.arch.names import module_of
 from qconvert.arch.shapes import kept_by_nature
 from qconvert.core.dtypes import DType
+from qconvert.core.errors import PlanError
 from qconvert.core.plan import Keep, Plan, Slice, Step
 from qconvert.core.role import Kind, TensorRole
 from qconvert.core.tensor_info import TensorInfo
@@ -16,6 +17,7 @@ from qconvert.formats.engine_rules import ModuleDecision
 from qconvert.formats.quantization_config import quantization_config
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.layout import OutputTensor, lay_out
+from qconvert.plan.policy import Rule
 from qconvert.plan.row_blocks import peak_bytes
 from qconvert.plan.shared_scales import share_second_scales
 from qconvert.plan.source import PlannedSource
@@ -66,6 +68,20 @@ def kept_module(role: TensorRole, shape: tuple[int, ...], name: str) -> ModuleDe
         return None
     rows, cols = shape[-2:]
     return ModuleDecision(name=module_of(name), shape=(rows, cols), stacked=shape[0] if len(shape) == 3 else 0)
+
+
+def refuse_by_nature(rule: Rule, role: TensorRole, name: str) -> None:
+    """Refuse a rule that rounds what can only be kept.
+
+    Raises:
+        PlanError: names the rule and the tensor.
+    """
+    natural = kept_by_nature(role)
+    if natural is not None and rule.scheme is not None:
+        raise PlanError(
+            f"the policy's rule {rule.match!r} rounds {name} to {rule.scheme}, but that is {natural}: "
+            "put a rule with 'keep = true' for it before"
+        )
 
 
 def assemble(

@@ -168,3 +168,11 @@ def test_a_run_has_numba_before_its_threads_do(tmp_path: Path) -> None:
         "convert(Path(sys.argv[1]), Path(sys.argv[2]), default_policy(INT8, search=False, rules=()))\n"
     )
     subprocess.run([sys.executable, "-c", script, tmp_path / "source", tmp_path / "out"], check=True)
+
+
+def test_a_rule_that_rounds_a_table_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "source")
+    rules = (Rule(match="text.embedding", scheme=INT8, reason="test"),)
+    options = PackageOptions(policy=default_policy(int4(32), search=False, rules=rules))
+    with pytest.raises(PlanError, match=r"rule 'text.embedding' rounds model.embed_tokens.weight.*looked up"):
+        export_onnx(tmp_path / "source", tmp_path / "package", options)
