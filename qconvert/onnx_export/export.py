@@ -118,6 +118,7 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
             hidden=bool(layers),
             embedded=tower is not None,
             taps=options.taps,
+            last_logits=options.last_logits,
         )
     }
     if layers:

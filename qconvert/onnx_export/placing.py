@@ -85,6 +85,13 @@ def rotation(
     return cos, sin
 
 
+def last_real(graph: GraphWriter, x: ir.Value, real: ir.Value) -> ir.Value:
+    """X [B, S, D] of the last real token of each row, the first where none is: [B, 1, D]; ``real`` [B, S, 1]."""
+    counted = graph.op("CumSum", real, graph.integer(1))
+    index = graph.op("ArgMax", graph.op("Mul", counted, real), axis=1, keepdims=1)
+    return graph.op("GatherND", x, index, batch_dims=1)
+
+
 def spread_real(graph: GraphWriter, real: ir.Value) -> ir.Value:
     """``real`` int64 [B, S] as float32 [B, S, 1]."""
     return graph.op("Cast", graph.op("Unsqueeze", real, graph.integers(2)), to=ir.DataType.FLOAT.value)

@@ -77,6 +77,7 @@ class PackageOptions:
         fold_shared_expert: store the shared expert behind the routed ones, for the operator that runs them all.
         vision: export the vision tower where the checkpoint has one.
         taps: have the decoder give what happens in each layer, see ``states.TAPS``.
+        last_logits: score the last token of a prompt alone, which is what generation asks for.
     """
 
     policy: Policy | None = None
@@ -89,6 +90,7 @@ class PackageOptions:
     fold_shared_expert: bool = False
     vision: bool = True
     taps: bool = False
+    last_logits: bool = False
 
     def __post_init__(self) -> None:
         operator_set(self.ops)
@@ -111,6 +113,7 @@ class PackageOptions:
             "fold_shared_expert": self.fold_shared_expert,
             "vision": self.vision,
             "taps": self.taps,
+            "last_logits": self.last_logits,
         }
 
     @classmethod

@@ -22,7 +22,7 @@ class PackageOutput:
     """What a call gives. At padding there are numbers without meaning.
 
     Attributes:
-        logits: float32 [B, S, V].
+        logits: float32 [B, S, V], or [B, 1, V] of each row's last real token in a package that has those alone.
         hidden: float32 [B, S, D], what a prediction head drafts from; ``None`` in a package without one.
         cache: to go on from.
         taps: of a package with taps what happened in each layer, by the names of its outputs, see ``states.TAPS``.

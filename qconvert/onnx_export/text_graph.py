@@ -70,13 +70,15 @@ def text_graph(
     hidden: bool = False,
     embedded: bool = False,
     taps: bool = False,
+    last_logits: bool = False,
 ) -> ir.Model:
     """Tokens to logits, in the operators of one set.
 
     Inputs: ``input_ids`` int64 [B, S], or with ``embedded`` ``inputs_embeds`` [B, S, D]; ``attention_mask`` int64
     [B, A], zero at padding, which may be anywhere; ``position_ids`` int64 [3, B, S]; for every attention layer
     ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K], for every other ``past.{i}.conv`` [B, C, W - 1] and
-    ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first. Outputs: ``logits`` [B, S, V], with ``hidden`` also
+    ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first. Outputs: ``logits`` [B, S, V], or with
+    ``last_logits`` [B, 1, V] of each row's last real token, with ``hidden`` also
     ``hidden_states`` [B, S, D], from which a prediction head drafts, all states as ``present...``, and with
     ``taps`` those ``TAPS`` of each layer. Source: the contract of onnxruntime-genai 0.18.
     """
@@ -104,10 +106,11 @@ def text_graph(
             tapped += [(tap_name(layer, tap), value) for tap, value in zip(TAPS, (mixed, made, router, x), strict=True)]
             present += zip(after, states, strict=True)
     normal = decoder.norm(x, Kind.NORM)
-    logits = operators.linear(graph, normal, head_of(config, weights), accuracy_level)
+    scored = placing.last_real(graph, normal, decoder.real) if last_logits else normal
+    logits = operators.linear(graph, scored, head_of(config, weights), accuracy_level)
     if hidden:
         graph.output(normal, HIDDEN_STATES, real_number, ("batch", "sequence", config.hidden_size))
-    graph.output(logits, LOGITS, real_number, ("batch", "sequence", config.vocab_size))
+    graph.output(logits, LOGITS, real_number, ("batch", 1 if last_logits else "sequence", config.vocab_size))
     for value, state in present:
         graph.output(value, state.present, real_number, state.shape("total"))
     for name, value in tapped if taps else ():
