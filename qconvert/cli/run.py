@@ -17,12 +17,17 @@ def run(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="Of ONNX Runtime; 0 is one for each processor.")] = 0,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Let the prediction head guess ahead: the same text, in fewer calls.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Generate text with an ONNX package, greedily, and say how fast it was.
 
-    Example:
+    Examples:
       qconvert run ./package "The river runs" --max-tokens 32
+
+      qconvert run ./package "The river runs" --draft
     """
 
     def call() -> int:
@@ -39,6 +44,7 @@ def run(
                 model,
                 tokenizer.encode(prompt).ids,
                 max_tokens=max_tokens,
+                draft=draft,
                 progress=lambda now: advance("generating", now, max_tokens),
             )
         told = {
@@ -48,6 +54,8 @@ def run(
             "prefill_tokens_per_second": round(result.prefill_rate, 2),
             "decode_tokens_per_second": None if result.decode_rate is None else round(result.decode_rate, 2),
         }
+        if draft:
+            told |= {"drafted": result.drafted, "accepted": result.accepted}
         text = tokenizer.decode(result.tokens)
         if json:
             console.show_json({"text": text, "tokens": result.tokens, **told})
@@ -56,7 +64,8 @@ def run(
         decode = "" if result.decode_rate is None else f", decode {result.decode_rate:.1f} tokens/s"
         console.say(
             f"{result.prompt_tokens} tokens in: {result.prefill_rate:.1f} tokens/s; {len(result.tokens)} out{decode}; "
-            f"loaded in {loaded - start:.1f} s",
+            f"loaded in {loaded - start:.1f} s"
+            + (f"; {result.accepted} of {result.drafted} guesses right" if draft else ""),
             style="dim",
         )
         return 0

@@ -12,7 +12,10 @@ import torch
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.core.errors import UsageError
 from qconvert.io.source_folder import MTP_FILE
+from qconvert.onnx_export.generate import generate
+from qconvert.onnx_export.runtime import Package
 from reference_model.draft import draft_tokens
+from reference_model.generate import generate as generate_reference
 from tests.checkpoints import Layout, make_tiny
 from tests.onnx_export.packages import EXACT, error, exported, prompt, reference
 from tests.tolerances import tolerances
@@ -79,3 +82,38 @@ def test_a_package_without_a_head_says_so(tmp_path: Path) -> None:
     assert not package.drafts
     with pytest.raises(UsageError, match="no mtp"):
         package.draft(np.zeros((1, 1, 96), np.float32), np.zeros((1, 1), np.int64))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """The trained demo: its prediction head is right now and then."""
+    return exported(CHECKPOINT, tmp_path_factory.mktemp("demo") / "package", replace(EXACT, vision=False))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_is_the_same_with_guesses_and_some_are_right(demo: Package, seed: int) -> None:
+    start = np.random.default_rng(seed).integers(0, 2000, 3 + 5 * seed).tolist()
+    plain, drafted = (generate(demo, start, max_tokens=48, draft=draft) for draft in (False, True))
+    assert drafted.tokens == plain.tokens
+    assert 0 < drafted.accepted < drafted.drafted
+
+
+@torch.no_grad()
+def test_guesses_are_those_of_the_reference(demo: Package) -> None:
+    start = list(range(40, 60))
+    found = generate(demo, start, max_tokens=40, draft=True)
+    model = reference(CHECKPOINT)
+    expected = generate_reference(model, torch.tensor([start]), max_new_tokens=40, draft=1)
+    assert found.tokens == expected.tokens[0, len(start) :].tolist()
+    # the reference draws no guess before the last token either
+    assert (found.accepted, found.drafted) == (expected.accepted, expected.drafted)
+
+
+def test_what_cannot_draft_says_so(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "source", layers=2, vision=False)
+    blind = exported(tmp_path / "source", tmp_path / "without", replace(EXACT, mtp=False))
+    with pytest.raises(UsageError, match="no prediction head"):
+        generate(blind, [3, 4], max_tokens=5, draft=True)
+    last = exported(tmp_path / "source", tmp_path / "last", replace(EXACT, last_logits=True))
+    with pytest.raises(UsageError, match="scores the last token"):
+        generate(last, [3, 4], max_tokens=5, draft=True)
