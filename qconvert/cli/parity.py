@@ -119,7 +119,7 @@ def show(result: ParityReport) -> None:
         console.say(note)
     for metric in result.metrics:
         if metric.verdict is not Verdict.PASS:
-            console.say(f"{metric.verdict.value} {metric.name} of {metric.where}: {_value(metric)}", style="red")
+            console.say(f"{metric.verdict.value} {metric.name} of {metric.place}: {_value(metric)}", style="red")
     colour = "green" if result.verdict is Verdict.PASS else "red"
     console.say(f"verdict: {result.verdict.value}", style=f"bold {colour}")
 

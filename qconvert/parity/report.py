@@ -13,9 +13,10 @@ from typing import Any
 from qconvert.core.errors import OutputError
 from qconvert.core.metric import Metric, Verdict
 from qconvert.parity.causes import Cause, Severity
+from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.tensors import RoleSummary, TensorComparison
 
-SCHEMA = "qconvert-parity/1"
+SCHEMA = "qconvert-parity/2"
 JSON_NAME = "parity.json"
 MARKDOWN_NAME = "parity.md"
 WORST = 20
@@ -38,6 +39,8 @@ class ParityReport:
         text: what the models were run on; empty when they were not.
         tokens: positions that were scored.
         notes: what a reader must know to read the numbers.
+        curves: pictures of the model metrics.
+        experts: how often each was used, and what rounding cost it.
     """
 
     original: str
@@ -52,6 +55,8 @@ class ParityReport:
     text: str
     tokens: int
     notes: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    experts: tuple[ExpertUse, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -61,16 +66,16 @@ class ParityReport:
             return Verdict.FAIL
         return Verdict.AMBIGUOUS if Verdict.AMBIGUOUS in verdicts else Verdict.PASS
 
-    def metric(self, name: str, where: str) -> Metric:
-        """One number, for example ``kl_mean`` of ``as served``.
+    def metric(self, name: str, where: str, layer: int | None = None) -> Metric:
+        """One number, for example ``kl_mean`` of ``as served``, or ``router_overlap`` of layer 3.
 
         Raises:
             KeyError: there is none.
         """
         for metric in self.metrics:
-            if (metric.name, metric.where) == (name, where):
+            if (metric.name, metric.where, metric.layer) == (name, where, layer):
                 return metric
-        raise KeyError(f"{name} of {where}")
+        raise KeyError(f"{name} of {where}" + ("" if layer is None else f", layer {layer}"))
 
     def to_json(self) -> dict[str, Any]:
         """The record with stable keys; numbers that JSON lacks are ``null`` (NaN) or strings (``inf``)."""
@@ -88,10 +93,12 @@ class ParityReport:
             "roles": [_role(one) for one in self.roles],
             "identical_tensors": self.identical,
             "tensors": [_tensor(one) for one in self.tensors],
+            "curves": [_curve(one) for one in self.curves],
+            "experts": [_expert(one) for one in self.experts],
         }
 
     def to_markdown(self) -> str:
-        """Causes first, then the summary, the worst tensors, roles and router overlap."""
+        """Causes first, then the summary, the worst tensors, roles and layers."""
         parts = [
             f"# Parity: {self.verdict.value}",
             f"`{self.converted}` against `{self.original}`: {_size(self.bytes_converted)} of "
@@ -101,7 +108,7 @@ class ParityReport:
             *(f"- {note}" for note in self.notes),
             self._worst(),
             self._roles(),
-            self._routers(),
+            self._layers(),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -128,12 +135,12 @@ class ParityReport:
         return "## Causes\n\n" + "\n".join(lines)
 
     def _summary(self) -> str:
-        wheres = list(dict.fromkeys(one.where for one in self.metrics if one.name != "router_overlap"))
+        whole = [one for one in self.metrics if one.layer is None]
         rows = [
             (one.name, one.where, _interval(one), _limit(one), one.verdict.value)
-            for where in wheres
-            for one in self.metrics
-            if one.where == where and one.name != "router_overlap"
+            for where in dict.fromkeys(one.where for one in whole)
+            for one in whole
+            if one.where == where
         ]
         head = f"## Summary\n\n{self.tokens} tokens, {self.text}.\n\n" if self.tokens else "## Summary\n\n"
         return head + _table(("metric", "where", "value", "limit", "verdict"), rows)
@@ -159,15 +166,22 @@ class ParityReport:
         table = _table(("role", "scheme", "tensors", "identical", "SQNR dB", "worst dB", "cosine", "max error"), rows)
         return "## Roles\n\n" + (table + "\n\n" if rows else "") + (f"Bit for bit the same: {same}." if same else "")
 
-    def _routers(self) -> str:
-        found = [one for one in self.metrics if one.name == "router_overlap"]
-        modes = list(dict.fromkeys(one.where.rpartition(" layer ")[0] for one in found))
-        layers = list(dict.fromkeys(one.where.rpartition(" layer ")[2] for one in found))
-        values = {one.where: _number(one.value) for one in found}
-        if not found:
-            return ""
-        rows = [(layer, *(values[f"{mode} layer {layer}"] for mode in modes)) for layer in layers]
-        return "## Router overlap\n\n" + _table(("layer", *modes), rows)
+    def _layers(self) -> str:
+        """One table for each number that every layer has, the modes side by side."""
+        found = {(one.name, one.where, one.layer): one for one in self.metrics if one.layer is not None}
+        parts = []
+        for name in dict.fromkeys(name for name, _, _ in found):
+            modes = list(dict.fromkeys(where for other, where, _ in found if other == name))
+            layers = sorted({layer for other, _, layer in found if other == name and layer is not None})
+            rows = [
+                (
+                    str(layer),
+                    *(_interval(found[key]) if (key := (name, mode, layer)) in found else "" for mode in modes),
+                )
+                for layer in layers
+            ]
+            parts.append(f"### {name}\n\n" + _table(("layer", *modes), rows))
+        return "\n\n".join(("## Layers", *parts)) if parts else ""
 
 
 def _cause(one: Cause) -> dict[str, Any]:
@@ -184,6 +198,7 @@ def _metric(one: Metric) -> dict[str, Any]:
     return {
         "name": one.name,
         "where": one.where,
+        "layer": one.layer,
         "value": _json(one.value),
         "low": _json(one.low),
         "high": _json(one.high),
@@ -222,6 +237,20 @@ def _tensor(one: TensorComparison) -> dict[str, Any]:
         "max_error": _json(one.sums.max_error),
         "halves": {half.role.part.value: {"sqnr_db": _json(half.sums.sqnr_db)} for half in one.halves},
     }
+
+
+def _curve(one: Curve) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "where": one.where,
+        "x_label": one.x_label,
+        "y_label": one.y_label,
+        "points": [[_json(x), _json(y)] for x, y in one.points],
+    }
+
+
+def _expert(one: ExpertUse) -> dict[str, Any]:
+    return {"layer": one.layer, "expert": one.expert, "tokens": one.tokens, "sqnr_db": _json(one.sqnr_db)}
 
 
 def _json(value: float) -> float | str | None:

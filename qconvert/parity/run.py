@@ -158,9 +158,10 @@ def _model_metrics(model: ModelComparison, limits: Limits, seed: int) -> Iterato
     for layer, overlap in enumerate(model.router_overlap):
         yield exact(
             "router_overlap",
-            f"{model.mode} layer {layer}",
+            model.mode,
             overlap,
             "fraction",
             limit=limits.router_overlap,
             better="high",
+            layer=layer,
         )

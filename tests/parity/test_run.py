@@ -47,11 +47,12 @@ def test_a_right_conversion_passes(report: ParityReport) -> None:
 def test_json_is_strict_and_complete(report: ParityReport, tmp_path: Path) -> None:
     path, markdown = report.write(tmp_path / "deep" / "report")
     parsed = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word))
-    assert parsed["schema"] == "qconvert-parity/1"
+    assert parsed["schema"] == "qconvert-parity/2"
     assert parsed["verdict"] == "pass"
     assert parsed == report.to_json()
     assert len(parsed["metrics"]) == len(report.metrics)
-    assert {"name", "where", "value", "low", "high", "unit", "limit", "better", "verdict"} == set(parsed["metrics"][0])
+    keys = {"name", "where", "layer", "value", "low", "high", "unit", "limit", "better", "verdict"}
+    assert keys == set(parsed["metrics"][0])
     assert markdown.read_text(encoding="utf-8") == report.to_markdown()
     assert sorted(p.name for p in path.parent.iterdir()) == ["parity.json", "parity.md"]
 
