@@ -12,12 +12,17 @@ from qconvert.cli.options import Json
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, Verdict
 from qconvert.io.hub import resolve
-from qconvert.parity.limits import Limits
+from qconvert.parity.limits import SHIPPED, Limit, bounds, overridden, read_limits
+from qconvert.parity.outputs.document import as_document
+from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run import ParityOptions, compare
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.AMBIGUOUS: 7}
 """By verdict; 7 says that a limit lies inside the interval of its number: more tokens decide."""
+
+DEFAULT_LIMITS = "default"
+"""What ``--limits`` calls those that come along."""
 
 _SHOWN_CAUSES = 5
 _HEADLINES = (
@@ -41,10 +46,18 @@ def parity(
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to run at most [default: 10240].")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that see each other.")] = 512,
     seed: Annotated[int, typer.Option(help="Of random tokens and of bootstrap intervals.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.md.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for parity.json, parity.md, report.html, junit.xml and model-card.md.")
+    ] = None,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Compare weights and do not run the models.")
     ] = False,
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|default", help="Limits as TOML, or those by scheme that come along; other options override."
+        ),
+    ] = None,
     max_kl_mean: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
     max_kl_median: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
     max_kl_p99: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
@@ -66,29 +79,35 @@ def parity(
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --report ./report
 
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --max-kl-mean 0.02 --min-top1 0.95 --json
+
+      qconvert parity ./Qwen3.5-35B-A3B ./int4 --limits parity.toml
+
+      qconvert parity diff old/parity.json new/parity.json
     """
 
     def call() -> int:
         if weights_only and (text is not None or tokens is not None):
             raise UsageError("--weights-only runs no model: drop --text and --tokens")
-        limits = Limits(
+        asked = bounds(
+            "given on the command line",
             kl_mean=max_kl_mean,
             kl_median=max_kl_median,
             kl_p99=max_kl_p99,
-            top1=min_top1,
+            top1_agreement=min_top1,
             perplexity_ratio=max_perplexity_ratio,
             sqnr_min=min_sqnr,
             router_overlap=min_router_overlap,
         )
         options = ParityOptions(
-            text=text, tokens=tokens or ParityOptions().tokens, window=window, seed=seed, limits=limits,
+            text=text, tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
+            limits=overridden(limits_named(limits), asked),
             run_model=not weights_only,
         )  # fmt: skip
         with console.progress(in_bytes=False, quiet=json) as advance:
             result = compare(resolve(original), resolve(converted), options, advance)
-        written = result.write(report) if report is not None else ()
+        written = write_report(result, report) if report is not None else ()
         if json:
-            console.show_json(result.to_json())
+            console.show_json(as_document(result))
         else:
             show(result)
             for path in written:
@@ -98,8 +117,19 @@ def parity(
     raise typer.Exit(console.guarded(call))
 
 
+def limits_named(name: str | None) -> tuple[Limit, ...]:
+    """The limits that ``--limits`` asks for; without it none, for a file that nobody named changes no verdict.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else than limits.
+    """
+    if name is None:
+        return ()
+    return read_limits(SHIPPED if name == DEFAULT_LIMITS else Path(name))
+
+
 def show(result: ParityReport) -> None:
-    """Causes first, then the numbers that people ask for, then the verdict."""
+    """Causes first, then the numbers that people ask for, then the verdict and why."""
     for one in result.causes[:_SHOWN_CAUSES]:
         console.say(f"{one.severity.value} {one.kind.value}: {one}", style="red")
     if len(result.causes) > _SHOWN_CAUSES:
@@ -122,6 +152,7 @@ def show(result: ParityReport) -> None:
             console.say(f"{metric.verdict.value} {metric.name} of {metric.place}: {_value(metric)}", style="red")
     colour = "green" if result.verdict is Verdict.PASS else "red"
     console.say(f"verdict: {result.verdict.value}", style=f"bold {colour}")
+    console.say(result.because)
 
 
 def _show_model(result: ParityReport) -> None:

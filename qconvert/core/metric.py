@@ -27,6 +27,7 @@ class Metric:
         limit: the bound, or ``None`` for a number that is only reported.
         unit: ``nats``, ``dB``, ``fraction``, ``count`` or empty.
         better: whether small or large values are good: a limit is a maximum or a minimum.
+        reason: why the limit is this number; empty without one.
         layer: the decoder layer that the number is of; ``None`` for one of a tensor or of the whole model.
     """
 
@@ -39,6 +40,7 @@ class Metric:
     limit: float | None = None
     better: Literal["low", "high"] = "low"
     layer: int | None = None
+    reason: str = ""
 
     @property
     def place(self) -> str:
@@ -66,11 +68,8 @@ def exact(
     value: float,
     unit: str = "",
     *,
-    limit: float | None = None,
     better: Literal["low", "high"] = "low",
     layer: int | None = None,
 ) -> Metric:
     """A metric without uncertainty."""
-    return Metric(
-        name=name, where=where, value=value, low=value, high=value, unit=unit, limit=limit, better=better, layer=layer
-    )
+    return Metric(name=name, where=where, value=value, low=value, high=value, unit=unit, better=better, layer=layer)

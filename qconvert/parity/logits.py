@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconvert.core.metric import Metric
-from qconvert.parity.limits import Limits
 
 BLOCK_TOKENS = 64
 """Consecutive tokens resampled together: their divergences are not independent."""
@@ -106,7 +105,7 @@ def score(original: Tensor, converted: Tensor, targets: Tensor, rows: int = 256)
     return scan.scores()
 
 
-def summarize(scores: TokenScores, where: str, limits: Limits, seed: int = 0) -> tuple[Metric, ...]:
+def summarize(scores: TokenScores, where: str, seed: int = 0) -> tuple[Metric, ...]:
     """KL, top-1 agreement and perplexities, each with its 95% bootstrap interval.
 
     Percentile bootstrap over blocks of ``BLOCK_TOKENS`` consecutive tokens (Kunsch 1989), ``RESAMPLES`` draws, the
@@ -114,31 +113,31 @@ def summarize(scores: TokenScores, where: str, limits: Limits, seed: int = 0) ->
     """
     draws = _Draws(len(scores.kl), seed)
 
-    def mean(name: str, values: Floats, unit: str, limit: float | None = None, high: bool = False) -> Metric:
-        return _metric(name, where, float(values.mean()), draws.means(values), unit, limit, high)
+    def mean(name: str, values: Floats, unit: str, high: bool = False) -> Metric:
+        return _metric(name, where, float(values.mean()), draws.means(values), unit, high)
 
-    def percentile(name: str, share: float, limit: float | None = None) -> Metric:
+    def percentile(name: str, share: float) -> Metric:
         value = float(np.percentile(scores.kl, 100 * share, method="inverted_cdf"))
-        return _metric(name, where, value, draws.percentiles(scores.kl, share), "nats", limit, False)
+        return _metric(name, where, value, draws.percentiles(scores.kl, share), "nats", False)
 
-    def perplexity(name: str, nll: Floats, limit: float | None = None) -> Metric:
+    def perplexity(name: str, nll: Floats) -> Metric:
         with np.errstate(over="ignore"):
-            return _metric(name, where, float(np.exp(nll.mean())), np.exp(draws.means(nll)), "", limit, False)
+            return _metric(name, where, float(np.exp(nll.mean())), np.exp(draws.means(nll)), "", False)
 
     worst = float(scores.kl.max())
     return (
-        mean("kl_mean", scores.kl, "nats", limits.kl_mean),
-        percentile("kl_median", 0.5, limits.kl_median),
-        percentile("kl_p99", 0.99, limits.kl_p99),
+        mean("kl_mean", scores.kl, "nats"),
+        percentile("kl_median", 0.5),
+        percentile("kl_p99", 0.99),
         Metric(name="kl_max", where=where, value=worst, low=worst, high=worst, unit="nats"),
-        mean("top1_agreement", scores.agree.astype(np.float64), "fraction", limits.top1, high=True),
+        mean("top1_agreement", scores.agree.astype(np.float64), "fraction", high=True),
         perplexity("perplexity_original", scores.nll_original),
         perplexity("perplexity_converted", scores.nll_converted),
-        perplexity("perplexity_ratio", scores.nll_converted - scores.nll_original, limits.perplexity_ratio),
+        perplexity("perplexity_ratio", scores.nll_converted - scores.nll_original),
     )
 
 
-def _metric(name: str, where: str, value: float, sampled: Floats, unit: str, limit: float | None, high: bool) -> Metric:
+def _metric(name: str, where: str, value: float, sampled: Floats, unit: str, high: bool) -> Metric:
     low, top = (float(q) for q in np.percentile(sampled, (2.5, 97.5)))
     return Metric(
         name=name,
@@ -148,7 +147,6 @@ def _metric(name: str, where: str, value: float, sampled: Floats, unit: str, lim
         low=min(low, value),
         high=max(top, value),
         unit=unit,
-        limit=limit,
         better="high" if high else "low",
     )
 

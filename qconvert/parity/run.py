@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
 from qconvert.numerics.error import ErrorSums
 from qconvert.parity.causes import ranked
-from qconvert.parity.limits import Limits
+from qconvert.parity.limits import Limit, in_force, judged, of_model
 from qconvert.parity.logits import summarize
 from qconvert.parity.model import ModelComparison, compare_models
 from qconvert.parity.report import ParityReport
@@ -33,7 +33,7 @@ class ParityOptions:
             no tokenizer.
         tokens: tokens at most.
         window: tokens that see each other.
-        limits: bounds of the verdict; those of the model are applied to it as served.
+        limits: bounds of the verdict, see ``limits.py``; those of the model are applied to it as served.
         round_to: type through which dequantized matrices pass, as engines store them that way; ``None`` for float32.
         run_model: whether the models are run at all.
     """
@@ -42,7 +42,7 @@ class ParityOptions:
     tokens: int = 10_240
     window: int = 512
     seed: int = 0
-    limits: Limits = field(default_factory=Limits)
+    limits: tuple[Limit, ...] = ()
     round_to: torch.dtype | None = None
     run_model: bool = True
 
@@ -64,7 +64,7 @@ def compare(
         OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
-    useless = options.limits.of_model()
+    useless = of_model(options.limits)
     if useless and not options.run_model:
         raise UsageError(
             f"the limits {', '.join(useless)} are on the models, which are not to be run; run them, or drop the limits"
@@ -83,16 +83,14 @@ def compare(
                 *weights.causes,
             )
         )
-        metrics = [*_weight_metrics(weights, options.limits)]
+        metrics = [*_weight_metrics(weights)]
         notes, text, scored = [], "", 0
         if not metrics:
-            notes.append("Nothing is quantized: there is no SQNR to report" + _unjudged("sqnr_min", options.limits))
+            notes.append("Nothing is quantized: there is no SQNR to report.")
         if not options.run_model:
             notes.append("The models were not run.")
         elif not weights.complete:
             notes.append("The models were not run: the converted one is incomplete, see the causes.")
-            if options.limits.of_model():
-                notes.append(f"Not judged: {', '.join(options.limits.of_model())}.")
         else:
             vocabulary = ours.config.text.vocab_size
             windows = choose_windows(
@@ -105,8 +103,7 @@ def compare(
             )
             plain, served = compare_models(ours, theirs, windows.batches, progress)
             text, scored = windows.description, len(plain.scores.kl)
-            metrics += [*_model_metrics(plain, Limits(), options.seed)]
-            metrics += [*_model_metrics(served, options.limits, options.seed)]
+            metrics += [*_model_metrics(plain, options.seed), *_model_metrics(served, options.seed)]
             folded = theirs.config.text.folded_experts
             if folded:
                 notes.append(
@@ -115,13 +112,18 @@ def compare(
                 )
             if served.scores is plain.scores:
                 notes.append("Engines round no activations for this checkpoint: as served is weights only.")
+        schemes = {str(scheme) for role in theirs.stored if (scheme := theirs.scheme(role)) is not None}
+        numbers, unjudged = judged(metrics, in_force(options.limits, schemes))
+        if unjudged:
+            notes.append(f"Not judged, for there is no such number: {', '.join(map(str, unjudged))}.")
         return ParityReport(
             original=str(original),
             converted=str(converted),
             bytes_original=sum(info.nbytes for info in ours.checkpoint.tensors.values()),
             bytes_converted=sum(info.nbytes for info in theirs.checkpoint.tensors.values()),
             causes=causes,
-            metrics=tuple(metrics),
+            metrics=numbers,
+            unjudged=unjudged,
             tensors=tuple(one for one in weights.tensors if one.outcome is not Outcome.IDENTICAL),
             identical=sum(one.outcome is Outcome.IDENTICAL for one in weights.tensors),
             roles=weights.roles(),
@@ -131,11 +133,7 @@ def compare(
         )
 
 
-def _unjudged(name: str, limits: Limits) -> str:
-    return f", and the limit {name} does not apply." if name in limits.given() else "."
-
-
-def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metric]:
+def _weight_metrics(weights: WeightsComparison) -> Iterator[Metric]:
     rounded = [one for one in weights.tensors if one.outcome is Outcome.QUANTIZED]
     if not rounded:
         return
@@ -143,7 +141,7 @@ def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metr
     signal = sum(one.sums.signal for one in rounded)
     error = sum(one.sums.squared_error for one in rounded)
     pooled = math.inf if error == 0 else 10 * math.log10(signal / error) if signal else -math.inf
-    yield exact("sqnr_min", worst.name, worst.sums.sqnr_db, "dB", limit=limits.sqnr_min, better="high")
+    yield exact("sqnr_min", worst.name, worst.sums.sqnr_db, "dB", better="high")
     yield exact("sqnr", "all quantized tensors", pooled, "dB", better="high")
     yield exact("cosine_min", "quantized tensors", min(one.sums.cosine for one in rounded), better="high")
     halves: dict[str, ErrorSums] = {}
@@ -153,15 +151,14 @@ def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metr
         yield exact("sqnr", path, sums.sqnr_db, "dB", better="high")
 
 
-def _model_metrics(model: ModelComparison, limits: Limits, seed: int) -> Iterator[Metric]:
-    yield from summarize(model.scores, model.mode, limits, seed)
+def _model_metrics(model: ModelComparison, seed: int) -> Iterator[Metric]:
+    yield from summarize(model.scores, model.mode, seed)
     for layer, overlap in enumerate(model.router_overlap):
         yield exact(
             "router_overlap",
             model.mode,
             overlap,
             "fraction",
-            limit=limits.router_overlap,
             better="high",
             layer=layer,
         )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconvert.parity.limits import Limits
+from qconvert.parity.limits import bounds, judged
 from qconvert.parity.logits import TokenScores, VocabularyScan, score, summarize
 from tests.tolerances import tolerances
 
@@ -75,7 +75,7 @@ def test_a_nan_fails_every_limit_that_it_touches() -> None:
     found = score(logits, broken, torch.arange(4))
     assert np.isnan(found.kl).tolist() == [False, False, True, False]
     assert not found.agree[2]
-    metrics = {m.name: m for m in summarize(found, "model", Limits(kl_mean=10.0, perplexity_ratio=1e9))}
+    metrics = {m.name: m for m in judged(summarize(found, "as served"), bounds(kl_mean=10.0, perplexity_ratio=1e9))[0]}
     assert metrics["kl_mean"].verdict.value == "fail"
     assert metrics["perplexity_ratio"].verdict.value == "fail"
 
@@ -89,7 +89,7 @@ def scores_of(kl: np.ndarray) -> TokenScores:
 
 def test_summary_equals_numpy() -> None:
     scores = scores_of(np.random.default_rng(0).exponential(0.01, 5000))
-    found = {m.name: m for m in summarize(scores, "weights only", Limits())}
+    found = {m.name: m for m in summarize(scores, "weights only")}
     assert found["kl_mean"].value == pytest.approx(scores.kl.mean())
     assert found["kl_median"].value == np.sort(scores.kl)[2499]
     assert found["kl_p99"].value == np.sort(scores.kl)[4949]
@@ -102,7 +102,7 @@ def test_summary_equals_numpy() -> None:
 
 def test_the_interval_of_independent_tokens_is_the_normal_one() -> None:
     scores = scores_of(np.random.default_rng(0).exponential(1.0, 20000))
-    mean = {m.name: m for m in summarize(scores, "model", Limits())}["kl_mean"]
+    mean = {m.name: m for m in summarize(scores, "model")}["kl_mean"]
     half = 1.96 * scores.kl.std() / len(scores.kl) ** 0.5
     assert mean.value - mean.low == pytest.approx(half, rel=LIMITS["bootstrap"])
     assert mean.high - mean.value == pytest.approx(half, rel=LIMITS["bootstrap"])
@@ -113,7 +113,7 @@ def test_tokens_that_go_together_widen_the_interval() -> None:
     apart = rng.exponential(1.0, 6400)
     together = np.repeat(rng.exponential(1.0, 100), 64)
     width = [
-        (lambda m: m.high - m.low)({m.name: m for m in summarize(scores_of(kl), "model", Limits())}["kl_mean"])
+        (lambda m: m.high - m.low)({m.name: m for m in summarize(scores_of(kl), "model")}["kl_mean"])
         for kl in (apart, together)
     ]
     assert width[1] > 5 * width[0]
@@ -121,15 +121,15 @@ def test_tokens_that_go_together_widen_the_interval() -> None:
 
 def test_the_same_seed_gives_the_same_interval() -> None:
     scores = scores_of(np.random.default_rng(0).exponential(0.01, 700))
-    assert summarize(scores, "model", Limits(), seed=4) == summarize(scores, "model", Limits(), seed=4)
-    assert summarize(scores, "model", Limits(), seed=4) != summarize(scores, "model", Limits(), seed=5)
+    assert summarize(scores, "model", seed=4) == summarize(scores, "model", seed=4)
+    assert summarize(scores, "model", seed=4) != summarize(scores, "model", seed=5)
 
 
 def test_a_limit_inside_the_interval_is_ambiguous() -> None:
     scores = scores_of(np.random.default_rng(0).exponential(0.01, 700))
     limit = float(scores.kl.mean())
     verdicts = [
-        {m.name: m for m in summarize(scores, "model", Limits(kl_mean=x))}["kl_mean"].verdict.value
+        {m.name: m for m in judged(summarize(scores, "as served"), bounds(kl_mean=x))[0]}["kl_mean"].verdict.value
         for x in (limit / 2, limit, limit * 2)
     ]
     assert verdicts == ["fail", "ambiguous", "pass"]
@@ -137,5 +137,5 @@ def test_a_limit_inside_the_interval_is_ambiguous() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 63, 65])
 def test_short_texts_are_summarised(tokens: int) -> None:
-    for m in summarize(scores_of(np.random.default_rng(0).exponential(0.01, tokens)), "model", Limits()):
+    for m in summarize(scores_of(np.random.default_rng(0).exponential(0.01, tokens)), "model"):
         assert m.low <= m.value <= m.high
