@@ -109,6 +109,8 @@ def axis(label: str, values: Iterable[float]) -> Axis:
     if low == high:
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
     step = _round_step((high - low) / 5)
+    if all(value.is_integer() for value in values):  # between two layers there is none
+        step = max(step, 1.0)
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     places = [low + i * step for i in range(round((high - low) / step) + 1)]
     ticks = tuple((place, number(round(place, 12))) for place in places)

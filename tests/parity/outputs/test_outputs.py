@@ -252,6 +252,10 @@ def test_an_axis_spans_its_values(values: list[float]) -> None:
     assert found.log == (bool(values) and min(values) >= 0 and 1e-6 in values)
 
 
+def test_there_is_no_tick_between_two_layers() -> None:
+    assert [text for _, text in axis("layer", [0.0, 1.0, 2.0]).ticks] == ["0", "1", "2"]
+
+
 def test_a_chart_leaves_out_what_has_no_place_and_says_what_it_shows() -> None:
     found = chart("t", "layer", "error", [("a", [(0.0, 1.0), (1.0, math.nan), (2.0, 3.0), (3.0, math.inf)])])
     assert found.lines[0].points == ((0.0, 1.0), (2.0, 3.0))
