@@ -22,8 +22,9 @@ from qconvert.cli.verify import verify
 
 EXIT_CODES = """Exit codes: 0 done; 1 a parity limit is exceeded, a fault was found or a report became worse;
 2 wrong options; 3 the source is damaged or not supported; 4 the conversion is impossible as asked;
-5 the output cannot be written; 6 weights are NaN or infinite; 7 a parity limit lies inside its number's confidence interval;
-70 a fault of qconvert itself; 130 interrupted; 141 nobody reads what is printed any more."""
+5 the output cannot be written; 6 weights are NaN or infinite;
+7 a parity limit lies inside its number's confidence interval; 70 a fault of qconvert itself; 130 interrupted;
+141 nobody reads what is printed any more."""
 
 
 class Commands(TyperGroup):

@@ -20,7 +20,7 @@ from qconvert.core.errors import OutputError
 from qconvert.core.metric import Metric
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.manifest import MANIFEST_FILE
-from qconvert.parity.limits import SHIPPED, read_limits
+from qconvert.parity.limits import DEFAULT, named_limits
 from qconvert.parity.outputs.document import as_document
 from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
@@ -52,7 +52,7 @@ def demo(
         done = convert(CHECKPOINT, target, policy, jobs=min(os.cpu_count() or 1, 8))
         seconds = time.perf_counter() - start
         with console.progress(in_bytes=False, quiet=json) as advance:
-            report = compare(CHECKPOINT, target, ParityOptions(limits=read_limits(SHIPPED)), advance)
+            report = compare(CHECKPOINT, target, ParityOptions(limits=named_limits(DEFAULT)), advance)
         paths = write_report(report, report_folder)
         if json:
             console.show_json(as_document(report))

@@ -12,7 +12,7 @@ from qconvert.cli.options import Json
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, Verdict
 from qconvert.io.hub import resolve
-from qconvert.parity.limits import SHIPPED, Limit, bounds, overridden, read_limits
+from qconvert.parity.limits import bounds, named_limits, overridden
 from qconvert.parity.outputs.document import as_document
 from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
@@ -20,9 +20,6 @@ from qconvert.parity.run import ParityOptions, compare
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.AMBIGUOUS: 7}
 """By verdict; 7 says that a limit lies inside the interval of its number: more tokens decide."""
-
-DEFAULT_LIMITS = "default"
-"""What ``--limits`` calls those that come along."""
 
 _SHOWN_CAUSES = 5
 _HEADLINES = (
@@ -100,7 +97,7 @@ def parity(
         )
         options = ParityOptions(
             text=text, tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
-            limits=overridden(limits_named(limits), asked),
+            limits=overridden(named_limits(limits), asked),
             run_model=not weights_only,
         )  # fmt: skip
         with console.progress(in_bytes=False, quiet=json) as advance:
@@ -115,17 +112,6 @@ def parity(
         return EXIT_CODES[result.verdict]
 
     raise typer.Exit(console.guarded(call))
-
-
-def limits_named(name: str | None) -> tuple[Limit, ...]:
-    """The limits that ``--limits`` asks for; without it none, for a file that nobody named changes no verdict.
-
-    Raises:
-        UsageError: the file cannot be read, or holds something else than limits.
-    """
-    if name is None:
-        return ()
-    return read_limits(SHIPPED if name == DEFAULT_LIMITS else Path(name))
 
 
 def show(result: ParityReport) -> None:

@@ -28,7 +28,11 @@ from qconvert.core.metric import Metric
 SHIPPED = Path(__file__).with_name("parity.toml")
 """Limits by scheme that come along."""
 
+DEFAULT = "default"
+"""What users call the shipped limits; a file of that name is ``./default``."""
+
 _SERVED = "as served"
+_CALLER = "given by the caller"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +109,28 @@ class Limit:
         return f"{self.metric} {'at most' if JUDGED[self.metric].better == 'low' else 'at least'} {self.bound:g}"
 
 
-def bounds(reason: str = "given by the caller", **by_metric: float | None) -> tuple[Limit, ...]:
+def bounds(reason: str = _CALLER, **by_metric: float | None) -> tuple[Limit, ...]:
     """Limits by the names of their metrics, for example ``bounds(kl_mean=0.003, top1_agreement=0.97)``."""
     return tuple(
         Limit(metric=name, bound=float(bound), reason=reason) for name, bound in by_metric.items() if bound is not None
     )
+
+
+def named_limits(limits: str | Path | Mapping[str, float] | Sequence[Limit] | None) -> tuple[Limit, ...]:
+    """Limits as a user gives them: a file, ``default`` for those that come along, bounds by metric, or themselves.
+
+    ``None`` is none: a file that nobody named changes no verdict.
+
+    Raises:
+        UsageError: see ``read_limits`` and ``Limit``.
+    """
+    if limits is None:
+        return ()
+    if isinstance(limits, (str, Path)):
+        return read_limits(SHIPPED if limits == DEFAULT else Path(limits))
+    if isinstance(limits, Mapping):
+        return tuple(Limit(metric=name, bound=float(bound), reason=_CALLER) for name, bound in limits.items())
+    return tuple(limits)
 
 
 def of_model(limits: Iterable[Limit]) -> tuple[str, ...]:
