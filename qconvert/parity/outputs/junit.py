@@ -12,7 +12,7 @@ from qconvert.core.metric import Metric, Verdict
 from qconvert.parity.because import bound, interval
 from qconvert.parity.causes import Cause, Severity
 from qconvert.parity.limits import Limit
-from qconvert.parity.outputs.sections import limited, printable
+from qconvert.parity.outputs.sections import deciding, printable
 from qconvert.parity.report import ParityReport
 
 
@@ -22,7 +22,7 @@ def as_junit(report: ParityReport) -> str:
     A report without any has one case for the verdict itself, since readers take a file without cases for broken.
     """
     suite = Xml.Element("testsuite", name="qconvert parity")
-    for metric in limited(report):
+    for metric in deciding(report):
         _limit(suite, metric)
     for limit in report.unjudged:
         _unjudged(suite, limit)
@@ -51,16 +51,13 @@ def _case(suite: Xml.Element, group: str, name: str) -> Xml.Element:
 
 def _limit(suite: Xml.Element, metric: Metric) -> None:
     case = _case(suite, "limits", f"{metric.name} of {metric.place}")
-    said = f"{interval(metric)}, {bound(metric)}: {metric.reason}"
+    said = interval(metric) if metric.limit is None else f"{interval(metric)}, {bound(metric)}: {metric.reason}"
     if metric.verdict is Verdict.PASS:
         Xml.SubElement(case, "system-out").text = printable(said)
         return
     found = Xml.SubElement(case, "failure", type=metric.verdict.value, message=printable(said))
-    found.text = (
-        "The limit is exceeded."
-        if metric.verdict is Verdict.FAIL
-        else "The limit lies inside the interval: more tokens decide."
-    )
+    if metric.verdict is Verdict.AMBIGUOUS:
+        found.text = "The limit lies inside the interval: more tokens decide."
 
 
 def _unjudged(suite: Xml.Element, limit: Limit) -> None:

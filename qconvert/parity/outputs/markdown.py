@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from qconvert.core.metric import Verdict
 from qconvert.parity.because import bound, interval, number
-from qconvert.parity.outputs.sections import by_layer, columns, limited, parts, printable, size, whole
+from qconvert.parity.outputs.sections import by_layer, columns, deciding, parts, printable, size, whole
 from qconvert.parity.report import ParityReport
 
 WORST = 20
@@ -81,7 +81,7 @@ def _limits(report: ParityReport) -> str:
     rows = [
         (f"{_SIGNS[one.verdict]} {one.verdict.value}", prose(one.name), prose(one.place), interval(one), bound(one),
          prose(one.reason))
-        for one in limited(report)
+        for one in deciding(report)
     ]  # fmt: skip
     rows += [
         ("not judged", prose(one.metric), prose(one.place), "", prose(str(one).removeprefix(f"{one.metric} ")),

@@ -21,7 +21,7 @@ from qconvert.numerics.error import ErrorSums
 from qconvert.parity.because import bound, interval, number
 from qconvert.parity.outputs import pictures
 from qconvert.parity.outputs.pictures import Chart, chart
-from qconvert.parity.outputs.sections import by_layer, columns, limited, parts, size, whole, words
+from qconvert.parity.outputs.sections import by_layer, columns, deciding, parts, size, whole, words
 from qconvert.parity.report import ParityReport
 
 SHOWN = 500
@@ -60,7 +60,7 @@ def as_page(report: ParityReport) -> str:
         script=Markup(script),
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'",
-        limited=limited(report),
+        deciding=deciding(report),
         numbers=whole(report),
         parts=parts(report),
         part_columns=columns([one for members in parts(report).values() for one in members]),

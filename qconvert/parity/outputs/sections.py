@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qconvert.core.metric import Metric
+from qconvert.core.metric import Metric, Verdict
 from qconvert.parity.report import ParityReport
 
 MODES = ("weights only", "as served")
@@ -29,9 +29,9 @@ class LayerTable:
     found: dict[tuple[str, int], Metric]
 
 
-def limited(report: ParityReport) -> tuple[Metric, ...]:
-    """The numbers that a limit judges."""
-    return tuple(one for one in report.metrics if one.limit is not None)
+def deciding(report: ParityReport) -> tuple[Metric, ...]:
+    """The numbers that the verdict is made of: those with a limit, and those that fail without one."""
+    return tuple(one for one in report.metrics if one.limit is not None or one.verdict is not Verdict.PASS)
 
 
 def is_part(metric: Metric) -> bool:

@@ -27,7 +27,7 @@ from qconvert.parity.outputs.markdown import as_markdown
 from qconvert.parity.outputs.model_card import as_model_card
 from qconvert.parity.outputs.page import as_page, heat_map
 from qconvert.parity.outputs.pictures import HEIGHT, LEFT, RIGHT, WIDTH, axis, chart
-from qconvert.parity.outputs.sections import printable
+from qconvert.parity.outputs.sections import deciding, printable
 from qconvert.parity.report import ParityReport
 from tests.parity.outputs.reports import HOSTILE, bare_report, full_report, hostile_report
 
@@ -197,7 +197,7 @@ def test_junit_has_one_case_for_each_limit_and_cause(name: str) -> None:
     report = REPORTS[name]
     root = Xml.fromstring(as_junit(report))
     cases = root.findall("testsuite/testcase")
-    limits = [one for one in report.metrics if one.limit is not None]
+    limits = deciding(report)
     assert len(cases) == max(1, len(limits) + len(report.causes) + len(report.unjudged))
     assert len({(case.get("classname"), case.get("name")) for case in cases}) == len(cases)
     failed = sum(one.verdict is not Verdict.PASS for one in limits)
