@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from qconvert.core.metric import Metric, Verdict
 from qconvert.parity.causes import Cause, Severity
@@ -19,7 +19,7 @@ def because(causes: Sequence[Cause], metrics: Sequence[Metric], unjudged: Sequen
     if errors:
         first = errors[0]
         return f"{first.kind.value.replace('_', ' ').capitalize()}: {first}{_more(len(errors) - 1, 'fault')}."
-    limited = [one for one in metrics if one.limit is not None]
+    limited = decisive(one for one in metrics if one.limit is not None)
     failed = [one for one in limited if one.verdict is Verdict.FAIL]
     if failed:
         worst = max(failed, key=_use)
@@ -42,6 +42,16 @@ def because(causes: Sequence[Cause], metrics: Sequence[Metric], unjudged: Sequen
     nearest = max(limited, key=_use)
     hold = f"all {len(limited)} limits hold" if len(limited) > 1 else "the limit holds"
     return f"No fault was found and {hold}; nearest to its limit, {_bound(nearest)}, {_measured(nearest)}."
+
+
+def decisive(metrics: Iterable[Metric]) -> tuple[Metric, ...]:
+    """Of a number that is limited in every layer the worst layer alone; the others as they are."""
+    groups: dict[tuple[str, str, float | None, bool], list[Metric]] = {}
+    for i, one in enumerate(metrics):
+        alone = f"{one.where} {i}" if one.layer is None else one.where
+        groups.setdefault((one.name, alone, one.limit, one.layer is None), []).append(one)
+    rank = {Verdict.PASS: 0, Verdict.AMBIGUOUS: 1, Verdict.FAIL: 2}
+    return tuple(max(group, key=lambda one: (rank[one.verdict], _use(one))) for group in groups.values())
 
 
 def number(value: float) -> str:

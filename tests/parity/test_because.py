@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from qconvert.core.metric import Metric, exact
 from qconvert.core.role import Kind, Section, TensorRole
-from qconvert.parity.because import because
+from qconvert.parity.because import because, decisive
 from qconvert.parity.causes import CauseKind, Severity, cause
 
 ROLE = TensorRole(section=Section.TEXT, kind=Kind.EXPERT_UP, layer=17, expert=203)
@@ -74,4 +75,12 @@ def test_the_layer_is_told() -> None:
     ]  # fmt: skip
     assert because([], limited) == (
         "router_overlap of as served, layer 1 is 0.2 fraction, beyond the limit of at least 0.8."
+    )
+    assert decisive(limited) == (limited[1],)
+    kept = [metric("kl_mean", 0.1, 1.0), metric("kl_mean", 0.1, 1.0)]
+    assert decisive([*kept, *limited]) == (*kept, limited[1])
+    passing = [replace(one, limit=0.1) for one in limited]
+    assert because([], passing) == (
+        "No fault was found and the limit holds; nearest to its limit, at least 0.1, router_overlap of as served, "
+        "layer 1 is 0.2 fraction."
     )

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Sequence
 
 from qconvert.core.metric import Verdict
 from qconvert.parity.because import bound, interval, number
-from qconvert.parity.outputs.sections import by_layer, columns, deciding, parts, printable, size, whole
+from qconvert.parity.outputs.sections import (
+    MODES,
+    by_layer,
+    columns,
+    deciding,
+    headlines,
+    parts,
+    printable,
+    size,
+    whole,
+)
 from qconvert.parity.report import ParityReport
 
 WORST = 20
@@ -94,6 +104,7 @@ def _limits(report: ParityReport) -> str:
 
 def _summary(report: ParityReport) -> str:
     numbers = whole(report)
+    modes = [(prose(name), *("" if one is None else interval(one) for one in row)) for name, row in headlines(report)]
     rows = [
         (prose(one.name), prose(one.where), interval(one))
         for where in dict.fromkeys(one.where for one in numbers)
@@ -101,7 +112,8 @@ def _summary(report: ParityReport) -> str:
         if one.where == where
     ]
     head = f"## Summary\n\n{report.tokens:,} tokens, {prose(report.text)}.\n\n" if report.tokens else "## Summary\n\n"
-    return head + table(("metric", "where", "value"), rows) if rows else ""
+    first = table(("metric", *MODES), modes) + "\n\n" if modes else ""
+    return head + first + _folded("All numbers", table(("metric", "where", "value"), rows)) if rows else ""
 
 
 def _parts(report: ParityReport) -> str:

@@ -14,19 +14,15 @@ from qconvert import __version__
 from qconvert.core.metric import Metric
 from qconvert.parity.because import interval
 from qconvert.parity.outputs.markdown import code, prose, table
-from qconvert.parity.outputs.sections import printable, words
+from qconvert.parity.outputs.sections import HEADLINES, printable, words
 from qconvert.parity.report import ParityReport
-
-SHOWN = (
-    "kl_mean", "kl_median", "kl_p99", "top1_agreement", "top5_agreement", "perplexity_original", "perplexity_converted",
-    "perplexity_ratio",
-)  # fmt: skip
-"""What readers of a card ask for, as served."""
 
 
 def as_model_card(report: ParityReport, name: str) -> str:
     """Front matter and a section to paste into the ``README.md`` of the model ``name``."""
-    numbers = [one for one in report.metrics if one.name in SHOWN and one.where == "as served" and one.layer is None]
+    numbers = [
+        one for one in report.metrics if one.name in HEADLINES and one.where == "as served" and one.layer is None
+    ]
     numbers += [one for one in report.metrics if one.name == "sqnr" and one.where == "all quantized tensors"]
     rows = [(prose(words(one.name)), interval(one)) for one in numbers]
     schemes = sorted({one.scheme for one in report.roles if one.scheme})

@@ -21,7 +21,7 @@ from qconvert.numerics.error import ErrorSums
 from qconvert.parity.because import bound, interval, number
 from qconvert.parity.outputs import pictures
 from qconvert.parity.outputs.pictures import Chart, chart
-from qconvert.parity.outputs.sections import by_layer, columns, deciding, parts, size, whole, words
+from qconvert.parity.outputs.sections import MODES, by_layer, columns, deciding, headlines, parts, size, whole, words
 from qconvert.parity.report import ParityReport
 
 SHOWN = 500
@@ -61,6 +61,8 @@ def as_page(report: ParityReport) -> str:
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'",
         deciding=deciding(report),
+        headlines=headlines(report),
+        modes=MODES,
         numbers=whole(report),
         parts=parts(report),
         part_columns=columns([one for members in parts(report).values() for one in members]),

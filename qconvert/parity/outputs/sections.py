@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qconvert.core.metric import Metric, Verdict
+from qconvert.parity.because import decisive
 from qconvert.parity.report import ParityReport
 
 MODES = ("weights only", "as served")
 """The ways in which the models are run, the one that limits judge last."""
+
+HEADLINES = (
+    "kl_mean", "kl_median", "kl_p99", "kl_max", "top1_agreement", "top5_agreement", "perplexity_original",
+    "perplexity_converted", "perplexity_ratio",
+)  # fmt: skip
+"""What most readers want to know of the models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +37,11 @@ class LayerTable:
 
 
 def deciding(report: ParityReport) -> tuple[Metric, ...]:
-    """The numbers that the verdict is made of: those with a limit, and those that fail without one."""
-    return tuple(one for one in report.metrics if one.limit is not None or one.verdict is not Verdict.PASS)
+    """The numbers that the verdict is made of: those with a limit, and those that fail without one.
+
+    Of a number that every layer has, the worst layer.
+    """
+    return decisive(one for one in report.metrics if one.limit is not None or one.verdict is not Verdict.PASS)
 
 
 def is_part(metric: Metric) -> bool:
@@ -48,6 +58,13 @@ def parts(report: ParityReport) -> dict[str, tuple[Metric, ...]]:
     """The numbers by what they are of, for example ``as served, positions 64-127``."""
     found = [one for one in report.metrics if one.layer is None and is_part(one)]
     return {where: tuple(one for one in found if one.where == where) for where in dict.fromkeys(m.where for m in found)}
+
+
+def headlines(report: ParityReport) -> tuple[tuple[str, tuple[Metric | None, ...]], ...]:
+    """The numbers that most readers want, by name, in each of ``MODES``."""
+    found = {(one.name, one.where): one for one in whole(report)}
+    rows = [(name, tuple(found.get((name, mode)) for mode in MODES)) for name in HEADLINES]
+    return tuple((name, row) for name, row in rows if any(row))
 
 
 def by_layer(report: ParityReport) -> tuple[LayerTable, ...]:
