@@ -135,6 +135,9 @@ def test_a_limit_speaks_of_every_layer_and_the_stricter_of_two_holds() -> None:
     assert [one.limit for one in numbers] == [0.8] * 3
     assert {one.reason for one in numbers} == {"r"}
     assert unjudged == ()
+    strict = Limit(metric="kl_mean", bound=0.1, reason="r", where="as *")
+    numbers, _ = judged([exact("kl_mean", "as served", 0.2)], (*bounds(kl_mean=0.5), strict))
+    assert [(one.limit, one.verdict) for one in numbers] == [(0.1, Verdict.FAIL)]
 
 
 def test_the_shipped_limits_know_every_scheme_and_say_why() -> None:

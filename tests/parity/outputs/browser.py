@@ -92,8 +92,8 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
     def picture(self) -> bytes:
-        """The whole page as PNG."""
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        """What is in the window, as PNG."""
+        shot = self.call("Page.captureScreenshot", format="png")
         return base64.b64decode(shot["data"])
 
     def _next(self) -> dict[str, Any]:

@@ -115,6 +115,8 @@ def hostile_report() -> ParityReport:
         ),
         metrics=(
             *report.metrics,
+            exact("kl_p99", "as served", math.nan, "nats"),
+            exact("kl_max", "as served", math.inf, "nats"),
             *(
                 replace(exact("sqnr_min", name, 20.0, "dB", better="high"), limit=21.0, reason=name)
                 for name in HOSTILE

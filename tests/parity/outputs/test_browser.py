@@ -117,7 +117,10 @@ def test_keys_alone_reach_the_buttons_and_the_focus_is_seen(full: Browser) -> No
         if full.run("document.activeElement.textContent") == "cosine":
             break
         full.press("Tab", 9)
-    assert full.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert full.run("(s => [s.outlineStyle, s.outlineWidth])(getComputedStyle(document.activeElement))") == [
+        "solid",
+        "3px",
+    ]
     full.press("Enter", 13, "\r")
     values = [float(value) for value in full.run(COLUMN.format(4))]
     assert values == sorted(values)
@@ -130,7 +133,7 @@ def test_light_and_dark_are_pictures_of_the_same_page_in_other_colours(full: Bro
         full.scheme(name)
         shots[name] = np.asarray(Image.open(io.BytesIO(full.picture())).convert("L"), dtype=float)
     light, dark = shots["light"], shots["dark"]
-    assert light.shape == dark.shape and light.shape[0] > 2000
+    assert light.shape == dark.shape and min(light.shape) > 600
     for shot in shots.values():
         assert shot.std() > 5  # something is drawn
         assert len(np.unique(shot)) > 50
