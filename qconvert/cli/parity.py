@@ -17,6 +17,7 @@ from qconvert.parity.outputs.document import as_document
 from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run import ParityOptions, compare
+from qconvert.parity.texts import Text
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.AMBIGUOUS: 7}
 """By verdict; 7 says that a limit lies inside the interval of its number: more tokens decide."""
@@ -38,13 +39,25 @@ def parity(
     ],
     converted: Annotated[str, typer.Argument(metavar="CONVERTED", help="Folder of what it became.")],
     text: Annotated[
-        Path | None, typer.Option(help="Text to run both models on; default: the held-out texts that come along.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="What both models read, again for each domain: text, .jsonl (messages for the chat template, text or "
+            "token_ids a line) or .npy (token ids); default: the held-out texts that come along.",
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to run at most [default: 10240].")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that see each other.")] = 512,
     seed: Annotated[int, typer.Option(help="Of random tokens and of bootstrap intervals.")] = 0,
     report: Annotated[
         Path | None, typer.Option(help="Folder for parity.json, parity.md, report.html, junit.xml and model-card.md.")
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Each layer by itself too, fed the original's inputs, and DeltaNet states."),
+    ] = False,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for states after each layer: a run that was killed goes on from there.")
     ] = None,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Compare weights and do not run the models.")
@@ -83,8 +96,8 @@ def parity(
     """
 
     def call() -> int:
-        if weights_only and (text is not None or tokens is not None):
-            raise UsageError("--weights-only runs no model: drop --text and --tokens")
+        if weights_only and (text or tokens is not None or layers or work is not None):
+            raise UsageError("--weights-only runs no model: drop --text, --tokens, --layers and --work")
         asked = bounds(
             "given on the command line",
             kl_mean=max_kl_mean,
@@ -96,9 +109,10 @@ def parity(
             router_overlap=min_router_overlap,
         )
         options = ParityOptions(
-            text=text, tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
+            texts=tuple(Text.parse(one) for one in text or ()),
+            tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
             limits=overridden(named_limits(limits), asked),
-            run_model=not weights_only,
+            run_model=not weights_only, layers=layers, work=work,
         )  # fmt: skip
         with console.progress(in_bytes=False, quiet=json) as advance:
             result = compare(resolve(original), resolve(converted), options, advance)

@@ -49,11 +49,11 @@ class Metric:
 
     @property
     def verdict(self) -> Verdict:
-        """``AMBIGUOUS`` when the limit lies inside [low, high]; NaN fails."""
-        if self.limit is None:
-            return Verdict.PASS
+        """``AMBIGUOUS`` when the limit lies inside [low, high]; NaN fails, with a limit or without."""
         if self.value != self.value:
             return Verdict.FAIL
+        if self.limit is None:
+            return Verdict.PASS
         low, high, limit = self.low, self.high, self.limit
         if self.better == "high":
             low, high, limit = -self.high, -self.low, -self.limit

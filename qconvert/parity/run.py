@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from qconvert import __version__
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
 from qconvert.numerics.error import ErrorSums
+from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.causes import ranked
 from qconvert.parity.limits import Limit, in_force, judged, of_model
-from qconvert.parity.logits import summarize
-from qconvert.parity.model import ModelComparison, compare_models
+from qconvert.parity.model import compare_models
+from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
 from qconvert.parity.report import ParityReport
+from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.serving import config_causes, serving_causes
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
+from qconvert.parity.texts import Text
 from qconvert.parity.windows import choose_windows
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.unfolded import unfolded
@@ -29,22 +35,26 @@ class ParityOptions:
     """What to compare, on which tokens, within which limits.
 
     Attributes:
-        text: a text file; ``None`` takes the held-out texts that come along, or random tokens where the original has
-            no tokenizer.
+        texts: what both models read; without any the held-out texts that come along, or random tokens where the
+            original has no tokenizer.
         tokens: tokens at most.
         window: tokens that see each other.
         limits: bounds of the verdict, see ``limits.py``; those of the model are applied to it as served.
         round_to: type through which dequantized matrices pass, as engines store them that way; ``None`` for float32.
         run_model: whether the models are run at all.
+        layers: also compare each layer by itself, fed the original's inputs, and the states of DeltaNet layers.
+        work: folder for the states after each layer, from which a run that was killed goes on.
     """
 
-    text: Path | None = None
+    texts: tuple[Text, ...] = ()
     tokens: int = 10_240
     window: int = 512
     seed: int = 0
     limits: tuple[Limit, ...] = ()
     round_to: torch.dtype | None = None
     run_model: bool = True
+    layers: bool = False
+    work: Path | None = None
 
 
 def compare(
@@ -85,6 +95,8 @@ def compare(
         )
         metrics = [*_weight_metrics(weights)]
         notes, text, scored = [], "", 0
+        curves: tuple[Curve, ...] = ()
+        experts: tuple[ExpertUse, ...] = ()
         if not metrics:
             notes.append("Nothing is quantized: there is no SQNR to report.")
         if not options.run_model:
@@ -96,21 +108,28 @@ def compare(
             windows = choose_windows(
                 original,
                 vocabulary,
-                text=options.text,
+                texts=options.texts,
                 tokens=options.tokens,
                 length=options.window,
                 seed=options.seed,
             )
-            plain, served = compare_models(ours, theirs, windows.batches, progress)
-            text, scored = windows.description, len(plain.scores.kl)
-            metrics += [*_model_metrics(plain, options.seed), *_model_metrics(served, options.seed)]
+            boundaries = _boundaries(ours, theirs, windows.batches, options)
+            found = compare_models(
+                ours, theirs, windows.batches, progress, layers=options.layers, boundaries=boundaries
+            )
+            text, scored = windows.description, len(found.plain.scores.kl)
+            metrics += [*model_metrics(found, windows.places, options.seed)]
+            curves = tuple(model_curves(found))
+            experts = expert_use(found.visits, weights.tensors)
+            if boundaries is not None:
+                boundaries.clear()
             folded = theirs.config.text.folded_experts
             if folded:
                 notes.append(
                     f"The shared expert is folded into {folded} experts that every token visits; router overlap counts "
                     "the router's choices alone."
                 )
-            if served.scores is plain.scores:
+            if found.served.scores is found.plain.scores:
                 notes.append("Engines round no activations for this checkpoint: as served is weights only.")
         schemes = {str(scheme) for role in theirs.stored if (scheme := theirs.scheme(role)) is not None}
         numbers, unjudged = judged(metrics, in_force(options.limits, schemes))
@@ -130,6 +149,8 @@ def compare(
             text=text,
             tokens=scored,
             notes=tuple(notes),
+            curves=curves,
+            experts=experts,
         )
 
 
@@ -151,14 +172,19 @@ def _weight_metrics(weights: WeightsComparison) -> Iterator[Metric]:
         yield exact("sqnr", path, sums.sqnr_db, "dB", better="high")
 
 
-def _model_metrics(model: ModelComparison, seed: int) -> Iterator[Metric]:
-    yield from summarize(model.scores, model.mode, seed)
-    for layer, overlap in enumerate(model.router_overlap):
-        yield exact(
-            "router_overlap",
-            model.mode,
-            overlap,
-            "fraction",
-            better="high",
-            layer=layer,
-        )
+def _boundaries(
+    ours: CheckpointWeights, theirs: CheckpointWeights, batches: Sequence[Tensor], options: ParityOptions
+) -> Boundaries | None:
+    """Where states are kept, and what makes them those of this run: both checkpoints, the tokens, what is computed."""
+    if options.work is None:
+        return None
+    identity = hashlib.sha256(f"{__version__} {torch.__version__} {options.layers} {options.round_to}".encode())
+    for source in (ours, theirs):
+        folder = source.checkpoint.path
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".safetensors"):
+                state = path.stat()
+                identity.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
+    for ids in batches:
+        identity.update(f"{list(ids.shape)}".encode() + ids.numpy().tobytes())
+    return Boundaries(folder=options.work, identity=identity.hexdigest())
