@@ -17,7 +17,8 @@ from qconvert.core.metric import Metric, exact
 from qconvert.numerics.error import ErrorSums
 from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.causes import ranked
-from qconvert.parity.limits import Limit, in_force, judged, of_model
+from qconvert.parity.codes import code_metrics
+from qconvert.parity.limits import Limits
 from qconvert.parity.model import compare_models
 from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
 from qconvert.parity.report import ParityReport
@@ -93,11 +94,11 @@ def compare(
                 *weights.causes,
             )
         )
-        metrics = [*_weight_metrics(weights)]
+        metrics = [*_weight_metrics(weights), *code_metrics(weights.tensors)]
         notes, text, scored = [], "", 0
         curves: tuple[Curve, ...] = ()
         experts: tuple[ExpertUse, ...] = ()
-        if not metrics:
+        if not any(one.name == "sqnr_min" for one in metrics):
             notes.append("Nothing is quantized: there is no SQNR to report.")
         if not options.run_model:
             notes.append("The models were not run.")

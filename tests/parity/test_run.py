@@ -106,7 +106,10 @@ def test_weights_alone(conversions: Converted) -> None:
     found = compare(*conversions(int4(32)), replace(FEW, run_model=False))
     assert found.tokens == 0
     assert found.verdict is Verdict.PASS
-    assert {metric.name for metric in found.metrics} == {"sqnr", "sqnr_min", "cosine_min"}
+    assert {metric.name for metric in found.metrics} == {
+        "sqnr", "sqnr_min", "cosine_min", "bits_per_weight", "zero_codes", "zero_codes_max", "clipped_codes",
+        "clipped_codes_max", "dead_scales",
+    }  # fmt: skip
     assert "not run" in found.notes[0]
     assert "not run" in as_markdown(found)
 
