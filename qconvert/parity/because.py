@@ -24,6 +24,9 @@ def because(causes: Sequence[Cause], metrics: Sequence[Metric], unjudged: Sequen
     if failed:
         worst = max(failed, key=_use)
         return f"{_measured(worst)}, beyond the limit of {_bound(worst)}{_more(len(failed) - 1, 'exceeded limit')}."
+    lost = [one for one in metrics if math.isnan(one.value)]
+    if lost:
+        return f"{lost[0].name} of {lost[0].place} is not a number{_more(len(lost) - 1, 'such number')}."
     open_ = [one for one in limited if one.verdict is Verdict.AMBIGUOUS]
     if open_:
         worst = max(open_, key=_use)

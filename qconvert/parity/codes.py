@@ -118,4 +118,5 @@ def _at_the_end(q: QuantizedTensor) -> Tensor:
         case Codebook(kind=kind):
             table = CODEBOOKS[kind]
     sizes = torch.tensor(table).abs()
-    return (sizes == sizes.max())[codes.to(torch.int64)]
+    ends: Tensor = (sizes == sizes.max())[codes.to(torch.int64)]
+    return ends

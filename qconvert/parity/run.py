@@ -18,7 +18,7 @@ from qconvert.numerics.error import ErrorSums
 from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.causes import ranked
 from qconvert.parity.codes import code_metrics
-from qconvert.parity.limits import Limits
+from qconvert.parity.limits import Limit, in_force, judged, of_model
 from qconvert.parity.model import compare_models
 from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
 from qconvert.parity.report import ParityReport

@@ -60,6 +60,12 @@ def test_a_pass_tells_the_nearest_limit_by_what_is_used_of_it() -> None:
     )
 
 
+def test_a_nan_is_told_without_a_limit_too() -> None:
+    found = [exact("perplexity_original", "as served", math.nan), metric("kl_mean", 0.1, 9.0)]
+    assert found[0].verdict is Verdict.FAIL
+    assert because([], found) == "perplexity_original of as served is not a number."
+
+
 def test_a_nan_is_the_worst() -> None:
     assert "kl_p99 of as served is nan" in because([], [metric("kl_mean", 9.0, 0.1), metric("kl_p99", math.nan, 9.0)])
 
