@@ -13,10 +13,12 @@ from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, Verdict
 from qconvert.io.hub import resolve
 from qconvert.parity.limits import bounds, named_limits, overridden
+from qconvert.parity.options import ParityOptions
 from qconvert.parity.outputs.document import as_document
 from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
-from qconvert.parity.run import ParityOptions, compare
+from qconvert.parity.run import compare
+from qconvert.parity.saved import KEPT
 from qconvert.parity.texts import Text
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.AMBIGUOUS: 7}
@@ -35,9 +37,14 @@ _HEADLINES = (
 
 def parity(
     original: Annotated[
-        str, typer.Argument(metavar="ORIGINAL", help="Folder of the checkpoint as it was, or a hub id.")
+        str,
+        typer.Argument(
+            metavar="ORIGINAL", help="Folder of the checkpoint as it was, a hub id, or saved log-probabilities."
+        ),
     ],
-    converted: Annotated[str, typer.Argument(metavar="CONVERTED", help="Folder of what it became.")],
+    converted: Annotated[
+        str, typer.Argument(metavar="CONVERTED", help="Folder of what it became, or log-probabilities of it.")
+    ],
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,6 +66,11 @@ def parity(
     work: Annotated[
         Path | None, typer.Option(help="Folder for states after each layer: a run that was killed goes on from there.")
     ] = None,
+    save_logprobs: Annotated[
+        Path | None,
+        typer.Option(help="File for the original's likeliest tokens, to give as ORIGINAL later."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=5, help="Tokens that --save-logprobs keeps of each position.")] = KEPT,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Compare weights and do not run the models.")
     ] = False,
@@ -112,7 +124,7 @@ def parity(
             texts=tuple(Text.parse(one) for one in text or ()),
             tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
             limits=overridden(named_limits(limits), asked),
-            run_model=not weights_only, layers=layers, work=work,
+            run_model=not weights_only, layers=layers, work=work, save_logprobs=save_logprobs, kept=top_k,
         )  # fmt: skip
         with console.progress(in_bytes=False, quiet=json) as advance:
             result = compare(resolve(original), resolve(converted), options, advance)

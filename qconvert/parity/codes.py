@@ -110,7 +110,8 @@ def _at_the_end(q: QuantizedTensor) -> Tensor:
     match q.scheme.grid:
         case Int(bits=bits):
             low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if q.scheme.symmetric else (0, 2**bits - 1)
-            return (codes <= low) | (codes >= high)
+            outside: Tensor = (codes <= low) | (codes >= high)
+            return outside
         case Float(kind="e4m3fn"):
             return (codes.view(torch.uint8) & 0x7F) == 0x7E
         case Float():

@@ -60,6 +60,8 @@ JUDGED: Mapping[str, Judged] = {
     "kl_p999": Judged(),
     "kl_max": Judged(),
     **{f"kl_reverse_{part}": Judged() for part in ("mean", "median", "p90", "p99", "p999", "max")},
+    "kl_truncation": Judged(),
+    "kl_truncation_max": Judged(),
     "top1_agreement": Judged(better="high", ideal=1.0),
     "top5_agreement": Judged(better="high", ideal=1.0),
     "delta_p_mean": Judged(better="high"),

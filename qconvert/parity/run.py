@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,44 +17,19 @@ from qconvert.numerics.error import ErrorSums
 from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.causes import ranked
 from qconvert.parity.codes import code_metrics
-from qconvert.parity.limits import Limit, in_force, judged, of_model
+from qconvert.parity.limits import in_force, judged, of_model
 from qconvert.parity.model import compare_models
 from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
+from qconvert.parity.options import ParityOptions as ParityOptions
 from qconvert.parity.report import ParityReport
+from qconvert.parity.run_saved import compare_saved
+from qconvert.parity.saved import LikeliestScan, save_logprobs
 from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.serving import config_causes, serving_causes
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
-from qconvert.parity.texts import Text
 from qconvert.parity.windows import choose_windows
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.unfolded import unfolded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParityOptions:
-    """What to compare, on which tokens, within which limits.
-
-    Attributes:
-        texts: what both models read; without any the held-out texts that come along, or random tokens where the
-            original has no tokenizer.
-        tokens: tokens at most.
-        window: tokens that see each other.
-        limits: bounds of the verdict, see ``limits.py``; those of the model are applied to it as served.
-        round_to: type through which dequantized matrices pass, as engines store them that way; ``None`` for float32.
-        run_model: whether the models are run at all.
-        layers: also compare each layer by itself, fed the original's inputs, and the states of DeltaNet layers.
-        work: folder for the states after each layer, from which a run that was killed goes on.
-    """
-
-    texts: tuple[Text, ...] = ()
-    tokens: int = 10_240
-    window: int = 512
-    seed: int = 0
-    limits: tuple[Limit, ...] = ()
-    round_to: torch.dtype | None = None
-    run_model: bool = True
-    layers: bool = False
-    work: Path | None = None
 
 
 def compare(
@@ -66,6 +40,8 @@ def compare(
 ) -> ParityReport:
     """Compare the checkpoint in ``converted`` with the one that it was made from.
 
+    Either may be a file of log-probabilities instead, see ``saved.py``; weights and layers are then left out.
+
     Memory: one matrix of each for the weights; one layer without its experts, one expert, and what there is of every
     token within half of the available memory, the rest on disk, for the models; for the logits one slab of both heads.
 
@@ -75,7 +51,11 @@ def compare(
         OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
+    if original.is_file() or converted.is_file():
+        return compare_saved(original, converted, options, progress)
     useless = of_model(options.limits)
+    if options.save_logprobs is not None and not options.run_model:
+        raise UsageError("there are no log-probabilities to save where no model is run")
     if useless and not options.run_model:
         raise UsageError(
             f"the limits {', '.join(useless)} are on the models, which are not to be run; run them, or drop the limits"
@@ -115,9 +95,18 @@ def compare(
                 seed=options.seed,
             )
             boundaries = _boundaries(ours, theirs, windows.batches, options)
+            scan = None if options.save_logprobs is None else LikeliestScan(windows.targets, options.kept, vocabulary)
             found = compare_models(
-                ours, theirs, windows.batches, progress, layers=options.layers, boundaries=boundaries
+                ours,
+                theirs,
+                windows.batches,
+                progress,
+                layers=options.layers,
+                boundaries=boundaries,
+                scan_original=None if scan is None else scan.add,
             )
+            if scan is not None and options.save_logprobs is not None:
+                save_logprobs(options.save_logprobs, scan, windows, ours)
             text, scored = windows.description, len(found.plain.scores.kl)
             metrics += [*model_metrics(found, windows.places, options.seed)]
             curves = tuple(model_curves(found))

@@ -87,7 +87,7 @@ def text_windows(model: Path, texts: Sequence[Text], length: int, limit: int) ->
     if not turns:
         raise UsageError(f"{', '.join(str(text.path) for text in texts)}: fewer than two tokens")
     names = ", ".join(text.path.name for text in texts)
-    return _windows(turns, limit, f"text: {names}")
+    return side_by_side(turns, limit, f"text: {names}")
 
 
 def random_windows(vocabulary: int, length: int, tokens: int, seed: int) -> Windows:
@@ -95,7 +95,7 @@ def random_windows(vocabulary: int, length: int, tokens: int, seed: int) -> Wind
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (max(tokens, 2),), generator=generator)
     parts = [("random", part) for part in torch.split(ids, length) if len(part) > 1]
-    return _windows(parts, tokens, f"random tokens, seed {seed}: perplexity says nothing")
+    return side_by_side(parts, tokens, f"random tokens, seed {seed}: perplexity says nothing")
 
 
 def choose_windows(
@@ -122,7 +122,7 @@ def choose_windows(
     return found
 
 
-def _windows(windows: Iterable[tuple[str, Tensor]], limit: int, description: str) -> Windows:
+def side_by_side(windows: Iterable[tuple[str, Tensor]], limit: int, description: str) -> Windows:
     """Windows of one length side by side, about ``BATCH_TOKENS`` together; the last window is cut at ``limit``."""
     batches: list[list[Tensor]] = []
     domains: list[list[str]] = []

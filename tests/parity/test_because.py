@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from qconvert.core.metric import Metric, exact
+from qconvert.core.metric import Metric, Verdict, exact
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.parity.because import because, decisive
 from qconvert.parity.causes import CauseKind, Severity, cause
