@@ -101,24 +101,28 @@ def pass_layer(
     lanes: Sequence[Lane],
     dtype: torch.dtype,
     *,
+    block: str = "layers",
     attention: AttentionKind = "sdpa",
     rows_bytes: int = ROWS_BYTES,
 ) -> None:
-    """Let all ``batches`` pass layer ``n`` in each of the ``lanes``.
+    """Let all ``batches`` pass layer ``n`` of ``block`` in each of the ``lanes``.
 
     For the same batches and number of threads the results equal those of the whole model bit for bit, whatever the
-    lanes: every product has the same operands. ``source`` must have been checked.
+    lanes: every product has the same operands. ``source`` must have been checked. The layers of every other block than
+    ``layers``, such as ``mtp.layers``, are full attention.
     """
-    prefix = f"layers.{n}."
-    plain = _load_layer(config, source, prefix, config.layer_types[n], dtype, attention)
+    prefix = f"{block}.{n}."
+    layer_type: LayerType = config.layer_types[n] if block == "layers" else "full_attention"
+    plain = _load_layer(config, source, prefix, layer_type, dtype, attention)
     layers = [_rounded(config, plain, prefix, lane.rounding, attention) for lane in lanes]
     for group in _groups(config, batches, len(lanes), dtype, rows_bytes):
-        _pass_group(config, source, n, batches, [(b, lanes[way], layers[way]) for b, way in group], dtype)
+        _pass_group(config, source, block, n, batches, [(b, lanes[way], layers[way]) for b, way in group], dtype)
 
 
 def _pass_group(
     config: TextConfig,
     source: WeightSource,
+    block: str,
     n: int,
     batches: Sequence[Batch],
     group: Sequence[tuple[int, Lane, DecoderLayer]],
@@ -126,7 +130,7 @@ def _pass_group(
 ) -> None:
     """Batches that are in memory together; nothing of them is left when the next ones come."""
     visits = [_enter(config, layer, lane, batches[b], b) for b, lane, layer in group]
-    _run_experts(config, source, f"layers.{n}.mlp.experts", visits, [lane.rounding for _, lane, _ in group], dtype)
+    _run_experts(config, source, f"{block}.{n}.mlp.experts", visits, [lane.rounding for _, lane, _ in group], dtype)
     for b, lane, layer in group:
         visit = visits.pop(0)
         routed = combine(visit.rows, visit.where, visit.visits.weights)

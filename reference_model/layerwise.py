@@ -179,7 +179,7 @@ def embed(
     _check_decoder(config, source)
     for b, batch in enumerate(batches):
         ready = batch.embeddings
-        hidden.put(b, _embed(source, batch.ids, dtype) if ready is None else ready.to(dtype))
+        hidden.put(b, look_up(source, batch.ids, dtype) if ready is None else ready.to(dtype))
 
 
 def finish(config: TextConfig, source: WeightSource, hidden: HiddenStates, dtype: torch.dtype) -> None:
@@ -211,7 +211,7 @@ def _check_decoder(config: TextConfig, source: WeightSource) -> None:
     check_weights(decoder, source, skip=("mtp.", "visual."))
 
 
-def _embed(source: WeightSource, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def look_up(source: WeightSource, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Look ids [B, T] up: each row of the table is read once, consecutive ones together; [B, T, D]."""
     wanted, places = torch.unique(ids, return_inverse=True)
     ends = (wanted.diff() != 1).nonzero().flatten() + 1

@@ -63,6 +63,9 @@ def parity(
         bool,
         typer.Option("--layers", help="Each layer by itself too, fed the original's inputs, and DeltaNet states."),
     ] = False,
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="How often the prediction head guesses right, before and after.")
+    ] = False,
     work: Annotated[
         Path | None, typer.Option(help="Folder for states after each layer: a run that was killed goes on from there.")
     ] = None,
@@ -108,8 +111,8 @@ def parity(
     """
 
     def call() -> int:
-        if weights_only and (text or tokens is not None or layers or work is not None):
-            raise UsageError("--weights-only runs no model: drop --text, --tokens, --layers and --work")
+        if weights_only and (text or tokens is not None or layers or drafts or work is not None):
+            raise UsageError("--weights-only runs no model: drop --text, --tokens, --layers, --drafts and --work")
         asked = bounds(
             "given on the command line",
             kl_mean=max_kl_mean,
@@ -124,7 +127,8 @@ def parity(
             texts=tuple(Text.parse(one) for one in text or ()),
             tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
             limits=overridden(named_limits(limits), asked),
-            run_model=not weights_only, layers=layers, work=work, save_logprobs=save_logprobs, kept=top_k,
+            run_model=not weights_only, layers=layers, drafts=drafts, work=work,
+            save_logprobs=save_logprobs, kept=top_k,
         )  # fmt: skip
         with console.progress(in_bytes=False, quiet=json) as advance:
             result = compare(resolve(original), resolve(converted), options, advance)

@@ -97,6 +97,11 @@ class VocabularyScan:
         self._likely[side, rows], kept = values.topk(LIKELIEST, dim=1)
         self._likely_ids[side, rows] = ids.gather(1, kept)
 
+    @property
+    def likeliest(self) -> tuple[Tensor, Tensor]:
+        """The likeliest token of the original and of the converted model so far, int64 [T] each."""
+        return self._best[0], self._best[1]
+
     def scores(self) -> TokenScores:
         """The scores once the whole vocabulary has passed; a KL that rounding made negative is 0."""
         log_sum = self._sum.log()

@@ -9,7 +9,7 @@ Shapes: B windows, T tokens, D hidden, E experts, k experts a token, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 
@@ -21,6 +21,7 @@ from qconvert.core.scheme import Activation
 from qconvert.memory import available_bytes
 from qconvert.numerics.activations import quantize_activations
 from qconvert.parity.boundaries import Boundaries
+from qconvert.parity.drafts import DraftScores, accepted, has_drafts
 from qconvert.parity.heads import Scan, Side, scan_heads
 from qconvert.parity.layers import MARKS, LayerScores, LayerSums, Passed
 from qconvert.parity.logits import TokenScores, VocabularyScan
@@ -42,12 +43,14 @@ class ModelComparison:
         mode: ``weights only``, or ``as served`` with the activation rounding of engines.
         layers: each layer after all those before it.
         forced: each layer alone, fed what the original's is fed; empty where it was not asked for.
+        drafts: guesses of the prediction heads; ``None`` where a model has none, or where they were not asked for.
     """
 
     mode: str
     scores: TokenScores
     layers: tuple[LayerScores, ...]
     forced: tuple[LayerScores, ...] = ()
+    drafts: DraftScores | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,7 @@ def compare_models(
     memory: int | None = None,
     *,
     layers: bool = False,
+    drafts: bool = False,
     boundaries: Boundaries | None = None,
     scan_original: Scan | None = None,
 ) -> Comparison:
@@ -93,6 +97,7 @@ def compare_models(
         memory: bytes for what there is of every token, by default half of what is available: two quarters of it for
             what waits between layers, which is otherwise on disk, one for the tokens that enter experts together.
         layers: also let each layer as served pass alone, fed the original's inputs, and compare DeltaNet states.
+        drafts: also run the prediction heads, where both models have one.
         boundaries: where the states after each layer are kept, and where an earlier run has left them.
         scan_original: sees the original's logits too.
 
@@ -125,13 +130,26 @@ def compare_models(
         if scan_original is not None:
             watched.append((scan_original, (0,)))
         scan_heads(sides, watched, partial(progress, "logits"))
+        guesses: list[DraftScores | None] = [None] * len(ways)
+        if drafts and has_drafts(original) and has_drafts(converted):
+            first, *rest = sides
+            before = accepted(original, batches, first.hidden, scans[0].likeliest[0], quarter)
+            guesses = [
+                DraftScores(
+                    original=before,
+                    converted=accepted(converted, batches, side.hidden, scan.likeliest[1], quarter),
+                )
+                for side, scan in zip(rest, scans, strict=True)
+            ]
         results = [
-            ModelComparison(mode=mode, scores=scan.scores(), layers=tuple(one.scores() for one in way.sums))
-            for mode, way, scan in zip((PLAIN, SERVED), ways, scans, strict=False)
+            ModelComparison(
+                mode=mode, scores=scan.scores(), layers=tuple(one.scores() for one in way.sums), drafts=guess
+            )
+            for mode, way, scan, guess in zip((PLAIN, SERVED), ways, scans, guesses, strict=False)
         ]
         forced = tuple(one.scores() for one in run.forced)
         plain, last = results[0], results[-1]
-        served = ModelComparison(mode=SERVED, scores=last.scores, layers=last.layers, forced=forced)
+        served = replace(last, mode=SERVED, forced=forced)
         return Comparison(plain=plain, served=served, visits=run.visits)
 
 

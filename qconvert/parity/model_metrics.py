@@ -9,6 +9,7 @@ from torch import Tensor
 from qconvert.core.metric import Metric
 from qconvert.core.role import EXPERT_KINDS, Section
 from qconvert.numerics.error import ErrorSums
+from qconvert.parity.drafts import draft_metrics
 from qconvert.parity.layers import drift_curve, layer_metrics
 from qconvert.parity.model import Comparison
 from qconvert.parity.series import Curve, ExpertUse
@@ -23,6 +24,8 @@ def model_metrics(found: Comparison, places: TokenPlaces, seed: int) -> Iterator
     for model in (found.plain, found.served):
         yield from summarize(model.scores, model.mode, seed)
         yield from summarize_parts(model.scores, model.mode, places, seed)
+        if model.drafts is not None:
+            yield from draft_metrics(model.drafts, model.mode, seed)
         yield from layer_metrics(model.layers, model.mode)
         yield from layer_metrics(model.forced, f"{model.mode}, {FORCED}")
 

@@ -25,6 +25,7 @@ class ParityOptions:
         round_to: type through which dequantized matrices pass, as engines store them that way; ``None`` for float32.
         run_model: whether the models are run at all.
         layers: also compare each layer by itself, fed the original's inputs, and the states of DeltaNet layers.
+        drafts: also run the prediction heads, where both models have one.
         work: folder for the states after each layer, from which a run that was killed goes on.
         save_logprobs: file that takes the original's likeliest tokens, to be given instead of it later, see ``saved``.
         kept: how many of them for each position.
@@ -38,6 +39,7 @@ class ParityOptions:
     round_to: torch.dtype | None = None
     run_model: bool = True
     layers: bool = False
+    drafts: bool = False
     work: Path | None = None
     save_logprobs: Path | None = None
     kept: int = KEPT

@@ -102,9 +102,12 @@ def compare(
                 windows.batches,
                 progress,
                 layers=options.layers,
+                drafts=options.drafts,
                 boundaries=boundaries,
                 scan_original=None if scan is None else scan.add,
             )
+            if options.drafts and found.plain.drafts is None:
+                notes.append("No drafts were compared: one of the models has no prediction head.")
             if scan is not None and options.save_logprobs is not None:
                 save_logprobs(options.save_logprobs, scan, windows, ours)
             text, scored = windows.description, len(found.plain.scores.kl)

@@ -41,10 +41,16 @@ def compare_saved(original: Path, converted: Path, options: ParityOptions, progr
         SourceError: a side cannot be read.
         UsageError: the sides are over other tokens, tokenizers or vocabularies, or an option asks for weights.
     """
-    if not options.run_model or options.layers or options.work is not None or options.save_logprobs is not None:
+    if (
+        not options.run_model
+        or options.layers
+        or options.drafts
+        or options.work is not None
+        or options.save_logprobs is not None
+    ):
         raise UsageError(
-            "a file of log-probabilities has neither weights nor layers: drop --weights-only, --layers, --work and "
-            "--save-logprobs"
+            "a file of log-probabilities has neither weights nor layers: drop --weights-only, --layers, --drafts, "
+            "--work and --save-logprobs"
         )
     ours, theirs = (read_logprobs(path) if path.is_file() else None for path in (original, converted))
     schemes: set[str] = set()

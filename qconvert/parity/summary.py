@@ -53,7 +53,7 @@ def summarize(scores: TokenScores, where: str, seed: int = 0) -> tuple[Metric, .
     Percentile bootstrap over blocks of ``BLOCK_TOKENS`` consecutive tokens (Kunsch 1989), ``RESAMPLES`` draws, the
     same draws for every number, so that perplexities are compared on the same tokens.
     """
-    draws = _Draws(len(scores.kl), seed)
+    draws = Draws(len(scores.kl), seed)
     change = np.exp(-scores.nll_converted) - np.exp(-scores.nll_original)
     squares = draws.mean("delta_p_rms", where, change**2, "fraction")
     return (
@@ -81,7 +81,7 @@ def summarize_parts(scores: TokenScores, where: str, places: TokenPlaces, seed: 
     ]:
         if not chosen.any():
             continue
-        draws, here = _Draws(int(chosen.sum()), seed), f"{where}, {part}"
+        draws, here = Draws(int(chosen.sum()), seed), f"{where}, {part}"
         yield draws.mean("kl_mean", here, scores.kl[chosen], "nats")
         yield draws.mean("top1_agreement", here, scores.agree[chosen].astype(np.float64), "fraction", high=True)
         yield draws.perplexity("perplexity_ratio", here, (scores.nll_converted - scores.nll_original)[chosen])
@@ -106,7 +106,7 @@ def _ranges(length: int) -> Iterator[tuple[int, int]]:
         first, end = end, 2 * end
 
 
-def _divergence(name: str, values: Floats, where: str, draws: _Draws) -> Iterator[Metric]:
+def _divergence(name: str, values: Floats, where: str, draws: Draws) -> Iterator[Metric]:
     yield draws.mean(f"{name}_mean", where, values, "nats")
     shares = [share for _, share in PERCENTILES]
     found = np.quantile(values, shares, method="linear")
@@ -131,7 +131,7 @@ def _metric(name: str, where: str, value: float, sampled: Floats, unit: str, hig
     )
 
 
-class _Draws:
+class Draws:
     """Which blocks of consecutive tokens each resample holds, and how often; short texts use smaller blocks."""
 
     def __init__(self, tokens: int, seed: int) -> None:

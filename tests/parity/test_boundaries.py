@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qconvert.core.errors import UsageError
-from qconvert.core.scheme import FP8
+from qconvert.core.scheme import int4
 from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.model import Comparison, compare_models
 from qconvert.parity.run import ParityOptions, compare
@@ -30,16 +30,16 @@ def run(conversions: Converted, boundaries: Boundaries | None, end: int | None =
             if done == end:
                 raise KilledError
 
-    original, out = conversions(FP8)
+    original, out = conversions(int4(32))
     with CheckpointWeights.open(original) as a, CheckpointWeights.open(out) as b:
         return compare_models(a, b, BATCHES, progress, layers=True, boundaries=boundaries), told
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(conversions: Converted, tmp_path: Path) -> None:
     whole, told = run(conversions, None)
-    a_layer = len(BATCHES) * 4
+    a_layer = len(BATCHES) * 3
     boundaries = Boundaries(folder=tmp_path / "work", identity="one")
-    for layer in (1, 2, 3):
+    for layer in (1, 3):
         with pytest.raises(KilledError):
             run(conversions, boundaries, end=a_layer * (layer - 1) + a_layer // 2 + 1)
         assert [path.name for path in sorted(boundaries.folder.glob("layer-*"))] == [f"layer-{layer - 1:05}"][
@@ -81,8 +81,8 @@ def test_other_tokens_are_another_run_and_a_finished_one_leaves_nothing(conversi
             raise KilledError
 
     with pytest.raises(KilledError):
-        compare(*conversions(FP8), options, killed)
+        compare(*conversions(int4(32)), options, killed)
     with pytest.raises(UsageError, match="another comparison"):
-        compare(*conversions(FP8), ParityOptions(tokens=66, window=32, work=tmp_path / "work"))
-    compare(*conversions(FP8), options)
+        compare(*conversions(int4(32)), ParityOptions(tokens=66, window=32, work=tmp_path / "work"))
+    compare(*conversions(int4(32)), options)
     assert not list((tmp_path / "work").iterdir())

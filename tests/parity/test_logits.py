@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconvert.parity import summary
 from qconvert.parity.limits import bounds, judged
 from qconvert.parity.logits import LIKELIEST, TokenScores, VocabularyScan, score
-from qconvert.parity.summary import TokenPlaces, percentile_curve, summarize, summarize_parts
+from qconvert.parity.summary import Draws, TokenPlaces, percentile_curve, summarize, summarize_parts
 from tests.tolerances import tolerances
 
 LIMITS = tolerances("parity")
@@ -153,7 +152,7 @@ def test_the_ratio_of_perplexities_is_compared_on_the_same_tokens() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 0.999, 1.0])
 def test_a_resample_has_the_quantiles_of_the_tokens_that_it_repeats(share: float) -> None:
     values = np.random.default_rng(2).exponential(1.0, 200)
-    draws = summary._Draws(200, seed=3)
+    draws = Draws(200, seed=3)
     blocks = np.split(values, range(draws.size, 200, draws.size))
     sampled = draws.quantiles(values, [share])[:, 0]
     for counts, found in zip(draws.counts[:20], sampled, strict=False):
