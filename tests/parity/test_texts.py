@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from qconvert.cli.app import app
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.core.errors import UsageError
+from qconvert.core.scheme import int4
 from qconvert.parity.texts import Reader, Text
 from qconvert.parity.windows import choose_windows
+from tests.conftest import Converted
 
 MESSAGES = [
     {"role": "user", "content": "Was ist 2 + 2?"},
@@ -122,3 +126,18 @@ def test_without_a_template_there_is_no_conversation(tmp_path: Path) -> None:
     np.save(tmp_path / "float.npy", np.ones(3))
     with pytest.raises(UsageError, match="expected integers"):
         documents(tmp_path / "float.npy")
+
+
+def test_the_command_reports_each_named_domain(conversions: Converted, tmp_path: Path) -> None:
+    original, out = map(str, conversions(int4(32)))
+    for n, name in enumerate("ab"):
+        np.save(tmp_path / f"{name}.npy", np.arange(n, 400, 5))
+    asked = ["--text", f"first={tmp_path / 'a.npy'}", "--text", str(tmp_path / "b.npy"), "--window", "80"]
+    more = ["--layers", "--drafts", "--work", str(tmp_path / "work"), "--json"]
+    result = CliRunner().invoke(app, ["parity", original, out, *asked, *more])
+    assert result.exit_code == 0, result.output
+    found = {(one["name"], one["where"]) for one in json.loads(result.stdout)["metrics"]}
+    wheres = ("domain first", "domain b", "positions 0-63", "positions 64-78")
+    assert {("kl_mean", f"as served, {where}") for where in wheres} <= found
+    assert {("hidden_error", "as served, teacher-forced"), ("draft_acceptance_lost", "as served")} <= found
+    assert ("state_drift", "weights only") in found
