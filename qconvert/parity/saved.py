@@ -59,30 +59,33 @@ class SavedLogprobs:
 
 
 class LikeliestScan:
-    """The ``kept`` likeliest of the T next tokens of one model, while its logits pass by; see ``VocabularyScan``."""
+    """The ``kept`` likeliest of the T next tokens of one model, while its logits pass by; see ``VocabularyScan``.
+
+    What is left out is summed up by itself: one minus what is kept would have lost the digits of a small rest.
+    """
 
     def __init__(self, targets: Tensor, kept: int, vocabulary: int) -> None:
         """``targets`` int64 [T]; at most ``vocabulary`` tokens are kept."""
         count, kept = len(targets), min(kept, vocabulary)
-        self._targets, self._whole = targets, kept == vocabulary
+        self._targets = targets
         self._values = torch.full((count, kept), -torch.inf)
         self._ids = torch.full((count, kept), -1)
         self._top = torch.full((count,), -torch.inf)
-        self._sum = torch.zeros(count, dtype=torch.float64)
+        self._rest = torch.zeros(count, dtype=torch.float64)
         self._target = torch.full((count,), torch.nan)
 
     def add(self, first_row: int, first_token: int, logits: Tensor) -> None:
         """Take float32 logits [t, v]."""
-        rows = slice(first_row, first_row + logits.shape[0])
-        values, ids = logits.topk(min(self._values.shape[1], logits.shape[1]), dim=1)
-        values = torch.cat((self._values[rows], values), dim=1)
-        ids = torch.cat((self._ids[rows], ids + first_token), dim=1)
-        self._values[rows], order = values.topk(self._values.shape[1], dim=1)
-        self._ids[rows] = ids.gather(1, order)
+        rows, kept = slice(first_row, first_row + logits.shape[0]), self._values.shape[1]
         top = torch.maximum(self._top[rows], logits.amax(1))
         shrink = (self._top[rows] - top).exp().to(torch.float64)
-        weight = (logits - top.unsqueeze(1)).exp_().sum(1, dtype=torch.float64)
-        self._sum[rows] = self._sum[rows] * shrink + weight
+        best, ids = logits.topk(min(kept, logits.shape[1]), dim=1)
+        outside = (logits - top.unsqueeze(1)).exp_().scatter_(1, ids, 0.0).sum(1, dtype=torch.float64)
+        values, order = torch.cat((self._values[rows], best), dim=1).sort(dim=1, descending=True)
+        dropped = (values[:, kept:] - top.unsqueeze(1)).exp().sum(1, dtype=torch.float64)
+        self._rest[rows] = self._rest[rows] * shrink + outside + dropped
+        self._values[rows] = values[:, :kept]
+        self._ids[rows] = torch.cat((self._ids[rows], ids + first_token), dim=1).gather(1, order[:, :kept])
         self._top[rows] = top
         inside = self._targets[rows] - first_token
         hit = (inside >= 0) & (inside < logits.shape[1])
@@ -91,10 +94,10 @@ class LikeliestScan:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``ids``, ``logprobs``, ``tail`` and ``target`` once the whole vocabulary has passed."""
-        log_sum = (self._top.to(torch.float64) + self._sum.log()).unsqueeze(1)
-        logprobs = self._values.to(torch.float64) - log_sum
-        left = torch.zeros(len(logprobs), dtype=torch.float64) if self._whole else 1 - logprobs.exp().sum(1)
-        return self._ids, logprobs, left.clamp(min=0).log(), self._target.to(torch.float64) - log_sum.squeeze(1)
+        relative = self._values.to(torch.float64) - self._top.to(torch.float64).unsqueeze(1)
+        log_sum = (relative.exp().sum(1) + self._rest).log()
+        target = self._target.to(torch.float64) - self._top - log_sum
+        return self._ids, relative - log_sum.unsqueeze(1), self._rest.log() - log_sum, target
 
 
 def tokens_hash(windows: Windows) -> str:

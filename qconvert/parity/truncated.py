@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qconvert.parity.logits import LIKELIEST, Floats, TokenScores
 from qconvert.parity.saved import SavedLogprobs
@@ -48,6 +49,7 @@ class KnownTokensScan:
         self._top = torch.full((count,), -torch.inf)
         self._low = torch.full((count,), torch.inf)
         self._sum = torch.zeros(count, dtype=torch.float64)
+        self._rest = torch.zeros(count, dtype=torch.float64)
         self._likely = torch.full((count, LIKELIEST), -torch.inf)
         self._likely_ids = torch.full((count, LIKELIEST), -1)
 
@@ -60,7 +62,13 @@ class KnownTokensScan:
         self._values[rows] = torch.where(hit, values, self._values[rows])
         top = torch.maximum(self._top[rows], logits.amax(1))
         shrink = (self._top[rows] - top).exp().to(torch.float64)
-        self._sum[rows] = self._sum[rows] * shrink + (logits - top.unsqueeze(1)).exp_().sum(1, dtype=torch.float64)
+        weight = (logits - top.unsqueeze(1)).exp_()
+        self._sum[rows] = self._sum[rows] * shrink + weight.sum(1, dtype=torch.float64)
+        # by itself, since one minus what is known would have lost the digits of a small rest; known tokens of other
+        # slabs point at one column more
+        known = torch.where(hit, inside, logits.shape[1])[:, :-1]
+        outside = functional.pad(weight, (0, 1)).scatter_(1, known, 0.0).sum(1, dtype=torch.float64)
+        self._rest[rows] = self._rest[rows] * shrink + outside
         self._top[rows] = top
         self._low[rows] = torch.minimum(self._low[rows], logits.amin(1))
         values, ids = logits.topk(min(LIKELIEST, logits.shape[1]), dim=1)
@@ -78,7 +86,7 @@ class KnownTokensScan:
         lowest = self._low.to(torch.float64) - log_sum
         # what is left of one cannot be less than so many times the least that any token has
         least = others * lowest.exp()
-        rest = torch.maximum(1 - here.exp().sum(1), least).log()
+        rest = torch.maximum(self._rest / self._sum, least).log()
         if not others:
             rest = torch.full_like(rest, -torch.inf)
         nan = here.isnan().any(1) | lowest.isnan()
