@@ -26,6 +26,7 @@ W width of the convolution.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,19 @@ class Replay:
         g, beta = still(self.g, late), still(self.beta, late)
         _, state = recurrent_gated_delta_rule(self.k, self.k, self.v, g, beta, self.state)
         return DeltaNetCache(conv=recent_inputs(self.inputs, counts, self.v.shape[1]), recurrent=state)
+
+    def states(self, ends: Sequence[int]) -> Tensor:
+        """The memory after the first ``end`` tokens of the batch for each of the ascending ``ends`` >= 1.
+
+        [len(ends), B, Hv, dk, dv]. With padding, these are tokens of the packed rows.
+        """
+        found: dict[int, Tensor] = {}
+        begin, state = 0, self.state
+        for end in dict.fromkeys(ends):
+            k, v, g, beta = (x[:, begin:end] for x in (self.k, self.v, self.g, self.beta))
+            _, state = chunked_gated_delta_rule(k, k, v, g, beta, state)
+            begin, found[end] = end, state
+        return torch.stack([found[end] for end in ends])
 
 
 def still(x: Tensor, late: Tensor) -> Tensor:

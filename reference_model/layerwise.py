@@ -8,57 +8,33 @@ What is in memory, besides what the store keeps there: one layer without its exp
 as many batches as ``ROWS_BYTES`` allows, at least one. Only the tokens that enter an expert together have to be there
 together, so that it is read once for all of them.
 
-Shapes: B batch, T tokens, D hidden, V vocabulary, k experts a token.
+Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from reference_model.attention import AttentionKind
 from reference_model.config import TextConfig
-from reference_model.layer import DecoderLayer
-from reference_model.load import (
-    ActivationStore,
-    MemoryStore,
-    WeightSource,
-    check_weights,
-    fill_weights,
-    load_expert,
+from reference_model.layer_pass import (
+    ROWS_BYTES,
+    Batch,
+    InputRounding,
+    Lane,
+    LayerRecord,
+    leave_inputs,
+    pass_layer,
 )
+from reference_model.load import ActivationStore, MemoryStore, WeightSource, check_weights, fill_weights
 from reference_model.model import HEAD_ROWS, CausalLM, row_logits, vocabulary_blocks
-from reference_model.moe import Dispatch, Routing, Visits, combine, dispatch, expert_mlp
 from reference_model.norm import RMSNorm
-from reference_model.span import check_ids, check_places, place_tokens
-
-ROWS_BYTES = 1 << 30
-"""Memory for the tokens that pass the experts of a layer together: 13,000 tokens of 35B in fp32."""
-
-InputRounding = Callable[[str], Callable[[Tensor], Tensor] | None]
-"""What an engine does to the inputs of a matrix before it multiplies, by the matrix's name without ``.weight``.
-
-Of routed experts ``layers.0.mlp.experts.gate_up_proj`` and ``.down_proj`` are asked for; ``None`` leaves inputs alone.
-"""
-
-
-def leave_inputs(name: str) -> None:
-    """The ``InputRounding`` of engines that round no activations."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerRecord:
-    """What one layer did to one batch: its output ``hidden`` [B, T, D], and where its tokens went."""
-
-    layer: int
-    batch: int
-    hidden: Tensor
-    routing: Routing
+from reference_model.span import check_ids, check_places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +48,11 @@ class LogitRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenStates:
-    """Hidden states [B, T, D] of all batches, in a store."""
+    """Hidden states [B, T, D] of all batches, in a store, under a ``name`` of their own."""
 
     store: ActivationStore
     count: int
+    name: str = "hidden"
 
     def __len__(self) -> int:
         return self.count
@@ -83,39 +60,15 @@ class HiddenStates:
     def __getitem__(self, batch: int) -> Tensor:
         if not 0 <= batch < self.count:
             raise IndexError(f"batch {batch} of {self.count}")
-        return self.store.get(f"hidden.{batch}")
+        return self.store.get(f"{self.name}.{batch}")
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Let a batch wait."""
-        self.store.put(f"hidden.{batch}", hidden)
+        self.store.put(f"{self.name}.{batch}", hidden)
 
     def drop(self, batch: int) -> None:
         """Forget a batch."""
-        self.store.drop(f"hidden.{batch}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    ids: Tensor
-    mask: Tensor | None
-    positions: Tensor | None
-    embeddings: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Visit:
-    """A batch before the experts: ``hidden`` [B, T, D], and the normed ``inputs`` [B T, D] of what follows.
-
-    ``rows`` [B T k, D] are copies of the inputs sorted by expert; ``parts``, views of them by expert, take the outputs.
-    """
-
-    hidden: Tensor
-    inputs: Tensor
-    routing: Routing
-    visits: Visits
-    where: Dispatch
-    rows: Tensor
-    parts: tuple[Tensor, ...]
+        self.store.drop(f"{self.name}.{batch}")
 
 
 def run_layerwise(
@@ -196,51 +149,60 @@ def run_layers(
         ValueError: ids are not of the vocabulary or not [B, T], or something else does not fit them; nothing has been
             read then either.
     """
-    inputs = _inputs(config, batches, attention_masks, position_ids, embeddings)
-    _check_decoder(config, source)
+    inputs = _inputs(batches, attention_masks, position_ids, embeddings)
     hidden = HiddenStates(store=MemoryStore() if store is None else store, count=len(batches))
-    for b, batch in enumerate(inputs):
-        ready = batch.embeddings
-        hidden.put(b, _embed(source, batch.ids, dtype) if ready is None else ready.to(dtype))
+    embed(config, source, inputs, hidden, dtype)
+
+    def wait(record: LayerRecord) -> None:
+        hidden.put(record.batch, record.hidden)
+        if on_layer is not None:
+            on_layer(record)
+
+    lane = Lane(take=hidden.__getitem__, give=wait, rounding=input_rounding)
     for n in range(config.num_hidden_layers):
-        layer = _load_layer(config, source, n, dtype, attention, input_rounding)
-        for group in _groups(config, batches, dtype, rows_bytes):
-            visits = [_enter(config, layer, hidden[b], inputs[b]) for b in group]
-            _run_experts(config, source, f"layers.{n}.mlp.experts", visits, dtype, input_rounding)
-            for b in group:
-                visit = visits.pop(0)
-                routed = combine(visit.rows, visit.where, visit.visits.weights)
-                out = visit.hidden + layer.mlp.with_shared(visit.inputs, routed).view_as(visit.hidden)
-                hidden.put(b, out)
-                if on_layer is not None:
-                    on_layer(LayerRecord(layer=n, batch=b, hidden=out, routing=visit.routing))
+        pass_layer(config, source, n, inputs, (lane,), dtype, attention=attention, rows_bytes=rows_bytes)
+    finish(config, source, hidden, dtype)
+    return hidden
+
+
+def embed(
+    config: TextConfig, source: WeightSource, batches: Sequence[Batch], hidden: HiddenStates, dtype: torch.dtype
+) -> None:
+    """Check the weights of ``source``, then put the inputs of the first layer into ``hidden``.
+
+    Raises:
+        WeightError, ValueError: see ``run_layers``.
+    """
+    for batch in batches:
+        check_ids(config, batch.ids, batch.embeddings)
+        check_places(batch.ids.shape, batch.mask, batch.positions)
+    _check_decoder(config, source)
+    for b, batch in enumerate(batches):
+        ready = batch.embeddings
+        hidden.put(b, look_up(source, batch.ids, dtype) if ready is None else ready.to(dtype))
+
+
+def finish(config: TextConfig, source: WeightSource, hidden: HiddenStates, dtype: torch.dtype) -> None:
+    """The final norm, in place of the last layer's outputs."""
     with torch.device("meta"):
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     fill_weights(norm, source, dtype, prefix="norm.")
     for b in range(len(hidden)):
         hidden.put(b, norm(hidden[b]))
-    return hidden
 
 
 def _inputs(
-    config: TextConfig,
     batches: Sequence[Tensor],
     attention_masks: Sequence[Tensor | None] | None,
     position_ids: Sequence[Tensor | None] | None,
     embeddings: Sequence[Tensor | None] | None,
-) -> list[_Batch]:
+) -> list[Batch]:
     given = {"attention_masks": attention_masks, "position_ids": position_ids, "embeddings": embeddings}
     for name, entries in given.items():
         if entries is not None and len(entries) != len(batches):
             raise ValueError(f"{name} has {len(entries)} entries for {len(batches)} batches, expected one for each")
     masks, positions, ready = ([None] * len(batches) if entries is None else entries for entries in given.values())
-    inputs = [
-        _Batch(ids=ids, mask=masks[b], positions=positions[b], embeddings=ready[b]) for b, ids in enumerate(batches)
-    ]
-    for batch in inputs:
-        check_ids(config, batch.ids, batch.embeddings)
-        check_places(batch.ids.shape, batch.mask, batch.positions)
-    return inputs
+    return [Batch(ids=ids, mask=masks[b], positions=positions[b], embeddings=ready[b]) for b, ids in enumerate(batches)]
 
 
 def _check_decoder(config: TextConfig, source: WeightSource) -> None:
@@ -249,7 +211,7 @@ def _check_decoder(config: TextConfig, source: WeightSource) -> None:
     check_weights(decoder, source, skip=("mtp.", "visual."))
 
 
-def _embed(source: WeightSource, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def look_up(source: WeightSource, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Look ids [B, T] up: each row of the table is read once, consecutive ones together; [B, T, D]."""
     wanted, places = torch.unique(ids, return_inverse=True)
     ends = (wanted.diff() != 1).nonzero().flatten() + 1
@@ -258,81 +220,6 @@ def _embed(source: WeightSource, ids: Tensor, dtype: torch.dtype) -> Tensor:
         for run in torch.tensor_split(wanted, ends.tolist())
     ]
     return functional.embedding(places, torch.cat(table))
-
-
-def _load_layer(
-    config: TextConfig,
-    source: WeightSource,
-    n: int,
-    dtype: torch.dtype,
-    attention: AttentionKind,
-    input_rounding: InputRounding,
-) -> DecoderLayer:
-    """Layer n without its routed experts; what enters its linear modules is rounded."""
-    with torch.device("meta"):
-        layer = DecoderLayer(config, config.layer_types[n], attention)
-    fill_weights(layer, source, dtype, prefix=f"layers.{n}.", skip=("mlp.experts.",))
-    for name, module in layer.named_modules():
-        rounding = input_rounding(f"layers.{n}.{name}") if isinstance(module, nn.Linear) else None
-        if rounding is not None:
-            module.register_forward_pre_hook(partial(_replace_input, rounding))
-    return layer
-
-
-def _replace_input(rounding: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Tensor]) -> Tensor:
-    return rounding(args[0])
-
-
-def _groups(config: TextConfig, batches: Sequence[Tensor], dtype: torch.dtype, rows_bytes: int) -> Iterator[range]:
-    """Consecutive batches whose ``_Visit`` tensors fit into ``rows_bytes``; a batch is never cut."""
-    token_bytes = (config.num_experts_per_tok + config.folded_experts + 2) * config.hidden_size * dtype.itemsize
-    begin, held = 0, 0
-    for b, ids in enumerate(batches):
-        need = ids.numel() * token_bytes
-        if b > begin and held + need > rows_bytes:
-            yield range(begin, b)
-            begin, held = b, 0
-        held += need
-    yield range(begin, len(batches))
-
-
-def _enter(config: TextConfig, layer: DecoderLayer, x: Tensor, batch: _Batch) -> _Visit:
-    """The first half of a layer for one batch, and where its tokens go."""
-    span = place_tokens(config, x, attention_mask=batch.mask, position_ids=batch.positions)
-    hidden, _ = layer.mix(x, span)
-    inputs = layer.post_attention_layernorm(hidden).flatten(0, 1)
-    routing: Routing = layer.mlp.gate(inputs)
-    visits = layer.mlp.visits(inputs, routing)
-    where = dispatch(visits.experts, config.stored_experts)
-    rows = inputs.index_select(0, where.token)
-    return _Visit(
-        hidden=hidden,
-        inputs=inputs,
-        routing=routing,
-        visits=visits,
-        where=where,
-        rows=rows,
-        parts=torch.split(rows, where.counts),
-    )
-
-
-def _run_experts(
-    config: TextConfig,
-    source: WeightSource,
-    name: str,
-    visits: Sequence[_Visit],
-    dtype: torch.dtype,
-    input_rounding: InputRounding,
-) -> None:
-    """What ``moe.Experts`` computes, for all visits: experts outside, so that each is read once, if reached at all."""
-    round_x, round_inner = input_rounding(f"{name}.gate_up_proj"), input_rounding(f"{name}.down_proj")
-    for e in range(config.stored_experts):
-        parts = [visit.parts[e] for visit in visits if visit.where.counts[e]]
-        if not parts:
-            continue
-        gate_up, down = load_expert(source, name, e, dtype)
-        for part in parts:
-            part.copy_(expert_mlp(part, gate_up, down, round_x, round_inner))
 
 
 @torch.no_grad()

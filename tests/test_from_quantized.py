@@ -60,6 +60,9 @@ TARGETS: dict[str, Scheme] = {
     **{name: scheme_named(name) for name in ("int8", "w8a8", "fp8", "fp8-block", "mxfp4")},
 }
 
+ROOM = ("--max-memory", "8GiB")
+"""The worker holds what other tests have left in it."""
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -331,7 +334,7 @@ def test_scales_of_the_cache_are_left_out_with_a_reason(sources: Path, tmp_path:
     assert {file for file in before if before[file] != after[file]} == {"manifest.json"}
     assert verify(tmp_path / "out", tmp_path / "src").faults == ()
     move_codes(tmp_path / "src", tmp_path / "moved", Reencoding(method="gptq"))
-    shown = run("quantize", tmp_path / "src", tmp_path / "new", "--from-quantized", "--dry-run")
+    shown = run("quantize", tmp_path / "src", tmp_path / "new", "--from-quantized", "--dry-run", *ROOM)
     assert f"left out: {names[0]}, {names[1]} (a scale of cached" in " ".join(shown.stdout.split())
     inspected = json.loads(run("inspect", tmp_path / "src", "--json").stdout)
     assert inspected["problems"] == []
@@ -346,13 +349,13 @@ def test_a_plain_source_is_converted_as_without_the_switch(sources: Path, tmp_pa
 
 def test_the_command_says_what_errors_are_against(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shown = run("quantize", sources / "fp8-block", out, "--scheme", "int4", "--from-quantized", "--dry-run")
+    shown = run("quantize", sources / "fp8-block", out, "--scheme", "int4", "--from-quantized", "--dry-run", *ROOM)
     assert shown.exit_code == 0, shown.output
     assert "the source is quantized (fp8)" in " ".join(shown.output.split())
-    plan = run("quantize", sources / "fp8-block", out, "--from-quantized", "--dry-run", "--json")
+    plan = run("quantize", sources / "fp8-block", out, "--from-quantized", "--dry-run", *ROOM, "--json")
     steps = json.loads(plan.stdout)["steps"]
     assert {step["source"]["format"] for step in steps if "source" in step} == {"fp8-block"}
-    assert run("quantize", sources / "fp8-block", out, "--from-quantized", "--json").exit_code == 0
+    assert run("quantize", sources / "fp8-block", out, "--from-quantized", *ROOM, "--json").exit_code == 0
     result = run("verify", out, "--deep", sources / "fp8-block")
     assert result.exit_code == 0, result.output
 

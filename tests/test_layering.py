@@ -102,6 +102,7 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
         "qconvert.weights", "qconvert.memory", "reference_model",
     },
+    "qconvert.pytest_plugin": {"qconvert.core", "qconvert.io", "qconvert.parity"},
     "qconvert.cli": {"qconvert", "reference_model", "calibration"},
     "qconvert": set(),
 }  # fmt: skip

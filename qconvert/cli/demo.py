@@ -20,8 +20,11 @@ from qconvert.core.errors import OutputError
 from qconvert.core.metric import Metric
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.manifest import MANIFEST_FILE
+from qconvert.parity.limits import DEFAULT, named_limits
+from qconvert.parity.outputs.document import as_document
+from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
-from qconvert.parity.run import compare
+from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, scheme_named
 
 CHECKPOINT = Path(reference_model.__file__).parent / "demo"
@@ -49,10 +52,10 @@ def demo(
         done = convert(CHECKPOINT, target, policy, jobs=min(os.cpu_count() or 1, 8))
         seconds = time.perf_counter() - start
         with console.progress(in_bytes=False, quiet=json) as advance:
-            report = compare(CHECKPOINT, target, progress=advance)
-        paths = report.write(report_folder)
+            report = compare(CHECKPOINT, target, ParityOptions(limits=named_limits(DEFAULT)), advance)
+        paths = write_report(report, report_folder)
         if json:
-            console.show_json(report.to_json())
+            console.show_json(as_document(report))
         else:
             table = console.plain_table("demo checkpoint", f">{scheme}")
             for name, value in (
@@ -64,6 +67,7 @@ def demo(
             ):
                 table.add_row(name, value)
             console.show(table)
+            console.say(report.because)
             console.say(f"checkpoint: {target}")
             for path in paths:
                 console.say(f"report:     {path}")

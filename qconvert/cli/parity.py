@@ -12,9 +12,14 @@ from qconvert.cli.options import Json
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, Verdict
 from qconvert.io.hub import resolve
-from qconvert.parity.limits import Limits
+from qconvert.parity.limits import bounds, named_limits, overridden
+from qconvert.parity.options import ParityOptions
+from qconvert.parity.outputs.document import as_document
+from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
-from qconvert.parity.run import ParityOptions, compare
+from qconvert.parity.run import compare
+from qconvert.parity.saved import KEPT
+from qconvert.parity.texts import Text
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.AMBIGUOUS: 7}
 """By verdict; 7 says that a limit lies inside the interval of its number: more tokens decide."""
@@ -32,19 +37,52 @@ _HEADLINES = (
 
 def parity(
     original: Annotated[
-        str, typer.Argument(metavar="ORIGINAL", help="Folder of the checkpoint as it was, or a hub id.")
+        str,
+        typer.Argument(
+            metavar="ORIGINAL", help="Folder of the checkpoint as it was, a hub id, or saved log-probabilities."
+        ),
     ],
-    converted: Annotated[str, typer.Argument(metavar="CONVERTED", help="Folder of what it became.")],
+    converted: Annotated[
+        str, typer.Argument(metavar="CONVERTED", help="Folder of what it became, or log-probabilities of it.")
+    ],
     text: Annotated[
-        Path | None, typer.Option(help="Text to run both models on; default: the held-out texts that come along.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="What both models read, again for each domain: text, .jsonl (messages for the chat template, text or "
+            "token_ids a line) or .npy (token ids); default: the held-out texts that come along.",
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to run at most [default: 10240].")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that see each other.")] = 512,
     seed: Annotated[int, typer.Option(help="Of random tokens and of bootstrap intervals.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.md.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for parity.json, parity.md, report.html, junit.xml and model-card.md.")
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Each layer by itself too, fed the original's inputs, and DeltaNet states."),
+    ] = False,
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="How often the prediction head guesses right, before and after.")
+    ] = False,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for states after each layer: a run that was killed goes on from there.")
+    ] = None,
+    save_logprobs: Annotated[
+        Path | None,
+        typer.Option(help="File for the original's likeliest tokens, to give as ORIGINAL later."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=5, help="Tokens that --save-logprobs keeps of each position.")] = KEPT,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Compare weights and do not run the models.")
     ] = False,
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|default", help="Limits as TOML, or those by scheme that come along; other options override."
+        ),
+    ] = None,
     max_kl_mean: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
     max_kl_median: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
     max_kl_p99: Annotated[float | None, typer.Option(help="Limit in nats, as served.")] = None,
@@ -66,29 +104,37 @@ def parity(
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --report ./report
 
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --max-kl-mean 0.02 --min-top1 0.95 --json
+
+      qconvert parity ./Qwen3.5-35B-A3B ./int4 --limits parity.toml
+
+      qconvert parity diff old/parity.json new/parity.json
     """
 
     def call() -> int:
-        if weights_only and (text is not None or tokens is not None):
-            raise UsageError("--weights-only runs no model: drop --text and --tokens")
-        limits = Limits(
+        if weights_only and (text or tokens is not None or layers or drafts or work is not None):
+            raise UsageError("--weights-only runs no model: drop --text, --tokens, --layers, --drafts and --work")
+        asked = bounds(
+            "given on the command line",
             kl_mean=max_kl_mean,
             kl_median=max_kl_median,
             kl_p99=max_kl_p99,
-            top1=min_top1,
+            top1_agreement=min_top1,
             perplexity_ratio=max_perplexity_ratio,
             sqnr_min=min_sqnr,
             router_overlap=min_router_overlap,
         )
         options = ParityOptions(
-            text=text, tokens=tokens or ParityOptions().tokens, window=window, seed=seed, limits=limits,
-            run_model=not weights_only,
+            texts=tuple(Text.parse(one) for one in text or ()),
+            tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
+            limits=overridden(named_limits(limits), asked),
+            run_model=not weights_only, layers=layers, drafts=drafts, work=work,
+            save_logprobs=save_logprobs, kept=top_k,
         )  # fmt: skip
         with console.progress(in_bytes=False, quiet=json) as advance:
             result = compare(resolve(original), resolve(converted), options, advance)
-        written = result.write(report) if report is not None else ()
+        written = write_report(result, report) if report is not None else ()
         if json:
-            console.show_json(result.to_json())
+            console.show_json(as_document(result))
         else:
             show(result)
             for path in written:
@@ -99,7 +145,7 @@ def parity(
 
 
 def show(result: ParityReport) -> None:
-    """Causes first, then the numbers that people ask for, then the verdict."""
+    """Causes first, then the numbers that people ask for, then the verdict and why."""
     for one in result.causes[:_SHOWN_CAUSES]:
         console.say(f"{one.severity.value} {one.kind.value}: {one}", style="red")
     if len(result.causes) > _SHOWN_CAUSES:
@@ -119,9 +165,10 @@ def show(result: ParityReport) -> None:
         console.say(note)
     for metric in result.metrics:
         if metric.verdict is not Verdict.PASS:
-            console.say(f"{metric.verdict.value} {metric.name} of {metric.where}: {_value(metric)}", style="red")
+            console.say(f"{metric.verdict.value} {metric.name} of {metric.place}: {_value(metric)}", style="red")
     colour = "green" if result.verdict is Verdict.PASS else "red"
     console.say(f"verdict: {result.verdict.value}", style=f"bold {colour}")
+    console.say(result.because)
 
 
 def _show_model(result: ParityReport) -> None:

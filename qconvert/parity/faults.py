@@ -15,6 +15,7 @@ from qconvert.numerics.error import ErrorSums
 from qconvert.numerics.rounding import quantize
 from qconvert.parity.blocks import BlockSums, describe_block
 from qconvert.parity.causes import Cause, CauseKind, cause
+from qconvert.parity.codes import wrong_scales
 
 SAME_DIRECTION = 0.85
 """Cosine from which a block holds the right numbers times a factor.
@@ -79,7 +80,7 @@ def bad_scales(
         if not part.is_floating_point() or tuple(part.shape) != wanted:
             continue
         values = part.to(torch.float32)
-        wrong = ~(values.isfinite() & ((values != 0) if isinstance(scheme.grid, Int) else (values > 0)))
+        wrong = wrong_scales(values, scheme)
         if bool(wrong.any()):
             example = float(values[wrong][0])
             text = f"{suffix} of {counted(wrong, scheme.blocking, shape)} is {example:g}"

@@ -1,4 +1,4 @@
-"""How far two models' next-token distributions lie apart: per token, then summarised with intervals.
+"""How far two models' next-token distributions lie apart, token by token.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -12,13 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconvert.core.metric import Metric
-from qconvert.parity.limits import Limits
+LIKELIEST = 5
+"""Tokens of either model that are compared as sets."""
 
-BLOCK_TOKENS = 64
-"""Consecutive tokens resampled together: their divergences are not independent."""
-
-RESAMPLES = 1000
+_RUN = 256
+"""Entries whose float32 sum goes into a float64 one."""
 
 Floats = NDArray[np.float64]
 
@@ -29,13 +27,17 @@ class TokenScores:
 
     Attributes:
         kl: KL(original || converted) in nats, float64 [T].
+        kl_reverse: KL(converted || original).
         agree: whether both models' likeliest token is the same, bool [T].
+        likeliest: the share of the original's ``LIKELIEST`` likeliest tokens that are among the converted model's.
         nll_original: negative log-likelihood of the text's next token, float64 [T].
         nll_converted: the same for the converted model.
     """
 
     kl: Floats
+    kl_reverse: Floats
     agree: NDArray[np.bool_]
+    likeliest: Floats
     nll_original: Floats
     nll_converted: Floats
 
@@ -43,8 +45,9 @@ class TokenScores:
 class VocabularyScan:
     """Scores T tokens while both heads' logits pass by, some rows and some of the vocabulary at a time.
 
-    With p, q the softmax of logits z, y: ``KL = sum_v p_v (z_v - y_v) - logsumexp z + logsumexp y``. The sums are kept
-    relative to the largest logit so far and in float64, so that neither the order nor the number of slabs matters.
+    With p, q the softmax of logits z, y: ``KL(p || q) = sum_v p_v (z_v - y_v) - logsumexp z + logsumexp y``, and the
+    other way round with q_v and the signs turned. z and y are taken relative to the largest logit of each so far; sums
+    are float64, of runs of ``_RUN`` entries in float32, so that neither the order nor the number of slabs matters.
     """
 
     def __init__(self, targets: Tensor) -> None:
@@ -54,8 +57,10 @@ class VocabularyScan:
         self._top = torch.full((2, tokens), -torch.inf)
         self._best = torch.zeros((2, tokens), dtype=torch.int64)
         self._sum = torch.zeros((2, tokens), dtype=torch.float64)
-        self._cross = torch.zeros(tokens, dtype=torch.float64)
+        self._cross = torch.zeros((2, tokens), dtype=torch.float64)
         self._target = torch.full((2, tokens), torch.nan)
+        self._likely = torch.full((2, tokens, LIKELIEST), -torch.inf)
+        self._likely_ids = torch.full((2, tokens, LIKELIEST), -1)
 
     def add(self, first_row: int, first_token: int, original: Tensor, converted: Tensor) -> None:
         """Take float32 logits [t, v] of positions from ``first_row`` and vocabulary entries from ``first_token``.
@@ -66,35 +71,60 @@ class VocabularyScan:
         inside = self._targets[rows] - first_token
         hit = (inside >= 0) & (inside < original.shape[1])
         at = inside.clamp(0, original.shape[1] - 1).unsqueeze(1)
-        weights = []
+        known = self._top[:, rows]
+        values, best = (torch.stack(both) for both in zip(original.max(dim=1), converted.max(dim=1), strict=True))
+        # a NaN must win: the scores of that position are then NaN and no limit passes
+        top = torch.maximum(known, values)
+        self._best[:, rows] = torch.where(values > known, best + first_token, self._best[:, rows])
+        shift = torch.where(self._sum[:, rows] == 0, 0.0, (known - top).to(torch.float64))
+        shrink = (known - top).exp().to(torch.float64)
+        self._top[:, rows] = top
+        shifted = [logits - top[side].unsqueeze(1) for side, logits in enumerate((original, converted))]
+        difference = shifted[0] - shifted[1]
         for side, logits in enumerate((original, converted)):
-            value, best = logits.max(dim=1)
-            known = self._top[side, rows]
-            # a NaN must win: the scores of that position are then NaN and no limit passes
-            top = torch.maximum(known, value)
-            self._best[side, rows] = torch.where(value > known, best + first_token, self._best[side, rows])
-            shrink = (known - top).exp().to(torch.float64)
-            weight = (logits - top.unsqueeze(1)).exp_()
-            self._sum[side, rows] = self._sum[side, rows] * shrink + weight.sum(1, dtype=torch.float64)
-            self._top[side, rows] = top
+            weight = shifted[side].exp_()
+            before = self._cross[side, rows] + (shift[0] - shift[1]) * self._sum[side, rows]
+            self._sum[side, rows] = self._sum[side, rows] * shrink[side] + _sum(weight)
+            self._cross[side, rows] = before * shrink[side] + _sum(weight.mul_(difference))
             target = logits.gather(1, at).squeeze(1)
             self._target[side, rows] = torch.where(hit, target, self._target[side, rows])
-            weights.append((weight, shrink))
-        weight, shrink = weights[0]
-        cross = weight.mul_(original - converted).sum(1, dtype=torch.float64)
-        self._cross[rows] = self._cross[rows] * shrink + cross
+            self._keep_likeliest(side, rows, first_token, logits)
+
+    def _keep_likeliest(self, side: int, rows: slice, first_token: int, logits: Tensor) -> None:
+        values, ids = logits.topk(min(LIKELIEST, logits.shape[1]), dim=1)
+        values = torch.cat((self._likely[side, rows], values), dim=1)
+        ids = torch.cat((self._likely_ids[side, rows], ids + first_token), dim=1)
+        self._likely[side, rows], kept = values.topk(LIKELIEST, dim=1)
+        self._likely_ids[side, rows] = ids.gather(1, kept)
+
+    @property
+    def likeliest(self) -> tuple[Tensor, Tensor]:
+        """The likeliest token of the original and of the converted model so far, int64 [T] each."""
+        return self._best[0], self._best[1]
 
     def scores(self) -> TokenScores:
         """The scores once the whole vocabulary has passed; a KL that rounding made negative is 0."""
-        log_sum = self._top.to(torch.float64) + self._sum.log()
-        kl = self._cross / self._sum[0] - log_sum[0] + log_sum[1]
-        nll = log_sum - self._target.to(torch.float64)
+        log_sum = self._sum.log()
+        ratio = log_sum[0] - log_sum[1]
+        kl = self._cross[0] / self._sum[0] - ratio
+        reverse = ratio - self._cross[1] / self._sum[1]
+        nll = log_sum + (self._top.to(torch.float64) - self._target)
+        ours, theirs = self._likely_ids
+        count = (ours[0] >= 0).sum().clamp(min=1) if len(ours) else 1
+        shared = ((ours.unsqueeze(2) == theirs.unsqueeze(1)) & (ours >= 0).unsqueeze(2)).sum((1, 2))
         return TokenScores(
             kl=kl.clamp(min=0).numpy(),
+            kl_reverse=reverse.clamp(min=0).numpy(),
             agree=((self._best[0] == self._best[1]) & ~kl.isnan()).numpy(),
+            likeliest=(shared / count).to(torch.float64).masked_fill(kl.isnan(), 0.0).numpy(),
             nll_original=nll[0].numpy(),
             nll_converted=nll[1].numpy(),
         )
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Row sums [T] in float64 of x [T, v], of whose runs float32 is precise enough."""
+    return torch.stack([run.sum(1) for run in torch.split(x, _RUN, dim=1)]).sum(0, dtype=torch.float64)
 
 
 def score(original: Tensor, converted: Tensor, targets: Tensor, rows: int = 256) -> TokenScores:
@@ -104,77 +134,3 @@ def score(original: Tensor, converted: Tensor, targets: Tensor, rows: int = 256)
         part = slice(start, start + rows)
         scan.add(start, 0, original[part].to(torch.float32), converted[part].to(torch.float32))
     return scan.scores()
-
-
-def summarize(scores: TokenScores, where: str, limits: Limits, seed: int = 0) -> tuple[Metric, ...]:
-    """KL, top-1 agreement and perplexities, each with its 95% bootstrap interval.
-
-    Percentile bootstrap over blocks of ``BLOCK_TOKENS`` consecutive tokens (Kunsch 1989), ``RESAMPLES`` draws, the
-    same draws for every number, so that perplexities are compared on the same tokens.
-    """
-    draws = _Draws(len(scores.kl), seed)
-
-    def mean(name: str, values: Floats, unit: str, limit: float | None = None, high: bool = False) -> Metric:
-        return _metric(name, where, float(values.mean()), draws.means(values), unit, limit, high)
-
-    def percentile(name: str, share: float, limit: float | None = None) -> Metric:
-        value = float(np.percentile(scores.kl, 100 * share, method="inverted_cdf"))
-        return _metric(name, where, value, draws.percentiles(scores.kl, share), "nats", limit, False)
-
-    def perplexity(name: str, nll: Floats, limit: float | None = None) -> Metric:
-        with np.errstate(over="ignore"):
-            return _metric(name, where, float(np.exp(nll.mean())), np.exp(draws.means(nll)), "", limit, False)
-
-    worst = float(scores.kl.max())
-    return (
-        mean("kl_mean", scores.kl, "nats", limits.kl_mean),
-        percentile("kl_median", 0.5, limits.kl_median),
-        percentile("kl_p99", 0.99, limits.kl_p99),
-        Metric(name="kl_max", where=where, value=worst, low=worst, high=worst, unit="nats"),
-        mean("top1_agreement", scores.agree.astype(np.float64), "fraction", limits.top1, high=True),
-        perplexity("perplexity_original", scores.nll_original),
-        perplexity("perplexity_converted", scores.nll_converted),
-        perplexity("perplexity_ratio", scores.nll_converted - scores.nll_original, limits.perplexity_ratio),
-    )
-
-
-def _metric(name: str, where: str, value: float, sampled: Floats, unit: str, limit: float | None, high: bool) -> Metric:
-    low, top = (float(q) for q in np.percentile(sampled, (2.5, 97.5)))
-    return Metric(
-        name=name,
-        where=where,
-        value=value,
-        # an interval that the estimate itself falls out of (few, skewed tokens) is stretched to it
-        low=min(low, value),
-        high=max(top, value),
-        unit=unit,
-        limit=limit,
-        better="high" if high else "low",
-    )
-
-
-class _Draws:
-    """Which blocks of consecutive tokens each resample holds, and how often; short texts use smaller blocks."""
-
-    def __init__(self, tokens: int, seed: int) -> None:
-        self.size = max(1, min(BLOCK_TOKENS, tokens // 8))
-        blocks = -(-tokens // self.size)
-        self.lengths = np.minimum(self.size, tokens - self.size * np.arange(blocks))
-        generator = np.random.default_rng(seed)
-        self.counts = generator.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES).astype(np.float64)
-
-    def means(self, values: Floats) -> Floats:
-        """The mean of each resample, [RESAMPLES]."""
-        sums = np.add.reduceat(values, self.size * np.arange(len(self.lengths)))
-        out: Floats = self.counts @ sums / (self.counts @ self.lengths)
-        return out
-
-    def percentiles(self, values: Floats, share: float) -> Floats:
-        """For each resample the smallest value that at least ``share`` of its tokens do not exceed, [RESAMPLES]."""
-        order = np.argsort(values, kind="stable")
-        block_of = order // self.size
-        out = np.empty(len(self.counts))
-        for i, count in enumerate(self.counts):
-            reached = np.cumsum(count[block_of])
-            out[i] = values[order[np.searchsorted(reached, share * reached[-1])]]
-        return out

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from qconvert import __version__
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
 from qconvert.numerics.error import ErrorSums
+from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.causes import ranked
-from qconvert.parity.limits import Limits
-from qconvert.parity.logits import summarize
-from qconvert.parity.model import ModelComparison, compare_models
+from qconvert.parity.codes import code_metrics
+from qconvert.parity.limits import in_force, judged, of_model
+from qconvert.parity.model import compare_models
+from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
+from qconvert.parity.options import ParityOptions as ParityOptions
 from qconvert.parity.report import ParityReport
+from qconvert.parity.run_saved import compare_saved
+from qconvert.parity.saved import LikeliestScan, save_logprobs
+from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.serving import config_causes, serving_causes
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
 from qconvert.parity.windows import choose_windows
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.unfolded import unfolded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParityOptions:
-    """What to compare, on which tokens, within which limits.
-
-    Attributes:
-        text: a text file; ``None`` takes the held-out texts that come along, or random tokens where the original has
-            no tokenizer.
-        tokens: tokens at most.
-        window: tokens that see each other.
-        limits: bounds of the verdict; those of the model are applied to it as served.
-        round_to: type through which dequantized matrices pass, as engines store them that way; ``None`` for float32.
-        run_model: whether the models are run at all.
-    """
-
-    text: Path | None = None
-    tokens: int = 10_240
-    window: int = 512
-    seed: int = 0
-    limits: Limits = field(default_factory=Limits)
-    round_to: torch.dtype | None = None
-    run_model: bool = True
 
 
 def compare(
@@ -55,6 +40,8 @@ def compare(
 ) -> ParityReport:
     """Compare the checkpoint in ``converted`` with the one that it was made from.
 
+    Either may be a file of log-probabilities instead, see ``saved.py``; weights and layers are then left out.
+
     Memory: one matrix of each for the weights; one layer without its experts, one expert, and what there is of every
     token within half of the available memory, the rest on disk, for the models; for the logits one slab of both heads.
 
@@ -64,7 +51,11 @@ def compare(
         OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
-    useless = options.limits.of_model()
+    if original.is_file() or converted.is_file():
+        return compare_saved(original, converted, options, progress)
+    useless = of_model(options.limits)
+    if options.save_logprobs is not None and not options.run_model:
+        raise UsageError("there are no log-probabilities to save where no model is run")
     if useless and not options.run_model:
         raise UsageError(
             f"the limits {', '.join(useless)} are on the models, which are not to be run; run them, or drop the limits"
@@ -83,59 +74,80 @@ def compare(
                 *weights.causes,
             )
         )
-        metrics = [*_weight_metrics(weights, options.limits)]
+        metrics = [*_weight_metrics(weights), *code_metrics(weights.tensors)]
         notes, text, scored = [], "", 0
-        if not metrics:
-            notes.append("Nothing is quantized: there is no SQNR to report" + _unjudged("sqnr_min", options.limits))
+        curves: tuple[Curve, ...] = ()
+        experts: tuple[ExpertUse, ...] = ()
+        if not any(one.name == "sqnr_min" for one in metrics):
+            notes.append("Nothing is quantized: there is no SQNR to report.")
         if not options.run_model:
             notes.append("The models were not run.")
         elif not weights.complete:
             notes.append("The models were not run: the converted one is incomplete, see the causes.")
-            if options.limits.of_model():
-                notes.append(f"Not judged: {', '.join(options.limits.of_model())}.")
         else:
             vocabulary = ours.config.text.vocab_size
             windows = choose_windows(
                 original,
                 vocabulary,
-                text=options.text,
+                texts=options.texts,
                 tokens=options.tokens,
                 length=options.window,
                 seed=options.seed,
             )
-            plain, served = compare_models(ours, theirs, windows.batches, progress)
-            text, scored = windows.description, len(plain.scores.kl)
-            metrics += [*_model_metrics(plain, Limits(), options.seed)]
-            metrics += [*_model_metrics(served, options.limits, options.seed)]
+            boundaries = _boundaries(ours, theirs, windows.batches, options)
+            scan = None if options.save_logprobs is None else LikeliestScan(windows.targets, options.kept, vocabulary)
+            found = compare_models(
+                ours,
+                theirs,
+                windows.batches,
+                progress,
+                layers=options.layers,
+                drafts=options.drafts,
+                boundaries=boundaries,
+                scan_original=None if scan is None else scan.add,
+            )
+            if options.drafts and found.plain.drafts is None:
+                notes.append("No drafts were compared: one of the models has no prediction head.")
+            if scan is not None and options.save_logprobs is not None:
+                save_logprobs(options.save_logprobs, scan, windows, ours)
+            text, scored = windows.description, len(found.plain.scores.kl)
+            metrics += [*model_metrics(found, windows.places, options.seed)]
+            curves = tuple(model_curves(found))
+            experts = expert_use(found.visits, weights.tensors)
+            if boundaries is not None:
+                boundaries.clear()
             folded = theirs.config.text.folded_experts
             if folded:
                 notes.append(
                     f"The shared expert is folded into {folded} experts that every token visits; router overlap counts "
                     "the router's choices alone."
                 )
-            if served.scores is plain.scores:
+            if found.served.scores is found.plain.scores:
                 notes.append("Engines round no activations for this checkpoint: as served is weights only.")
+        schemes = {str(scheme) for role in theirs.stored if (scheme := theirs.scheme(role)) is not None}
+        numbers, unjudged = judged(metrics, in_force(options.limits, schemes))
+        if unjudged:
+            notes.append(f"Not judged, for there is no such number: {', '.join(map(str, unjudged))}.")
         return ParityReport(
             original=str(original),
             converted=str(converted),
             bytes_original=sum(info.nbytes for info in ours.checkpoint.tensors.values()),
             bytes_converted=sum(info.nbytes for info in theirs.checkpoint.tensors.values()),
             causes=causes,
-            metrics=tuple(metrics),
+            metrics=numbers,
+            unjudged=unjudged,
             tensors=tuple(one for one in weights.tensors if one.outcome is not Outcome.IDENTICAL),
             identical=sum(one.outcome is Outcome.IDENTICAL for one in weights.tensors),
             roles=weights.roles(),
             text=text,
             tokens=scored,
             notes=tuple(notes),
+            curves=curves,
+            experts=experts,
         )
 
 
-def _unjudged(name: str, limits: Limits) -> str:
-    return f", and the limit {name} does not apply." if name in limits.given() else "."
-
-
-def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metric]:
+def _weight_metrics(weights: WeightsComparison) -> Iterator[Metric]:
     rounded = [one for one in weights.tensors if one.outcome is Outcome.QUANTIZED]
     if not rounded:
         return
@@ -143,7 +155,7 @@ def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metr
     signal = sum(one.sums.signal for one in rounded)
     error = sum(one.sums.squared_error for one in rounded)
     pooled = math.inf if error == 0 else 10 * math.log10(signal / error) if signal else -math.inf
-    yield exact("sqnr_min", worst.name, worst.sums.sqnr_db, "dB", limit=limits.sqnr_min, better="high")
+    yield exact("sqnr_min", worst.name, worst.sums.sqnr_db, "dB", better="high")
     yield exact("sqnr", "all quantized tensors", pooled, "dB", better="high")
     yield exact("cosine_min", "quantized tensors", min(one.sums.cosine for one in rounded), better="high")
     halves: dict[str, ErrorSums] = {}
@@ -153,14 +165,19 @@ def _weight_metrics(weights: WeightsComparison, limits: Limits) -> Iterator[Metr
         yield exact("sqnr", path, sums.sqnr_db, "dB", better="high")
 
 
-def _model_metrics(model: ModelComparison, limits: Limits, seed: int) -> Iterator[Metric]:
-    yield from summarize(model.scores, model.mode, limits, seed)
-    for layer, overlap in enumerate(model.router_overlap):
-        yield exact(
-            "router_overlap",
-            f"{model.mode} layer {layer}",
-            overlap,
-            "fraction",
-            limit=limits.router_overlap,
-            better="high",
-        )
+def _boundaries(
+    ours: CheckpointWeights, theirs: CheckpointWeights, batches: Sequence[Tensor], options: ParityOptions
+) -> Boundaries | None:
+    """Where states are kept, and what makes them those of this run: both checkpoints, the tokens, what is computed."""
+    if options.work is None:
+        return None
+    identity = hashlib.sha256(f"{__version__} {torch.__version__} {options.layers} {options.round_to}".encode())
+    for source in (ours, theirs):
+        folder = source.checkpoint.path
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".safetensors"):
+                state = path.stat()
+                identity.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
+    for ids in batches:
+        identity.update(f"{list(ids.shape)}".encode() + ids.numpy().tobytes())
+    return Boundaries(folder=options.work, identity=identity.hexdigest())

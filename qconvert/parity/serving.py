@@ -121,6 +121,15 @@ def _content(path: Path) -> dict[str, Any] | bytes | None:
     return {key: value for key, value in parsed.items() if key not in _SAYS_NOTHING}
 
 
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a checkpoint, of several the one that is called default; ``None`` without one."""
+    found = _template(folder)
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
 def _template(folder: Path) -> object:
     """The chat template, whichever file holds it; ``None`` without one."""
     raw = _bytes(folder / TEMPLATE)

@@ -17,6 +17,7 @@ from qconvert.core.scheme import Scheme
 from qconvert.numerics.error import ErrorSums, error_sums
 from qconvert.parity.blocks import BlockSums, block_sums, joined
 from qconvert.parity.causes import Cause, CauseKind, Severity, cause, place_of_expert, ranked
+from qconvert.parity.codes import CodeCounts, count_codes, dead_scales
 from qconvert.parity.damage import damage_faults, excess_db, piece_sums
 from qconvert.parity.faults import (
     bad_scales,
@@ -29,7 +30,7 @@ from qconvert.parity.faults import (
 from qconvert.parity.halves import half_sums
 from qconvert.parity.identity import find_matches, name_matches
 from qconvert.parity.kept import changed_faults, row_sums
-from qconvert.parity.pairs import pair_sums, pairs
+from qconvert.parity.pairs import pair_sums, runs
 from qconvert.weights.source import CheckpointWeights
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +61,8 @@ class TensorComparison:
         scheme: how it is rounded there.
         sums: the error; NaN where the converted values are NaN or cannot be read.
         halves: of a ``q_proj`` that differs, its query and its output gate.
+        stored_bytes: on disk, scales and all.
+        codes: what its codes say; ``None`` for a plain tensor.
     """
 
     role: TensorRole
@@ -68,6 +71,13 @@ class TensorComparison:
     scheme: Scheme | None
     sums: ErrorSums
     halves: tuple[TensorComparison, ...] = ()
+    stored_bytes: int = 0
+    codes: CodeCounts | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return self.sums.elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +141,7 @@ def compare_weights(
     for done, role in enumerate(common):
         progress("weights", done, len(common))
         found, faults = _compare(original, converted, role)
+        found = replace(found, stored_bytes=converted.stored_bytes(role))
         tensors.append(_with_halves(found, original, converted))
         causes.extend(faults)
         if found.sums.sqnr_db < floor_db(found.scheme) and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
@@ -148,8 +159,8 @@ def _compare(
 ) -> tuple[TensorComparison, list[Cause]]:
     stored, scheme = converted.stored[role], converted.scheme(role)
 
-    def result(outcome: Outcome, sums: ErrorSums) -> TensorComparison:
-        return TensorComparison(role=role, name=stored.name, outcome=outcome, scheme=scheme, sums=sums)
+    def result(outcome: Outcome, sums: ErrorSums, codes: CodeCounts | None = None) -> TensorComparison:
+        return TensorComparison(role=role, name=stored.name, outcome=outcome, scheme=scheme, sums=sums, codes=codes)
 
     if original.stored[role].plain is not None and stored.plain is not None:
         try:
@@ -161,8 +172,16 @@ def _compare(
     found: list[BlockSums] = []
     small: list[BlockSums] = []
     excess: list[Tensor] = []
+    codes = None if scheme is None else CodeCounts()
     try:
-        for w, v in pairs((original, role), (converted, role)):
+        for begin, end in runs((original, role), (converted, role)):
+            w = original.matrix(role, begin, end)
+            if codes is None:
+                v = converted.matrix(role, begin, end)
+            else:
+                quantized = converted.quantized(role, begin, end)
+                v = converted.meaning(quantized)
+                codes += count_codes(quantized, v)
             found.append(block_sums(w, v, blocking))
             if not math.isfinite(found[-1].max_error):
                 return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
@@ -176,14 +195,15 @@ def _compare(
         parts = converted.parts(role)
         faults = [] if scheme is None else list(bad_scales(role, stored.name, parts, scheme, (rows, cols)))
         faults = faults or [cause(CauseKind.CONTRADICTION, role, str(error), (stored.name,))]
-        return result(Outcome.UNREADABLE, _nan_sums(rows * cols)), faults
+        codes = None if scheme is None else dead_scales(parts, scheme, (rows, cols))
+        return result(Outcome.UNREADABLE, _nan_sums(rows * cols), codes), faults
     sums = joined(found)
     outcome = Outcome.QUANTIZED if scheme is not None else Outcome.CHANGED
     faults = list(scale_faults(role, stored.name, sums, blocking, stored.shape))
     if scheme is not None:
         kinds = {one.kind for one in faults}
         faults += damage_faults(role, stored.name, joined(small), torch.cat(excess), scheme, stored.shape, kinds)
-    return result(outcome, sums.total), faults
+    return result(outcome, sums.total, codes), faults
 
 
 def _with_halves(

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 import reference_model
-from qconvert.core.errors import SourceError, UsageError
+from qconvert.core.errors import UsageError
+from qconvert.parity.summary import TokenPlaces
+from qconvert.parity.texts import Reader, Text
 
 HELD_OUT = Path(reference_model.__file__).parent / "demo" / "heldout"
 """Texts of several domains that the demo checkpoint was not trained on."""
@@ -27,10 +29,12 @@ class Windows:
 
     Attributes:
         batches: int64 [B, T] each, at least two tokens a window.
+        domains: for each batch the names of the texts that its rows are of.
         description: where they come from, for the report.
     """
 
     batches: tuple[Tensor, ...]
+    domains: tuple[tuple[str, ...], ...]
     description: str
 
     @property
@@ -38,9 +42,30 @@ class Windows:
         """Tokens in all windows."""
         return sum(batch.numel() for batch in self.batches)
 
+    @property
+    def targets(self) -> Tensor:
+        """What follows each position that has a next token, through all rows of all batches: int64 [S]."""
+        return torch.cat([batch[:, 1:].flatten() for batch in self.batches])
 
-def text_windows(model: Path, texts: Sequence[Path], length: int, limit: int) -> Windows:
-    """Windows of the files ``texts``, read by the tokenizer of the checkpoint ``model``.
+    @property
+    def places(self) -> TokenPlaces:
+        """Where the same positions stand."""
+        names = tuple(dict.fromkeys(chain.from_iterable(self.domains)))
+        numbers = {name: n for n, name in enumerate(names)}
+        rows = [
+            (ids.shape[1] - 1, numbers[name])
+            for ids, domains in zip(self.batches, self.domains, strict=True)
+            for name in domains
+        ]
+        return TokenPlaces(
+            position=np.concatenate([np.arange(length) for length, _ in rows]),
+            domain=np.concatenate([np.full(length, number) for length, number in rows]),
+            domains=names,
+        )
+
+
+def text_windows(model: Path, texts: Sequence[Text], length: int, limit: int) -> Windows:
+    """Windows of the documents in ``texts``, read by the tokenizer of the checkpoint ``model``.
 
     Files take turns, window by window, until ``limit`` tokens are reached.
 
@@ -48,69 +73,73 @@ def text_windows(model: Path, texts: Sequence[Path], length: int, limit: int) ->
         UsageError: a text cannot be read or is too short, or the checkpoint has no ``tokenizer.json``.
         SourceError: the tokenizer cannot be read.
     """
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        raise UsageError(f"{model} has no tokenizer.json to read a text with: use --tokens for random tokens")
-    tokenizer = _tokenizer(path)
-    files = []
-    for text in texts:
-        try:
-            content = text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the text {text}: {error}") from error
-        ids = torch.tensor(tokenizer.encode(content).ids, dtype=torch.int64)
-        files.append([part for part in torch.split(ids, length) if len(part) > 1])
+    reader = Reader(model)
+    files = [
+        [
+            (text.name, part)
+            for document in reader.documents(text)
+            for part in torch.split(document, length)
+            if len(part) > 1
+        ]
+        for text in texts
+    ]
     turns = [window for window in chain.from_iterable(zip_longest(*files)) if window is not None]
     if not turns:
-        raise UsageError(f"{', '.join(map(str, texts))}: fewer than two tokens")
-    names = ", ".join(text.name for text in texts)
-    return Windows(batches=_batches(turns, limit), description=f"text: {names}")
+        raise UsageError(f"{', '.join(str(text.path) for text in texts)}: fewer than two tokens")
+    names = ", ".join(text.path.name for text in texts)
+    return side_by_side(turns, limit, f"text: {names}")
 
 
 def random_windows(vocabulary: int, length: int, tokens: int, seed: int) -> Windows:
     """Windows of uniformly random tokens, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (max(tokens, 2),), generator=generator)
-    parts = [part for part in torch.split(ids, length) if len(part) > 1]
-    return Windows(batches=_batches(parts, tokens), description=f"random tokens, seed {seed}: perplexity says nothing")
+    parts = [("random", part) for part in torch.split(ids, length) if len(part) > 1]
+    return side_by_side(parts, tokens, f"random tokens, seed {seed}: perplexity says nothing")
 
 
-def choose_windows(model: Path, vocabulary: int, *, text: Path | None, tokens: int, length: int, seed: int) -> Windows:
-    """Windows of ``text``; without one of the held-out texts that come along; without a tokenizer random ones.
+def choose_windows(
+    model: Path, vocabulary: int, *, texts: Sequence[Text], tokens: int, length: int, seed: int
+) -> Windows:
+    """Windows of ``texts``; without any of the held-out texts that come along; without a tokenizer random ones.
 
     Raises:
-        UsageError: see ``text_windows``, or windows or tokens below 2.
+        UsageError: see ``text_windows``, or windows or tokens below 2, or token ids outside the ``vocabulary``.
     """
     if length < 2 or tokens < 2:
         raise UsageError(f"windows of {length} tokens and {tokens} tokens in all: both must be at least 2")
-    if text is not None:
-        return text_windows(model, [text], length, tokens)
-    held_out = sorted(HELD_OUT.glob("*.txt")) if HELD_OUT.is_dir() else []
-    if held_out and (model / "tokenizer.json").is_file():
-        return text_windows(model, held_out, length, tokens)
-    return random_windows(vocabulary, length, tokens, seed)
+    if not texts and (model / "tokenizer.json").is_file() and HELD_OUT.is_dir():
+        texts = [Text(name=path.stem, path=path) for path in sorted(HELD_OUT.glob("*.txt"))]
+    if not texts:
+        return random_windows(vocabulary, length, tokens, seed)
+    found = text_windows(model, texts, length, tokens)
+    for ids in found.batches:
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise UsageError(
+                f"{found.description}: token ids from {int(ids.min())} to {int(ids.max())}, the vocabulary of {model} "
+                f"has {vocabulary}"
+            )
+    return found
 
 
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        # unlike from_file this raises a narrow error
-        return Tokenizer.from_buffer(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot read {path}: {error}") from error
-
-
-def _batches(windows: Iterable[Tensor], limit: int) -> tuple[Tensor, ...]:
+def side_by_side(windows: Iterable[tuple[str, Tensor]], limit: int, description: str) -> Windows:
     """Windows of one length side by side, about ``BATCH_TOKENS`` together; the last window is cut at ``limit``."""
     batches: list[list[Tensor]] = []
+    domains: list[list[str]] = []
     left = limit
-    for window in windows:
+    for name, window in windows:
         part = window[:left]
         if len(part) < 2:
             break
         left -= len(part)
         fits = batches and len(batches[-1][0]) == len(part) and (len(batches[-1]) + 1) * len(part) <= BATCH_TOKENS
-        if fits:
-            batches[-1].append(part)
-        else:
-            batches.append([part])
-    return tuple(torch.stack(batch) for batch in batches)
+        if not fits:
+            batches.append([])
+            domains.append([])
+        batches[-1].append(part)
+        domains[-1].append(name)
+    return Windows(
+        batches=tuple(torch.stack(batch) for batch in batches),
+        domains=tuple(tuple(names) for names in domains),
+        description=description,
+    )

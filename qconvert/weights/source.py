@@ -166,8 +166,24 @@ class CheckpointWeights:
         """
         if self._stored(role).plain is not None:
             return self.raw(role, begin, end).to(torch.float32)
-        values = self.quantized(role, begin, end).dequantize()
+        return self.meaning(self.quantized(role, begin, end))
+
+    def meaning(self, quantized: QuantizedTensor) -> Tensor:
+        """The float32 values [N, K] that codes stand for, as an engine has them."""
+        values = quantized.dequantize()
         return values if self._round_to is None else values.to(self._round_to).to(torch.float32)
+
+    def stored_bytes(self, role: TensorRole) -> int:
+        """Bytes of a tensor on disk, with all its parts.
+
+        Raises:
+            KeyError: no such role.
+        """
+        stored = self._stored(role)
+        slices = list(stored.parts.values()) if stored.plain is None else [stored.plain]
+        infos = [self.checkpoint.tensors[one.tensor] for one in slices]
+        widths = [info.row_width * info.dtype.itemsize for info in infos]
+        return sum((one.end - one.begin) * width for one, width in zip(slices, widths, strict=True))
 
     def specs(self) -> Mapping[str, WeightSpec]:
         """All that the reference model could ask for, routed experts one matrix each; of the tower only on request."""

@@ -78,6 +78,12 @@ class UnfoldedWeights(CheckpointWeights):
         rows, cols = whole.shape
         return cut(whole, (begin or 0, rows if end is None else end), (0, cols))
 
+    def stored_bytes(self, role: TensorRole) -> int:
+        """See ``CheckpointWeights.stored_bytes``; units that fill the last expert up count."""
+        if role.kind not in FOLDED:
+            return super().stored_bytes(role)
+        return sum(super(UnfoldedWeights, self).stored_bytes(holder) for holder in self._holders(role))
+
     def _check_rest(self, role: TensorRole, last: Tensor) -> None:
         """Raise ``FormatError`` where the last expert holds units beyond the shared expert's: they would count."""
         text = self.config.text

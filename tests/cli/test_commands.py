@@ -89,6 +89,44 @@ def test_a_limit_that_is_exceeded_is_exit_code_1(source: Path, converted: Path) 
     assert "fail kl_mean" in result.stdout
 
 
+def test_limits_come_from_a_file_and_options_go_before_it(source: Path, converted: Path, tmp_path: Path) -> None:
+    limits = tmp_path / "limits.toml"
+    limits.write_text('[[limit]]\nmetric = "kl_mean"\nat_most = 1e-12\nreason = "as strict as can be"\n')
+    result = run("parity", source, converted, "--tokens", "64", "--limits", limits)
+    assert result.exit_code == 1
+    assert "kl_mean of as served is" in result.stdout.splitlines()[-1]
+    result = run("parity", source, converted, "--tokens", "64", "--limits", limits, "--max-kl-mean", "9", "--json")
+    assert result.exit_code == 0
+    judged = [one for one in json.loads(result.stdout)["metrics"] if one["limit"] is not None]
+    assert [(one["limit"], one["reason"]) for one in judged] == [(9.0, "given on the command line")]
+    limits.write_text("[[limit]]\nmetric = 'kl'\n")
+    result = run("parity", source, converted, "--limits", limits)
+    assert result.exit_code == 2
+    assert "no 'reason'" in result.stderr
+    # nothing is discovered
+    assert run("parity", source, converted, "--weights-only", "--limits", "default").exit_code == 2
+
+
+def test_reports_are_compared(source: Path, converted: Path, tmp_path: Path) -> None:
+    for name, seed in (("old", "0"), ("new", "0"), ("other", "1")):
+        done = run("parity", source, converted, "--tokens", "64", "--seed", seed, "--report", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    old, new, other = (tmp_path / name / "parity.json" for name in ("old", "new", "other"))
+    result = run("parity", "diff", old, new)
+    assert result.exit_code == 0, result.output
+    assert "no regression" in result.stdout
+    assert run("parity", "diff", old, other).exit_code == 2
+    worse = json.loads(new.read_text())
+    for metric in worse["metrics"]:
+        if metric["name"] == "kl_mean":
+            metric.update(value=9.0, low=8.0, high=10.0)
+    new.write_text(json.dumps(worse))
+    result = run("parity", "diff", old, new)
+    assert result.exit_code == 1
+    assert "worse: kl_mean of as served" in result.stdout
+    assert len(json.loads(run("parity", "diff", old, new, "--json").stdout)["regressions"]) == 2
+
+
 def test_a_policy_decides(source: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text('[[rule]]\nmatch = "text.shared_expert.*"\nscheme = "int8"\nreason = "eight bits here"\n')

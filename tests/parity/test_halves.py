@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qconvert.core.scheme import INT8, int4
 from qconvert.parity import pairs
+from qconvert.parity.outputs.markdown import as_markdown
 from qconvert.parity.run import ParityOptions, compare
 from qconvert.plan.policy import Rule
 from reference_model.config import ModelConfig
@@ -67,7 +68,7 @@ def test_the_halves_make_up_the_whole(conversions: Converted) -> None:
         assert math.isclose(together, getattr(q_proj.sums, quantity), rel_tol=LIMITS["block_sums"])
     for path in PATHS.values():
         assert roles[path].scheme == roles["text.attention.query"].scheme == str(INT8)
-        assert f"| {path} |" in report.to_markdown()
+        assert f"| {path} |" in as_markdown(report)
 
 
 def test_halves_of_a_matrix_that_is_the_same_are_not_told(conversions: Converted) -> None:

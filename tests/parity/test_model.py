@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 import reference_model.moe
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
+from qconvert.parity.layers import LayerScores
+from qconvert.parity.logits import TokenScores
 from qconvert.parity.model import compare_models, served_rounding
 from qconvert.plan.policy import Rule
 from qconvert.weights.source import CheckpointWeights
@@ -60,7 +63,8 @@ def scored(outputs: list[Output]) -> Tensor:
 def test_weights_only_is_two_whole_models(scheme: Scheme, tie: bool, conversions: Converted) -> None:
     original, out = conversions(scheme, tie=tie)
     with CheckpointWeights.open(original) as a, CheckpointWeights.open(out) as b:
-        plain, served = compare_models(a, b, BATCHES)
+        found = compare_models(a, b, BATCHES)
+    plain, served = found.plain, found.served
     ours = [whole(original)(ids) for ids in BATCHES]
     theirs = [whole(out)(ids) for ids in BATCHES]
     z, y = scored(ours), scored(theirs)
@@ -70,14 +74,14 @@ def test_weights_only_is_two_whole_models(scheme: Scheme, tie: bool, conversions
     nll = -z.double().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
     np.testing.assert_allclose(plain.scores.nll_original, nll.numpy(), atol=LIMITS["nll_abs"])
     assert served.scores is plain.scores
-    for layer, overlap in enumerate(plain.router_overlap):
+    for layer, overlap in enumerate(one.router_overlap for one in plain.layers):
         shared = [
             len(set(mine.tolist()) & set(other.tolist())) / len(mine)
             for a_out, b_out in zip(ours, theirs, strict=True)
             for mine, other in zip(a_out.routings[layer].experts, b_out.routings[layer].experts, strict=True)
         ]
         assert overlap == pytest.approx(np.mean(shared))
-    assert plain.router_overlap[0] > plain.router_overlap[-1] - LIMITS["overlap_noise"]
+    assert plain.layers[0].router_overlap > plain.layers[-1].router_overlap - LIMITS["overlap_noise"]
 
 
 def textbook_fp8(x: Tensor, group: int | None) -> Tensor:
@@ -95,7 +99,8 @@ def test_as_served_rounds_what_enters_each_quantized_matrix(
 ) -> None:
     original, out = conversions(scheme, rules=rules)
     with CheckpointWeights.open(original) as a, CheckpointWeights.open(out) as b:
-        plain, served = compare_models(a, b, BATCHES)
+        found = compare_models(a, b, BATCHES)
+    plain, served = found.plain, found.served
     z = scored([whole(original)(ids) for ids in BATCHES])
 
     group = scheme.activation.group
@@ -134,19 +139,24 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
     make_tiny(tmp_path / "fused")
     make_tiny(tmp_path / "separate", layout="per-expert", naming="text")
     with CheckpointWeights.open(tmp_path / "fused") as a, CheckpointWeights.open(tmp_path / "separate") as b:
-        plain, _ = compare_models(a, b, BATCHES)
+        plain = compare_models(a, b, BATCHES, layers=True).plain
     assert plain.scores.kl.max() <= LIMITS["kl_of_itself"]
     assert plain.scores.agree.all()
-    assert set(plain.router_overlap) == {1.0}
+    nothing = LayerScores(
+        hidden_cosine=1.0, hidden_error=0.0, router_overlap=1.0, router_flips=0.0, router_mass_moved=0.0
+    )
+    assert {replace(one, state_drift=()) for one in plain.layers} == {nothing}
+    assert {drift for one in plain.layers for drift in one.state_drift} == {0.0}
 
 
 def test_what_waits_on_disk_changes_no_score(conversions: Converted) -> None:
     original, out = conversions(FP8)
     with CheckpointWeights.open(original) as a, CheckpointWeights.open(out) as b:
-        for roomy, tight in zip(compare_models(a, b, BATCHES), compare_models(a, b, BATCHES, memory=0), strict=True):
-            assert tight.router_overlap == roomy.router_overlap
-            for field in ("kl", "agree", "nll_original", "nll_converted"):
-                assert (getattr(tight.scores, field) == getattr(roomy.scores, field)).all()
+        roomy, tight = (compare_models(a, b, BATCHES, memory=memory, layers=True) for memory in (None, 0))
+    for ours, theirs in ((roomy.plain, tight.plain), (roomy.served, tight.served)):
+        assert (ours.layers, ours.forced) == (theirs.layers, theirs.forced)
+        for one in fields(TokenScores):
+            assert (getattr(ours.scores, one.name) == getattr(theirs.scores, one.name)).all()
 
 
 def test_weight_only_schemes_round_no_activation(conversions: Converted) -> None:
@@ -161,7 +171,7 @@ def test_progress_is_told_of_every_layer_and_ends_at_its_total(conversions: Conv
     with CheckpointWeights.open(original) as a, CheckpointWeights.open(out) as b:
         compare_models(a, b, BATCHES, lambda phase, done, total: told.append((phase, done, total)))
     phases = list(dict.fromkeys(phase for phase, _, _ in told))
-    assert phases == ["original", "weights only", "weights only: logits", "as served", "as served: logits"]
+    assert phases == ["layers", "logits"]
     for phase in phases:
         steps = [(done, total) for name, done, total in told if name == phase]
         assert steps == sorted(steps)

@@ -12,7 +12,10 @@ import pytest
 from qconvert.core.errors import OutputError, SourceError
 from qconvert.core.metric import Verdict, exact
 from qconvert.core.scheme import FP8, INT8, int4
-from qconvert.parity.limits import Limits
+from qconvert.parity.limits import Limit, bounds
+from qconvert.parity.outputs.document import as_document
+from qconvert.parity.outputs.folder import write_report
+from qconvert.parity.outputs.markdown import as_markdown
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run import ParityOptions, compare
 from tests.conftest import Converted
@@ -45,15 +48,18 @@ def test_a_right_conversion_passes(report: ParityReport) -> None:
 
 
 def test_json_is_strict_and_complete(report: ParityReport, tmp_path: Path) -> None:
-    path, markdown = report.write(tmp_path / "deep" / "report")
+    path, markdown, *_ = write_report(report, tmp_path / "deep" / "report")
     parsed = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word))
-    assert parsed["schema"] == "qconvert-parity/1"
+    assert parsed["schema"] == "qconvert-parity/2"
     assert parsed["verdict"] == "pass"
-    assert parsed == report.to_json()
+    assert parsed == as_document(report)
     assert len(parsed["metrics"]) == len(report.metrics)
-    assert {"name", "where", "value", "low", "high", "unit", "limit", "better", "verdict"} == set(parsed["metrics"][0])
-    assert markdown.read_text(encoding="utf-8") == report.to_markdown()
-    assert sorted(p.name for p in path.parent.iterdir()) == ["parity.json", "parity.md"]
+    keys = {"name", "where", "layer", "value", "low", "high", "unit", "limit", "reason", "better", "verdict"}
+    assert keys == set(parsed["metrics"][0])
+    assert markdown.read_text(encoding="utf-8") == as_markdown(report)
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "junit.xml", "model-card.md", "parity.json", "parity.md", "report.html",
+    ]  # fmt: skip
 
 
 def test_markdown_puts_causes_before_numbers(conversions: Converted, converted: Converted) -> None:
@@ -62,7 +68,7 @@ def test_markdown_puts_causes_before_numbers(conversions: Converted, converted: 
     edit_tensors(out, lambda tensors: tensors[scale][7].mul_(2))
     found = compare(original, out, FEW)
     assert found.verdict is Verdict.FAIL
-    text = found.to_markdown()
+    text = as_markdown(found)
     places = [
         text.index(part) for part in ("# Parity: fail", "layer 0 expert 2 down: row 7", "| kl_mean |", "## Worst")
     ]
@@ -72,27 +78,27 @@ def test_markdown_puts_causes_before_numbers(conversions: Converted, converted: 
 
 def test_limits_apply_to_the_model_as_served(conversions: Converted, report: ParityReport) -> None:
     served = report.metric("kl_mean", "as served")
-    found = compare(*conversions(FP8), replace(FEW, limits=Limits(kl_mean=served.low / 2, kl_median=1.0)))
+    found = compare(*conversions(FP8), replace(FEW, limits=bounds(kl_mean=served.low / 2, kl_median=1.0)))
     assert found.metric("kl_mean", "as served").verdict is Verdict.FAIL
     assert found.metric("kl_median", "as served").verdict is Verdict.PASS
     assert found.metric("kl_mean", "weights only").limit is None
     assert found.verdict is Verdict.FAIL
-    found = compare(*conversions(FP8), replace(FEW, limits=Limits(kl_mean=served.value)))
+    found = compare(*conversions(FP8), replace(FEW, limits=bounds(kl_mean=served.value)))
     assert found.verdict is Verdict.AMBIGUOUS
 
 
 @pytest.mark.parametrize(
     ("limits", "verdict"),
     [
-        (Limits(sqnr_min=35), Verdict.FAIL),
-        (Limits(sqnr_min=30), Verdict.PASS),
-        (Limits(router_overlap=1.01), Verdict.FAIL),
-        (Limits(top1=0.0), Verdict.PASS),
-        (Limits(top1=1.01), Verdict.FAIL),
-        (Limits(perplexity_ratio=0.5), Verdict.FAIL),
+        (bounds(sqnr_min=35), Verdict.FAIL),
+        (bounds(sqnr_min=30), Verdict.PASS),
+        (bounds(router_overlap=1.01), Verdict.FAIL),
+        (bounds(top1_agreement=0.0), Verdict.PASS),
+        (bounds(top1_agreement=1.01), Verdict.FAIL),
+        (bounds(perplexity_ratio=0.5), Verdict.FAIL),
     ],
 )
-def test_every_limit_can_fail_a_report(limits: Limits, verdict: Verdict, conversions: Converted) -> None:
+def test_every_limit_can_fail_a_report(limits: tuple[Limit, ...], verdict: Verdict, conversions: Converted) -> None:
     assert compare(*conversions(FP8), replace(FEW, limits=limits)).verdict is verdict
 
 
@@ -100,9 +106,12 @@ def test_weights_alone(conversions: Converted) -> None:
     found = compare(*conversions(int4(32)), replace(FEW, run_model=False))
     assert found.tokens == 0
     assert found.verdict is Verdict.PASS
-    assert {metric.name for metric in found.metrics} == {"sqnr", "sqnr_min", "cosine_min"}
+    assert {metric.name for metric in found.metrics} == {
+        "sqnr", "sqnr_min", "cosine_min", "bits_per_weight", "zero_codes", "zero_codes_max", "clipped_codes",
+        "clipped_codes_max", "dead_scales",
+    }  # fmt: skip
     assert "not run" in found.notes[0]
-    assert "not run" in found.to_markdown()
+    assert "not run" in as_markdown(found)
 
 
 def test_an_incomplete_conversion_is_reported_and_not_run(converted: Converted) -> None:
@@ -120,7 +129,7 @@ def test_a_missing_expert_scale_is_reported(converted: Converted) -> None:
     edit_tensors(out, lambda tensors: tensors[name].fill_(math.nan))
     found = compare(original, out, FEW)
     assert found.causes[0].kind.value == "bad_scale"
-    assert "NaN" not in json.dumps(found.to_json())
+    assert "NaN" not in json.dumps(as_document(found))
 
 
 def test_a_configuration_that_changed_is_named(converted: Converted) -> None:
@@ -150,10 +159,10 @@ def test_no_checkpoint_is_an_error(conversions: Converted, tmp_path: Path) -> No
 def test_a_report_that_cannot_be_written_is_an_error(report: ParityReport, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(OutputError, match="cannot write"):
-        report.write(tmp_path / "file")
+        write_report(report, tmp_path / "file")
 
 
 def test_numbers_that_json_lacks(report: ParityReport) -> None:
     odd = replace(report, metrics=(exact("a", "b", math.inf), exact("c", "d", math.nan)))
-    assert [metric["value"] for metric in odd.to_json()["metrics"]] == ["inf", None]
-    json.dumps(odd.to_json(), allow_nan=False)
+    assert [metric["value"] for metric in as_document(odd)["metrics"]] == ["inf", None]
+    json.dumps(as_document(odd), allow_nan=False)

@@ -13,7 +13,8 @@ from torch import Tensor
 from reference_model.config import ModelConfig, TextConfig
 from reference_model.config_fields import ConfigError
 from reference_model.config_fold import FOLD, NOTE, fold_block
-from reference_model.layerwise import LayerRecord, run_layerwise
+from reference_model.layer_pass import LayerRecord
+from reference_model.layerwise import run_layerwise
 from reference_model.load import TensorDictSource, load_weights
 from reference_model.model import CausalLM
 from reference_model.train import expert_shares, losses

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import reference_model.layerwise
 import reference_model.model
-from reference_model.layerwise import ROWS_BYTES, LayerRecord, run_layers, run_layerwise
+from reference_model.layer_pass import ROWS_BYTES, LayerRecord
+from reference_model.layerwise import run_layers, run_layerwise
 from reference_model.load import ExpertWeights, TensorDictSource, WeightError
 from tests.reference_model import tiny
 

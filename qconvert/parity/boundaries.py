@@ -1,0 +1,94 @@
+"""What two models have come to after a layer, on disk: a run that was killed goes on from there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qconvert.core.errors import OutputError, UsageError
+
+_PREFIX = "layer-"
+_RUN = "run.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundaries:
+    """A folder of a run's own, with one folder for the last layer that was finished.
+
+    Attributes:
+        folder: made when there is something to keep.
+        identity: of the run; states of another one are refused.
+    """
+
+    folder: Path
+    identity: str
+
+    def load(self) -> tuple[int, Callable[[str], Tensor]] | None:
+        """The layer that comes next, and a function that reads what was kept, by name; ``None`` at the beginning.
+
+        Raises:
+            UsageError: the folder holds another run, or something else.
+        """
+        if not self.folder.exists():
+            return None
+        try:
+            names = sorted(path.name for path in self.folder.iterdir())
+            found = json.loads((self.folder / _RUN).read_text(encoding="utf-8")) if names else None
+        except (OSError, ValueError):
+            found = {}
+        if found is None:
+            return None
+        if not isinstance(found, dict) or found.get("identity") != self.identity:
+            raise UsageError(
+                f"{self.folder} holds the states of another comparison (other checkpoints, tokens or options), or "
+                "something else; give another folder for --work, or remove it"
+            )
+        layers = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+        if not layers:
+            return None
+        last = max(layers)
+        return int(last.name.removeprefix(_PREFIX)), lambda name: _read(last / name)
+
+    def save(self, layer: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Keep what comes before ``layer``, in place of what was kept: one file a tensor, visible all at once.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        place = self.folder / f"{_PREFIX}{layer:05}"
+        partial = place.with_suffix(".partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = self.folder / f"{_RUN}.partial"
+            beside.write_text(json.dumps({"identity": self.identity}), encoding="utf-8")
+            beside.replace(self.folder / _RUN)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name, tensor in tensors:
+                save_file({"tensor": tensor.contiguous()}, partial / name)
+            partial.rename(place)
+            for old in self.folder.glob(f"{_PREFIX}*"):
+                if old != place:
+                    shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot keep the states before layer {layer} in {self.folder}: {error}") from error
+
+    def clear(self) -> None:
+        """Remove what was kept: the run is over."""
+        for path in self.folder.glob(f"{_PREFIX}*"):
+            shutil.rmtree(path)
+        (self.folder / _RUN).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return load_file(path)["tensor"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UsageError(f"cannot read {path}: {error}; remove {path.parent.parent} and start over") from error

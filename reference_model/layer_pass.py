@@ -1,0 +1,235 @@
+"""One layer for many token batches: its weights are read once, its routed experts one at a time.
+
+Batches may pass in several lanes, each with inputs and a rounding of its own: the layer as it is and as an engine runs
+it, or fed by another model. All lanes share the weights.
+
+Shapes: B batch, T tokens, D hidden, k experts a token, P marks, Hv heads, dk / dv their widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from reference_model.attention import AttentionKind
+from reference_model.config import LayerType, TextConfig
+from reference_model.delta_net import DeltaNetCache
+from reference_model.layer import DecoderLayer
+from reference_model.load import WeightSource, fill_weights, load_expert
+from reference_model.moe import Dispatch, Routing, Visits, combine, dispatch, expert_mlp
+from reference_model.span import place_tokens
+
+ROWS_BYTES = 1 << 30
+"""Memory for the tokens that pass the experts of a layer together: 13,000 tokens of 35B in fp32."""
+
+InputRounding = Callable[[str], Callable[[Tensor], Tensor] | None]
+"""What an engine does to the inputs of a matrix before it multiplies, by the matrix's name without ``.weight``.
+
+Of routed experts ``layers.0.mlp.experts.gate_up_proj`` and ``.down_proj`` are asked for; ``None`` leaves inputs alone.
+"""
+
+
+def leave_inputs(name: str) -> None:
+    """The ``InputRounding`` of engines that round no activations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """What one layer did to one batch: its output ``hidden`` [B, T, D], and where its tokens went."""
+
+    layer: int
+    batch: int
+    hidden: Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Token ids [B, T], and what ``run_layers`` may be given besides."""
+
+    ids: Tensor
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    embeddings: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """One way through a layer.
+
+    Attributes:
+        take: gives the inputs [B, T, D] of a batch.
+        give: takes what came of it; it is called in the order of the batches.
+        rounding: of what enters the layer's matrices.
+        marks: so many states of a DeltaNet layer's memory are wanted, evenly over each window, the last at its end.
+        give_states: takes them for a batch, [P, B, Hv, dk, dv]; never called of an attention layer.
+    """
+
+    take: Callable[[int], Tensor]
+    give: Callable[[LayerRecord], None]
+    rounding: InputRounding = leave_inputs
+    marks: int = 0
+    give_states: Callable[[int, Tensor], None] = lambda batch, states: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Visit:
+    """A batch before the experts: ``hidden`` [B, T, D], and the normed ``inputs`` [B T, D] of what follows.
+
+    ``rows`` [B T k, D] are copies of the inputs sorted by expert; ``parts``, views of them by expert, take the outputs.
+    """
+
+    hidden: Tensor
+    inputs: Tensor
+    routing: Routing
+    visits: Visits
+    where: Dispatch
+    rows: Tensor
+    parts: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def pass_layer(
+    config: TextConfig,
+    source: WeightSource,
+    n: int,
+    batches: Sequence[Batch],
+    lanes: Sequence[Lane],
+    dtype: torch.dtype,
+    *,
+    block: str = "layers",
+    attention: AttentionKind = "sdpa",
+    rows_bytes: int = ROWS_BYTES,
+) -> None:
+    """Let all ``batches`` pass layer ``n`` of ``block`` in each of the ``lanes``.
+
+    For the same batches and number of threads the results equal those of the whole model bit for bit, whatever the
+    lanes: every product has the same operands. ``source`` must have been checked. The layers of every other block than
+    ``layers``, such as ``mtp.layers``, are full attention.
+    """
+    prefix = f"{block}.{n}."
+    layer_type: LayerType = config.layer_types[n] if block == "layers" else "full_attention"
+    plain = _load_layer(config, source, prefix, layer_type, dtype, attention)
+    layers = [_rounded(config, plain, prefix, lane.rounding, attention) for lane in lanes]
+    for group in _groups(config, batches, len(lanes), dtype, rows_bytes):
+        _pass_group(config, source, block, n, batches, [(b, lanes[way], layers[way]) for b, way in group], dtype)
+
+
+def _pass_group(
+    config: TextConfig,
+    source: WeightSource,
+    block: str,
+    n: int,
+    batches: Sequence[Batch],
+    group: Sequence[tuple[int, Lane, DecoderLayer]],
+    dtype: torch.dtype,
+) -> None:
+    """Batches that are in memory together; nothing of them is left when the next ones come."""
+    visits = [_enter(config, layer, lane, batches[b], b) for b, lane, layer in group]
+    _run_experts(config, source, f"{block}.{n}.mlp.experts", visits, [lane.rounding for _, lane, _ in group], dtype)
+    for b, lane, layer in group:
+        visit = visits.pop(0)
+        routed = combine(visit.rows, visit.where, visit.visits.weights)
+        out = visit.hidden + layer.mlp.with_shared(visit.inputs, routed).view_as(visit.hidden)
+        lane.give(LayerRecord(layer=n, batch=b, hidden=out, routing=visit.routing))
+
+
+def _load_layer(
+    config: TextConfig,
+    source: WeightSource,
+    prefix: str,
+    layer_type: LayerType,
+    dtype: torch.dtype,
+    attention: AttentionKind,
+) -> DecoderLayer:
+    """A layer without its routed experts."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config, layer_type, attention)
+    fill_weights(layer, source, dtype, prefix=prefix, skip=("mlp.experts.",))
+    return layer
+
+
+def _rounded(
+    config: TextConfig, layer: DecoderLayer, prefix: str, rounding: InputRounding, attention: AttentionKind
+) -> DecoderLayer:
+    """A layer with the same weights, of which what enters linear modules is rounded."""
+    with torch.device("meta"):
+        own = DecoderLayer(config, layer.layer_type, attention)
+    own.load_state_dict(layer.state_dict(), assign=True)
+    for name, module in own.named_modules():
+        before = rounding(f"{prefix}{name}") if isinstance(module, nn.Linear) else None
+        if before is not None:
+            module.register_forward_pre_hook(partial(_replace_input, before))
+    return own
+
+
+def _replace_input(rounding: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return rounding(args[0])
+
+
+def _groups(
+    config: TextConfig, batches: Sequence[Batch], lanes: int, dtype: torch.dtype, rows_bytes: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Batches, each with the number of its lane, whose ``_Visit`` tensors fit into ``rows_bytes``; none is cut."""
+    token_bytes = (config.num_experts_per_tok + config.folded_experts + 2) * config.hidden_size * dtype.itemsize
+    group: list[tuple[int, int]] = []
+    held = 0
+    for b, batch in enumerate(batches):
+        need = batch.ids.numel() * token_bytes
+        for way in range(lanes):
+            if group and held + need > rows_bytes:
+                yield group
+                group, held = [], 0
+            group.append((b, way))
+            held += need
+    if group:
+        yield group
+
+
+def _enter(config: TextConfig, layer: DecoderLayer, lane: Lane, batch: Batch, number: int) -> _Visit:
+    """The first half of a layer for one batch, and where its tokens go."""
+    x = lane.take(number)
+    span = place_tokens(config, x, attention_mask=batch.mask, position_ids=batch.positions, rewindable=lane.marks > 0)
+    hidden, cache = layer.mix(x, span)
+    if lane.marks and isinstance(cache, DeltaNetCache) and cache.replay is not None:
+        tokens = x.shape[1]
+        ends = [-(-tokens * mark // lane.marks) for mark in range(1, lane.marks + 1)]
+        lane.give_states(number, cache.replay.states(ends))
+    del cache
+    inputs = layer.post_attention_layernorm(hidden).flatten(0, 1)
+    routing: Routing = layer.mlp.gate(inputs)
+    visits = layer.mlp.visits(inputs, routing)
+    where = dispatch(visits.experts, config.stored_experts)
+    rows = inputs.index_select(0, where.token)
+    return _Visit(
+        hidden=hidden,
+        inputs=inputs,
+        routing=routing,
+        visits=visits,
+        where=where,
+        rows=rows,
+        parts=torch.split(rows, where.counts),
+    )
+
+
+def _run_experts(
+    config: TextConfig,
+    source: WeightSource,
+    name: str,
+    visits: Sequence[_Visit],
+    roundings: Sequence[InputRounding],
+    dtype: torch.dtype,
+) -> None:
+    """What ``moe.Experts`` computes, for all visits: experts outside, so that each is read once, if reached at all."""
+    rounds = [(of(f"{name}.gate_up_proj"), of(f"{name}.down_proj")) for of in roundings]
+    for e in range(config.stored_experts):
+        parts = [(visit.parts[e], *way) for visit, way in zip(visits, rounds, strict=True) if visit.where.counts[e]]
+        if not parts:
+            continue
+        gate_up, down = load_expert(source, name, e, dtype)
+        for part, round_x, round_inner in parts:
+            part.copy_(expert_mlp(part, gate_up, down, round_x, round_inner))
