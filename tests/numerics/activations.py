@@ -61,6 +61,7 @@ def trained_experts(layer: int, tokens: int = 8192) -> tuple[TrainedExpert, ...]
             model = CausalLM(weights.config.text)
         load_weights(model, weights, torch.float32)
     block = model.layers[layer].mlp.experts
+    model.layers = model.layers[: layer + 1]
     ids = torch.cat([batch for batch in windows.batches if batch.shape[1] == 128])
     with torch.no_grad(), block.register_forward_pre_hook(catch):
         for half in (ids[0::2], ids[1::2]):
