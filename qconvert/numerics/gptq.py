@@ -113,15 +113,14 @@ def with_feedback(w: Tensor, start: QuantizedTensor, factor: Factor) -> tuple[Qu
         raise FormatError("error feedback is not available where groups of columns are not consecutive")
     _check(start.scheme)
     rule = Rule(scheme=start.scheme)
-    values, losses = _feed_back(w.to(torch.float32)[:, factor.order], start, rule, factor)
-    codes = torch.empty_like(start.codes)
-    codes[:, factor.order] = rule.codes(values)
+    values, losses = _feed_back(w.to(torch.float32).index_select(1, factor.order), start, rule, factor)
+    codes = rule.codes(values.index_select(1, factor.order.argsort()))
     return replace(start, codes=codes), losses
 
 
 def row_losses(error: Tensor, factor: Factor) -> Tensor:
     """``e (H + damping I) e^T`` of every row of ``error`` [N, K], float64 [N]: products in float32, on one thread."""
-    ordered = error.to(torch.float32)[:, factor.order]
+    ordered = error.to(torch.float32).index_select(1, factor.order)
     # The lower half of unit, all zeros, is left out.
     total = torch.zeros(len(error), dtype=torch.float64, device=error.device)
     step = 2 * COLUMNS

@@ -20,6 +20,7 @@ DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it (Frantar et al. 2022, section 3.3)."""
 
 _DAMPING_STEP, _DAMPING_TRIES = 10.0, 4
+_SQUARE_COLUMNS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +56,18 @@ class Moments:
         if not x.shape[0]:
             return self
         sum_abs = self.sum_abs + x.abs().sum(0, dtype=torch.float64)
-        sum_squares = self.sum_squares + x.to(torch.float64).square_().sum(0)
+        sum_squares = self.sum_squares + x.to(torch.float64).square().sum(0)
         # No sum of products is larger than this one.
         if not float(sum_squares.sum()) < torch.finfo(self.kept.dtype).max * 2.0**-10:
             raise DataError("inputs hold NaN, infinity, or numbers whose squares are too large to be summed")
         rows, tokens = x.to(self.kept.dtype), self.tokens + x.shape[0]
         with one_thread():
             if self.tokens >= self.inputs:
-                kept = torch.addmm(self.kept, rows.T, rows)
+                kept = _square(rows).add_(self.kept)
             else:
                 kept = torch.cat((self.kept, rows))
                 if tokens >= self.inputs:
-                    kept = kept.T @ kept
+                    kept = _square(kept)
         return Moments(inputs=self.inputs, tokens=tokens, kept=kept, sum_abs=sum_abs, sum_squares=sum_squares)
 
     @property
@@ -82,8 +83,19 @@ class Moments:
     def hessian(self) -> Tensor:
         """``X^T X / T`` [K, K]; zeros without a token."""
         with one_thread():
-            gram = self.kept.T @ self.kept if self.tokens < self.inputs else self.kept
+            gram = _square(self.kept) if self.tokens < self.inputs else self.kept
             return gram / max(self.tokens, 1)
+
+
+def _square(rows: Tensor) -> Tensor:
+    """``rows^T rows`` [K, K]: the lower half is computed and mirrored, which takes five eighths of the time."""
+    inputs = rows.shape[1]
+    gram = rows.new_empty(inputs, inputs)
+    for begin in range(0, inputs, _SQUARE_COLUMNS):
+        end = min(inputs, begin + _SQUARE_COLUMNS)
+        gram[begin:, begin:end] = rows[:, begin:].T @ rows[:, begin:end]
+        gram[begin:end, end:] = gram[end:, begin:end].T
+    return gram
 
 
 def no_moments(inputs: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Moments:
@@ -225,7 +237,7 @@ def factorize(hessian: Hessian, *, damping: float = DAMPING, by_size: bool = Tru
         order = diagonal.argsort(descending=True, stable=True)
     # Backwards, because what there is factorises from the top left and the last input has to be the first.
     backwards = order.flip(0)
-    scaled = (matrix / size).to(torch.float32)[backwards][:, backwards]
+    scaled = (matrix / size).to(torch.float32).index_select(0, backwards).index_select(1, backwards)
     share = damping
     with one_thread():
         lower = _cholesky(scaled, share)

@@ -15,6 +15,7 @@ from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import LLM_INT8, NVFP4, Group, Int, Scheme, bnb4
 from qconvert.numerics import gptq as module
 from qconvert.numerics.gptq import Columns, gptq, loop_compiled, loop_with_torch, row_losses, with_feedback
+from qconvert.numerics.gptq_kernels import feed_back
 from qconvert.numerics.hessian import Factor, Moments, Support, blended, factorize, no_moments
 from qconvert.numerics.rounding import quantize, second_scale_for
 from qconvert.numerics.rounding_rule import Rule
@@ -180,6 +181,8 @@ def test_any_float_type_and_stride() -> None:
     whole = gptq(w, ALL["int4-g8"], factor)
     for other in (w.double(), w.float(), w.T.contiguous().T):
         assert same(gptq(other, ALL["int4-g8"], factor).quantized, whole.quantized)
+    # Two processes that compile one kernel for two types of arguments at once could mix them up on disk.
+    assert len(feed_back.compiled.signatures) == 1
 
 
 def test_outputs_are_kept_where_inputs_go_together() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qconvert.core.errors import DataError
+from qconvert.numerics import hessian
 from qconvert.numerics.hessian import Hessian, Moments, Support, blended, factorize, no_moments
 from qconvert.numerics.threads import one_thread
 from tests.numerics.matrices import quick
@@ -56,6 +57,26 @@ def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 12, 13])
+def test_how_a_square_is_cut_shows_in_no_sum(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian, "_SQUARE_COLUMNS", columns)
+    x = normal(40, 12).double()
+    seen = moments(x[:30], dtype=torch.float64).add(x[30:])
+    for found, rows in ((seen, x), (moments(x[:7], dtype=torch.float64), x[:7])):
+        torch.testing.assert_close(found.hessian(), rows.T @ rows / len(rows), rtol=0, atol=LIMITS["fp64"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_inputs_are_left_as_they_are(dtype: torch.dtype) -> None:
+    x = normal(20, 12).to(dtype)
+    before = x.clone()
+    first = no_moments(12, dtype=torch.float64).add(x)
+    kept = first.kept.clone()
+    first.add(x)
+    factorize(blended(first, first))
+    assert torch.equal(x, before) and torch.equal(first.kept, kept)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e19])
@@ -113,8 +134,8 @@ NAMES = {"no token": Support.NONE, "one token": Support.FEW, "only zeros": Suppo
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_every_hessian_has_a_finite_factor_and_a_name(name: str, by_size: bool) -> None:
     x = DEGENERATE[name](normal(99, 24))
-    hessian = blended(moments(x))
-    factor = factorize(hessian, by_size=by_size)
+    whole = blended(moments(x))
+    factor = factorize(whole, by_size=by_size)
     assert factor.support is NAMES.get(name, Support.OWN)
     assert factor.dead == int((x == 0).all(0).sum())
     assert sorted(factor.order.tolist()) == list(range(24))
@@ -123,7 +144,7 @@ def test_every_hessian_has_a_finite_factor_and_a_name(name: str, by_size: bool) 
     assert torch.equal(unit.triu(), unit) and bool((unit.diagonal() == 1).all())
     if by_size and factor.support is not Support.NONE:
         assert factor.diagonal[factor.order].diff().max() <= 0
-    wanted = hessian.matrix.double() + factor.damping * torch.eye(24, dtype=torch.float64)
+    wanted = whole.matrix.double() + factor.damping * torch.eye(24, dtype=torch.float64)
     made = unit * pivots @ unit.T
     wanted = wanted[factor.order][:, factor.order]
     assert float((made - wanted).abs().max()) <= LIMITS["factor"] * float(wanted.abs().max())
