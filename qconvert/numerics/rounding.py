@@ -13,7 +13,9 @@ from qconvert.numerics.rounding_torch import quantize_with_torch
 __all__ = ["Rounded", "quantize", "second_scale_for"]
 
 
-def quantize(w: Tensor, scheme: Scheme, *, search: bool = False, second: float = 1.0) -> Rounded:
+def quantize(
+    w: Tensor, scheme: Scheme, *, search: bool = False, importance: Tensor | None = None, second: float = 1.0
+) -> Rounded:
     """Round a matrix to the nearest codes of its stored scales.
 
     Symmetric integers of b bits: ``scale = max|w| / (2**(b-1) - 1/2)``, ``code = clamp(round(w / scale))``.
@@ -38,6 +40,8 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False, second: float =
             ``rounding_bitsandbytes``.
         second: of a scheme with a second scale, what ``second_scale_for`` gives for all matrices that share it.
         search: take, block by block, the scale of ``SEARCH_FACTORS`` with the least squared error.
+        importance: [K], positive, near 1: what squared errors of each column count in that search; see
+            ``importance.quantize_by_importance``.
 
     Raises:
         DataError: ``w`` holds NaN or infinity.
@@ -50,8 +54,8 @@ def quantize(w: Tensor, scheme: Scheme, *, search: bool = False, second: float =
         # Here, because importing numba takes a quarter of a second, and most commands round nothing.
         from qconvert.numerics.rounding_compiled import quantize_compiled
 
-        return quantize_compiled(w, scheme, search=search, second=second)
-    return quantize_with_torch(w, scheme, search=search, second=second)
+        return quantize_compiled(w, scheme, search=search, importance=importance, second=second)
+    return quantize_with_torch(w, scheme, search=search, importance=importance, second=second)
 
 
 def has_kernel(scheme: Scheme) -> bool:

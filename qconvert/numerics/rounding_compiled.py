@@ -23,10 +23,13 @@ PIECE_ELEMENTS = 1 << 18
 """Elements of a type or layout without a kernel that are widened to float32 at a time."""
 
 
-def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False, second: float = 1.0) -> Rounded:
+def quantize_compiled(
+    w: Tensor, scheme: Scheme, *, search: bool = False, importance: Tensor | None = None, second: float = 1.0
+) -> Rounded:
     """What ``rounding.quantize`` returns, for a scheme with a kernel and a matrix in a CPU's memory.
 
-    BF16 and float32 are read in place. Beside the result, memory goes to float32 scales and to rows of scratch.
+    ``importance`` as in ``quantize_with_torch``. BF16 and float32 are read in place. Beside the result, memory goes to
+    float32 scales and to rows of scratch.
 
     Raises:
         DataError: ``w`` holds NaN or infinity.
@@ -36,6 +39,7 @@ def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False, second
     rule = Rule(scheme=scheme, second=second)
     setting = _setting(rule, cols, search)
     _, tall, *_ = setting
+    counts = np.empty(0, np.float64) if importance is None else importance.to(torch.float32).double().numpy()
     codes = torch.empty(rows, cols, dtype=rule.code_dtype)
     scale = torch.empty(scheme.scale_shape(rows, cols), dtype=torch.float32)
     zero_point = torch.empty((0, 0) if scheme.symmetric else scale.shape, dtype=torch.uint8)
@@ -43,12 +47,12 @@ def quantize_compiled(w: Tensor, scheme: Scheme, *, search: bool = False, second
     sums = np.zeros(2, np.float64)
     for begin, kernel, bits in _pieces(w.detach(), tall):
         first = begin // tall
-        if not kernel(bits, *setting, codes_NK[begin:], scale_NG[first:], zero_NG[first:], sums):
+        if not kernel(bits, *setting, counts, codes_NK[begin:], scale_NG[first:], zero_NG[first:], sums):
             raise DataError(describe_not_finite(w))
     squared_error, signal = sums.tolist()
     if not (1e-20 < squared_error < 1e30 and 1e-20 < signal < 1e30):
         # Squares left the range of float32, or there is no error at all.
-        return quantize_with_torch(w, scheme, search=search, second=second)
+        return quantize_with_torch(w, scheme, search=search, importance=importance, second=second)
     quantized = QuantizedTensor(
         codes=codes,
         scale=(scale / second).to(scheme.scale.dtype.torch_dtype),

@@ -293,7 +293,7 @@ def _fold(lanes):
 
 
 @inner
-def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, scales, zeros, sums):
+def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, importance, codes, scales, zeros, sums):
     """Round a matrix; false as soon as a number is NaN or infinite.
 
     Args:
@@ -306,6 +306,7 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
         high: largest code, float32.
         stored: the type of the scales, float32 [6], see ``_stored_scales``; zeros for powers of two.
         factors: what scales are multiplied by to find the best, float32; one is no search.
+        importance: what squared errors of each column count, float64 [K]; empty is 1.
         codes: bytes, uint8 [at least N, K], written.
         scales: float32 [at least ceil(N / tall), ceil(K / wide)], written.
         zeros: with zero points uint8 [at least N, ceil(K / wide)], written.
@@ -353,6 +354,8 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
                 _fill(errors, 0.0)
                 for n in range(first, last):
                     _add_errors(grid, w[n], wide_scale, wide_zero, low, high, errors)
+                for k in range(importance.size):
+                    errors[k] *= importance[k]
             for g in range(across):
                 trial_error = _fold(errors[g * wide : (g + 1) * wide]) if factors.size > 1 else 0.0
                 if f == 0 or trial_error < least[g]:
@@ -384,12 +387,12 @@ def _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, sca
 
 
 @kernel
-def quantize_bf16(w, grid, tall, wide, steps, low, high, stored, factors, codes, scales, zeros, sums):
+def quantize_bf16(w, grid, tall, wide, steps, low, high, stored, factors, importance, codes, scales, zeros, sums):
     """BF16 bits, uint16 [N, K]; see ``_quantize``."""
-    return _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, scales, zeros, sums)
+    return _quantize(w, grid, tall, wide, steps, low, high, stored, factors, importance, codes, scales, zeros, sums)
 
 
 @kernel
-def quantize_f32(w, grid, tall, wide, steps, low, high, stored, factors, codes, scales, zeros, sums):
+def quantize_f32(w, grid, tall, wide, steps, low, high, stored, factors, importance, codes, scales, zeros, sums):
     """Float32 bits, uint32 [N, K]; see ``_quantize``."""
-    return _quantize(w, grid, tall, wide, steps, low, high, stored, factors, codes, scales, zeros, sums)
+    return _quantize(w, grid, tall, wide, steps, low, high, stored, factors, importance, codes, scales, zeros, sums)

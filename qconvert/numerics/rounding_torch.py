@@ -16,8 +16,12 @@ CHUNK_ELEMENTS = 1 << 18
 """Elements rounded at a time: the float32 working set stays in a core's L2 cache."""
 
 
-def quantize_with_torch(w: Tensor, scheme: Scheme, *, search: bool = False, second: float = 1.0) -> Rounded:
+def quantize_with_torch(
+    w: Tensor, scheme: Scheme, *, search: bool = False, importance: Tensor | None = None, second: float = 1.0
+) -> Rounded:
     """What ``rounding.quantize`` returns, by plain tensor operations on the device of ``w``.
+
+    ``importance`` [K], positive: what squared errors of each column count in the search, ``None`` is 1.
 
     Raises:
         DataError: ``w`` holds NaN or infinity.
@@ -30,12 +34,13 @@ def quantize_with_torch(w: Tensor, scheme: Scheme, *, search: bool = False, seco
     scale = torch.empty(scheme.scale_shape(rows, cols), dtype=scheme.scale.dtype.torch_dtype, device=w.device)
     zero_point = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.uint8, device=w.device)
     squared_error = signal = 0.0
+    counts = None if importance is None else _blocked(importance[None], scheme)[0]
     for begin, end, first, last in _chunks(scheme, rows, cols):
         blocks, dims = _blocked(w[begin:end], scheme)
         extent, minimum = rule.range_of(blocks, dims)
         if not bool(torch.isfinite(extent).all()):
             raise DataError(describe_not_finite(w))
-        block_scale, zero = _choose(rule, blocks, dims, extent, minimum, SEARCH_FACTORS if search else (1.0,))
+        block_scale, zero = _choose(rule, blocks, dims, extent, minimum, SEARCH_FACTORS if search else (1.0,), counts)
         values = rule.values(blocks, block_scale, zero)
         codes[begin:end] = _unblocked(rule.codes(values), scheme, end - begin, cols)
         squared_error += sum_of_squares(rule.residual(blocks, rule.meant(values), block_scale, zero))
@@ -70,17 +75,21 @@ def _choose(
     extent: Tensor,
     minimum: Tensor | None,
     factors: tuple[float, ...],
+    counts: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stored scale and zero point of every block: of all factors the one with the least squared error."""
+    """Stored scale and zero point of every block: of all factors the one with the least squared error.
+
+    ``counts``: what the errors of each column count, in the shape of a row of blocks; ``None`` is 1.
+    """
     best_scale = rule.scale_from(extent, factors[0])
     best_zero = None if minimum is None else rule.zero_from(minimum, best_scale, factors[0])
     if len(factors) == 1:
         return best_scale, best_zero
-    best = _block_error(rule, blocks, dims, best_scale, best_zero)
+    best = _block_error(rule, blocks, dims, best_scale, best_zero, counts)
     for factor in factors[1:]:
         scale = rule.scale_from(extent, factor)
         zero = None if minimum is None else rule.zero_from(minimum, scale, factor)
-        error = _block_error(rule, blocks, dims, scale, zero)
+        error = _block_error(rule, blocks, dims, scale, zero, counts)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -89,26 +98,31 @@ def _choose(
     return best_scale, best_zero
 
 
-def _block_error(rule: Rule, blocks: Tensor, dims: tuple[int, ...], scale: Tensor, zero: Tensor | None) -> Tensor:
+def _block_error(
+    rule: Rule, blocks: Tensor, dims: tuple[int, ...], scale: Tensor, zero: Tensor | None, counts: Tensor | None
+) -> Tensor:
     """Squared error of every block, summed in float64, which squares of no float32 leave."""
     values = rule.meant(rule.values(blocks, scale, zero))
     residual = rule.residual(blocks, values, scale, zero)
-    return _ordered_sum(residual.to(torch.float64).square_(), dims).reshape(scale.shape)
+    return _ordered_sum(residual.to(torch.float64).square_(), dims, counts).reshape(scale.shape)
 
 
-def _ordered_sum(terms: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _ordered_sum(terms: Tensor, dims: tuple[int, ...], counts: Tensor | None) -> Tensor:
     """Sums over blocks in an order of its own: torch's depends on the machine, and near ties choose other scales.
 
-    The rows of a tile from top to bottom, then its columns in halves, the middle one of an odd number waiting.
+    The rows of a tile from top to bottom, then its columns, each times what it counts, in halves, the middle one of an
+    odd number waiting.
     """
-    match dims:
-        case (0, 1):
-            terms = terms.reshape(-1)
-        case (1, 3):
-            rows = terms.unbind(1)
-            terms = rows[0]
-            for row in rows[1:]:
-                terms = terms + row
+    if dims == (1, 3):
+        rows = terms.unbind(1)
+        terms = rows[0]
+        for row in rows[1:]:
+            terms = terms + row
+        counts = None if counts is None else counts[:, 0]
+    if counts is not None:
+        terms = terms * counts
+    if dims == (0, 1):
+        terms = terms.reshape(-1)
     while (count := terms.shape[-1]) > 1:
         half = (count + 1) // 2
         left = terms[..., :half].clone()
