@@ -110,9 +110,9 @@ def test_a_checkpoint_without_a_processor_says_what_that_means(tmp_path: Path) -
 
 
 def test_the_tower_stays_in_full_precision_with_a_reason_whatever_the_policy(tmp_path: Path) -> None:
-    policy = Policy(
-        rules=(Rule(match="vision.*", scheme=INT8, reason="test"), Rule(match="*", scheme=None, reason="test"))
-    )
+    matrices = ("vision.block.fc?", "vision.block.qkv", "vision.block.proj", "vision.merger.fc?")
+    rounded = (Rule(match=match, scheme=INT8, reason="test") for match in matrices)
+    policy = Policy(rules=(*rounded, Rule(match="*", scheme=None, reason="test")))
     plan = plan_export(made(tmp_path / "source"), replace(EXACT, policy=policy))
     tower = [step.action for step in plan.steps if step.role.section is Section.VISION]
     assert tower and all(isinstance(action, Cast) for action in tower)
