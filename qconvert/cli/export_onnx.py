@@ -83,7 +83,7 @@ def export_onnx(
         bool,
         typer.Option(
             "--fold-shared-expert",
-            help="Run the shared expert as routed ones, in one operator; it must be stored like them. Not faster here.",
+            help="Run the shared expert as routed ones, in one operator; it must be stored like them. No faster on a CPU.",
         ),
     ] = False,
     mtp: Annotated[
@@ -165,7 +165,7 @@ def export_onnx(
         limit, hashes = parse_size(max_memory), parse_hash(algorithm)
         folder = resolve(source)
         if dry_run:
-            preview(plan_export(folder, options, max_memory=limit), out, json=json)
+            preview(plan_export(folder, options, max_memory=limit), out, json=json, engines=False)
             return 0
         notes: list[str] = []
         start = time.perf_counter()
@@ -234,12 +234,10 @@ def _report(done: Conversion, source: Path, notes: list[str], seconds: float, *,
             }
         )
         return
-    show_plan(done.plan)
+    show_plan(done.plan, engines=False)
     for note in notes:
         console.say(f"note: {note}", style="yellow")
     sizes = f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)}"
     console.say(f"{sizes} in {seconds:.1f} s: {done.out}")
-    for name, reason in done.plan.left_out:
-        console.say(f"left out: {name} ({reason})")
     if "tokenizer.json" in done.plan.side_files:
         console.say(f"Next: {shlex.join(['qconvert', 'run', str(done.out), 'Once upon a time'])}")

@@ -142,6 +142,4 @@ def _report(done: Conversion, source: Path, folding: Folding, seconds: float, *,
     show_plan(done.plan)
     sizes = f"{console.gigabytes(done.bytes_before)} -> {console.gigabytes(done.bytes_after)}"
     console.say(f"{sizes} in {seconds:.1f} s: {done.out}")
-    for name, reason in done.plan.left_out:
-        console.say(f"left out: {name} ({reason})")
     console.say(f"Next: {shlex.join(['qconvert', 'parity', str(source), str(done.out)])}")

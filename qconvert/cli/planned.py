@@ -17,8 +17,11 @@ _LISTED = 3
 """Names of what is left out that a line has; ``--json`` has them all."""
 
 
-def show_plan(plan: Plan) -> None:
-    """One line per action and reason, and what is left out; ``--dry-run --json`` has every tensor."""
+def show_plan(plan: Plan, *, engines: bool = True) -> None:
+    """One line per action and reason, what ``engines`` make of it, and what is left out.
+
+    ``--dry-run --json`` has every tensor.
+    """
     groups: dict[tuple[str, str], tuple[list[str], int, int]] = {}
     for role, action, reason, tensors, nbytes in plan.decisions():
         roles, count, size = groups.get((action, reason), ([], 0, 0))
@@ -36,7 +39,7 @@ def show_plan(plan: Plan) -> None:
             "means dequantized, not against the checkpoint that it was made from",
             style="yellow",
         )
-    for limit in limits(plan):
+    for limit in limits(plan) if engines else ():
         console.say(f"note: {limit}", style="yellow")
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.left_out:
@@ -46,7 +49,7 @@ def show_plan(plan: Plan) -> None:
         console.say(f"left out: {', '.join(names[:_LISTED])}{more} ({reason})")
 
 
-def preview(plan: Plan, out: Path, *, json: bool) -> None:
+def preview(plan: Plan, out: Path, *, json: bool, engines: bool = True) -> None:
     """What ``--dry-run`` prints.
 
     Raises:
@@ -57,7 +60,7 @@ def preview(plan: Plan, out: Path, *, json: bool) -> None:
     if json:
         console.show_parts(plan_text(plan))
     else:
-        show_plan(plan)
+        show_plan(plan, engines=engines)
 
 
 def limits(plan: Plan) -> list[str]:

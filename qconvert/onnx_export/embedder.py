@@ -95,8 +95,9 @@ class Embedder:
         """Positions int64 [3, B, S] of prompts with all their pictures, see ``prompt_positions``.
 
         Raises:
-            UsageError: pictures and their tokens do not agree.
+            UsageError: pictures and their tokens do not agree, or ids that are none.
         """
+        check_ids(input_ids, self._config.text.vocab_size)
         try:
             found = prompt_positions(
                 self._config,

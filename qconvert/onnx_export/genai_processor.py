@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def genai_processor(config: VisionConfig, source: Path) -> dict[str, Any] | None
                 f"{path}: {name} is {told[name]}, but the vision tower of config.json has {size}: its images would not "
                 "fit the tower. Correct the one that is wrong, or export with --no-vision"
             )
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if told.get(name, True) is not True:
+            raise PlanError(
+                f"{path}: {name} is {told[name]!r}, and a package prepares images with all three: pixels would be "
+                "others. Export with --no-vision"
+            )
     least, most = _pixels(told, path)
     patches = {name: sizes[name] for name in ("patch_size", "merge_size")}
     steps: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -73,7 +80,7 @@ def _pixels(told: Mapping[str, Any], path: Path) -> tuple[int, int]:
         block.get("longest_edge", told.get("max_pixels")),
     )
     least, most = found
-    if not isinstance(least, int) or not isinstance(most, int) or not 0 < least <= most:
+    if type(least) is not int or type(most) is not int or not 0 < least <= most:
         raise PlanError(
             f"{path}: size is {size}, expected the fewest and the most pixels of a picture as shortest_edge and "
             "longest_edge"
@@ -89,6 +96,6 @@ def _colours(told: Mapping[str, Any], name: str, path: Path) -> list[float]:
 
 
 def _number(value: object, name: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise PlanError(f"{path}: {name} is {value!r}, expected a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise PlanError(f"{path}: {name} is {value!r}, expected a finite number")
     return float(value)

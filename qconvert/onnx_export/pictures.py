@@ -29,6 +29,11 @@ def check_picture_tokens(config: ModelConfig, path: Path) -> None:
                 f"{path}: {field} is {token} in config.json, expected a token of the vocabulary 0 .. "
                 f"{config.text.vocab_size - 1}: without it prompts show no images. Name it, or export with --no-vision"
             )
+    if config.image_token_id == config.video_token_id:
+        raise PlanError(
+            f"{path}: image_token_id and video_token_id are both {config.image_token_id} in config.json: nobody can "
+            "tell images from videos. Correct one, or export with --no-vision"
+        )
 
 
 def picture_tokens(config: ModelConfig) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qconvert.core.errors import UsageError
 from qconvert.onnx_export.embedder import Pictures
 from qconvert.onnx_export.generate import PREFILL_TOKENS
 from qconvert.onnx_export.runtime import Package, PackageOutput
@@ -124,7 +125,13 @@ class PackageForCausalLM(GenerationMixin):
 
 
 def _pictures(pixels: Tensor | None, grids: Tensor | None) -> Pictures | None:
-    """Pixels [P, ...] and grids int64 [N, 3] as the package takes them."""
+    """Pixels [P, ...] and grids int64 [N, 3] as the package takes them.
+
+    Raises:
+        UsageError: one without the other.
+    """
+    if (pixels is None) != (grids is None):
+        raise UsageError("pixels and their grids (image_grid_thw, video_grid_thw) were not both given")
     if pixels is None or grids is None:
         return None
     return Pictures(pixels=pixels.float().numpy(), grids=tuple(tuple(grid) for grid in grids.tolist()))

@@ -127,6 +127,9 @@ def test_the_tower_stays_in_full_precision_with_a_reason_whatever_the_policy(tmp
         ({"size": {"height": 4}}, "shortest_edge and longest_edge"),
         ({"image_mean": [0.5]}, r"image_mean is \[0.5\]"),
         ({"image_std": ["a", 1, 1]}, "image_std is 'a'"),
+        ({"rescale_factor": float("nan")}, "rescale_factor is nan"),
+        ({"size": {"shortest_edge": True, "longest_edge": 4096}}, "shortest_edge and longest_edge"),
+        ({"do_rescale": False}, "do_rescale is False"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
