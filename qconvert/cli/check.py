@@ -26,7 +26,7 @@ _STYLES = {
 def check(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a checkpoint, whoever wrote it.")],
     engine: Annotated[
-        list[Engine] | None, typer.Option(help="Only the rules of this engine; may be given again [default: all].")
+        list[Engine] | None, typer.Option(help="Only the rules of this engine; may be given again; default: all.")
     ] = None,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that the model is to be split among.")] = 1,
     json: Json = False,

@@ -53,7 +53,7 @@ def parity(
             "token_ids a line) or .npy (token ids); default: the held-out texts that come along.",
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to run at most [default: 10240].")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to run at most; default: 10240.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that see each other.")] = 512,
     seed: Annotated[int, typer.Option(help="Of random tokens and of bootstrap intervals.")] = 0,
     report: Annotated[
