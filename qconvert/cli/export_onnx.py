@@ -83,7 +83,7 @@ def export_onnx(
         bool,
         typer.Option(
             "--fold-shared-expert",
-            help="Run the shared expert as routed ones, in one operator; it must be stored like them. No faster on a CPU.",
+            help="Run the shared expert as routed ones, in one operator; it must be stored alike. No faster on a CPU.",
         ),
     ] = False,
     mtp: Annotated[

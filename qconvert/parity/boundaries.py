@@ -16,6 +16,7 @@ from qconvert.core.errors import OutputError, UsageError
 
 _PREFIX = "layer-"
 _RUN = "run.json"
+_PARTIAL = "run.json.partial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,8 @@ class Boundaries:
         if not self.folder.exists():
             return None
         try:
-            names = sorted(path.name for path in self.folder.iterdir())
+            # killed before anything was kept, a run leaves the first half of its own name
+            names = {path.name for path in self.folder.iterdir()} - {_PARTIAL}
             found = json.loads((self.folder / _RUN).read_text(encoding="utf-8")) if names else None
         except (OSError, ValueError):
             found = {}
@@ -66,7 +68,7 @@ class Boundaries:
         partial = place.with_suffix(".partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / f"{_RUN}.partial"
+            beside = self.folder / _PARTIAL
             beside.write_text(json.dumps({"identity": self.identity}), encoding="utf-8")
             beside.replace(self.folder / _RUN)
             shutil.rmtree(partial, ignore_errors=True)
@@ -84,7 +86,8 @@ class Boundaries:
         """Remove what was kept: the run is over."""
         for path in self.folder.glob(f"{_PREFIX}*"):
             shutil.rmtree(path)
-        (self.folder / _RUN).unlink(missing_ok=True)
+        for name in (_RUN, _PARTIAL):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Tensor:

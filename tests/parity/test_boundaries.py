@@ -86,3 +86,11 @@ def test_other_tokens_are_another_run_and_a_finished_one_leaves_nothing(conversi
         compare(*conversions(int4(32)), ParityOptions(tokens=66, window=32, work=tmp_path / "work"))
     compare(*conversions(int4(32)), options)
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_run_that_was_killed_before_it_kept_anything_starts_over(tmp_path: Path) -> None:
+    (tmp_path / "run.json.partial").write_text("{", encoding="utf-8")
+    boundaries = Boundaries(folder=tmp_path, identity="one")
+    assert boundaries.load() is None
+    boundaries.clear()
+    assert list(tmp_path.iterdir()) == []
