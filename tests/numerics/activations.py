@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconvert.cli.demo import CHECKPOINT
+from qconvert.parity.texts import Text
 from qconvert.parity.windows import HELD_OUT, text_windows
 from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights
@@ -48,7 +49,8 @@ class TrainedExpert:
 @cache
 def trained_experts(layer: int, tokens: int = 8192) -> tuple[TrainedExpert, ...]:
     """All experts of a layer of the demo checkpoint; even windows of the text are seen, odd ones are not."""
-    windows = text_windows(CHECKPOINT, sorted(HELD_OUT.glob("*.txt")), 128, tokens)
+    texts = [Text(name=path.stem, path=path) for path in sorted(HELD_OUT.glob("*.txt"))]
+    windows = text_windows(CHECKPOINT, texts, 128, tokens)
     caught: list[Inputs] = []
 
     def catch(module: torch.nn.Module, arguments: tuple[Tensor, Visits]) -> None:

@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,6 +47,7 @@ def textbook(original: Tensor, converted: Tensor, targets: Tensor) -> tuple[np.n
     noise=st.sampled_from([0.0, 0.01, 0.3, 3.0]),
     shift=st.sampled_from([0.0, -50.0, 300.0]),
 )
+@example(seed=382, tokens=24, words=68, slab=7, rows=1, noise=0.3, shift=-50.0)  # two equal logits
 def test_a_scan_in_any_pieces_equals_the_textbook(
     seed: int, tokens: int, words: int, slab: int, rows: int, noise: float, shift: float
 ) -> None:
@@ -67,7 +68,16 @@ def test_a_scan_in_any_pieces_equals_the_textbook(
     np.testing.assert_allclose(found.nll_converted, nll_converted, atol=LIMITS["scan"], rtol=LIMITS["scan_nll_rel"])
     np.testing.assert_allclose(found.kl_reverse, reverse, atol=atol, rtol=LIMITS["scan"])
     assert (found.agree == agree).all()
-    np.testing.assert_allclose(found.likeliest, shared)
+    clear = apart(original) & apart(converted)
+    np.testing.assert_allclose(found.likeliest[clear], shared[clear])
+
+
+def apart(logits: Tensor) -> np.ndarray:
+    """Where the fifth logit is larger than the sixth: which of two equal ones is among the likeliest says nothing."""
+    if logits.shape[1] <= LIKELIEST:
+        return np.ones(len(logits), dtype=np.bool_)
+    top = logits.topk(LIKELIEST + 1).values
+    return (top[:, -2] > top[:, -1]).numpy()
 
 
 def test_equal_models_have_no_divergence_at_all() -> None:
