@@ -24,6 +24,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric
+from qconvert.io.strict_table import Types, check_table
 
 SHIPPED = Path(__file__).with_name("parity.toml")
 """Limits by scheme that come along."""
@@ -227,7 +228,7 @@ def read_limits(path: Path) -> tuple[Limit, ...]:
     return tuple(read)
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
+_TYPES: Types = {
     "metric": (str,),
     "at_most": (int, float),
     "at_least": (int, float),
@@ -238,13 +239,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _limit(entry: Any, where: str) -> Limit:
-    if not isinstance(entry, Mapping):
-        raise UsageError(f"{where} is {entry!r}; expected a table")
-    for key, value in entry.items():
-        if key not in _TYPES:
-            raise UsageError(f"{where}: unknown key {key!r}; expected some of {', '.join(_TYPES)}")
-        if type(value) not in _TYPES[key]:
-            raise UsageError(f"{where}: {key} is {value!r}; expected {_TYPES[key][-1].__name__}")
+    check_table(entry, _TYPES, where)
     for key in ("metric", "reason"):
         if not entry.get(key, "").strip():
             raise UsageError(f"{where}: no {key!r}")

@@ -220,6 +220,8 @@ def read_logprobs(path: Path) -> SavedLogprobs:
     # NaN is not near 1 either
     if not bool(((total - 1).abs() <= 1e-3).all()):
         raise SourceError(f"{path} contradicts itself: the probabilities of a position do not add up to 1")
+    if not bool((tensors["target"] <= 1e-3).all()):
+        raise SourceError(f"{path} contradicts itself: target is no log-probability")
     return SavedLogprobs(
         windows=windows,
         ids=ids,

@@ -16,7 +16,7 @@ file are tried before the default ones. The halves of ``q_proj`` have paths of t
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from qconvert.core.errors import FormatError, PlanError, UsageError
 from qconvert.core.role import HALVES, TensorRole
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Codebook, Scheme, bnb4, int4
 from qconvert.formats.table import METHODS, scheme_for
+from qconvert.io.strict_table import Types, check_table
 
 SCHEME_NAMES = ("int4", "int8", "w8a8", "fp8", "fp8-block", "mxfp4", "nvfp4", "nf4", "fp4", "llm-int8")
 
@@ -230,27 +231,21 @@ def read_rules(path: Path, *, search: bool = False) -> tuple[Rule, ...]:
     return tuple(_rule(entry, f"policy {path}, rule {i}", search) for i, entry in enumerate(entries, start=1))
 
 
-_TYPES: dict[str, type] = {
-    "match": str,
-    "scheme": str,
-    "keep": bool,
-    "group": int,
-    "symmetric": bool,
-    "search": bool,
-    "format": str,
-    "layers": str,
-    "reason": str,
+_TYPES: Types = {
+    "match": (str,),
+    "scheme": (str,),
+    "keep": (bool,),
+    "group": (int,),
+    "symmetric": (bool,),
+    "search": (bool,),
+    "format": (str,),
+    "layers": (str,),
+    "reason": (str,),
 }
 
 
 def _rule(entry: Any, where: str, search: bool) -> Rule:
-    if not isinstance(entry, Mapping):
-        raise UsageError(f"{where} is {entry!r}; expected a table")
-    for key, value in entry.items():
-        if key not in _TYPES:
-            raise UsageError(f"{where}: unknown key {key!r}; expected some of {', '.join(_TYPES)}")
-        if type(value) is not _TYPES[key]:
-            raise UsageError(f"{where}: {key} is {value!r}; expected {_TYPES[key].__name__}")
+    check_table(entry, _TYPES, where)
     if "match" not in entry:
         raise UsageError(f"{where}: no 'match'")
     keep = entry.get("keep", False)
