@@ -63,9 +63,18 @@ def round_rows(rows: Tensor, action: Quantize, second: float = 1.0) -> Rounded:
         DataError: a value is NaN or infinite, or too large for the scales of the scheme.
     """
     rounded = quantize(rows, action.scheme, search=action.search, second=second)
-    if action.scheme.scale.dtype is DType.F16 and bool((rounded.quantized.scale >= _LARGEST_F16).any()):
-        raise DataError("has weights too large for F16 scales: store it as compressed-tensors")
+    check_scale_range(rounded.quantized)
     return rounded
+
+
+def check_scale_range(quantized: QuantizedTensor) -> None:
+    """Refuse scales at the end of F16.
+
+    Raises:
+        DataError: weights are too large for them.
+    """
+    if quantized.scheme.scale.dtype is DType.F16 and bool((quantized.scale >= _LARGEST_F16).any()):
+        raise DataError("has weights too large for F16 scales: store it as compressed-tensors")
 
 
 def cast(rows: Tensor, dtype: DType, formula: Formula = Formula.SAME) -> Encoded:

@@ -47,6 +47,24 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How well a matrix was rounded for its inputs.
+
+    Attributes:
+        nearest_loss: mean squared error of its outputs, summed over them, if it were rounded to nearest; 0 where that
+            is not known.
+        loss: the same as it was rounded.
+        tokens: that reached it.
+        support: what its second moments rest on, see ``numerics.hessian.Support``.
+    """
+
+    nearest_loss: float
+    loss: float
+    tokens: int
+    support: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What is known of a finished step.
 
@@ -54,11 +72,13 @@ class Outcome:
         source_hash: hash of the source bytes that it read, by the sink's algorithm.
         loss: of a rounded matrix, also to BF16; ``None`` for a copy.
         scale_error: of a matrix whose codes were moved, the largest relative error of a scale.
+        fit: of a matrix that was rounded by what its inputs look like.
     """
 
     source_hash: str
     loss: Loss | None = None
     scale_error: float | None = None
+    fit: Fit | None = None
 
     def note(self) -> dict[str, Any]:
         """As plain JSON, every digit kept."""
@@ -67,16 +87,19 @@ class Outcome:
             note["loss"] = [self.loss.squared_error, self.loss.signal]
         if self.scale_error is not None:
             note["scale_error"] = self.scale_error
+        if self.fit is not None:
+            note["fit"] = [self.fit.nearest_loss, self.fit.loss, self.fit.tokens, self.fit.support]
         return note
 
     @classmethod
     def of_note(cls, note: Mapping[str, Any]) -> Outcome:
         """The inverse of ``note``."""
-        loss = note.get("loss")
+        loss, fit = note.get("loss"), note.get("fit")
         return cls(
             source_hash=note["source"],
             loss=loss and Loss(squared_error=loss[0], signal=loss[1]),
             scale_error=note.get("scale_error"),
+            fit=fit and Fit(nearest_loss=fit[0], loss=fit[1], tokens=fit[2], support=fit[3]),
         )
 
 

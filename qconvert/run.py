@@ -66,10 +66,10 @@ def run(
     if memory is not None:
         check_memory(plan, memory)
     budget = _Budget(memory)
-    total = sum(_bytes(source, step) for step in plan.steps)
+    total = sum(step_bytes(source, step) for step in plan.steps)
     outcomes = {step.key: Outcome.of_note(sink.finished[step.key]) for step in plan.steps if step.key in sink.finished}
     left = [step for step in plan.steps if step.key not in outcomes]
-    done = total - sum(_bytes(source, step) for step in left)
+    done = total - sum(step_bytes(source, step) for step in left)
     progress(done, total)
     lock = threading.Lock()
     stop = threading.Event()
@@ -90,7 +90,7 @@ def run(
             with budget.holding(step.peak_bytes, stop, reader.release):
                 outcome = execute(step, reader, sink, device, largest)
             with lock:
-                done += _bytes(source, step)
+                done += step_bytes(source, step)
                 outcomes[step.key] = outcome
                 progress(done, total)
 
@@ -123,7 +123,8 @@ def check_memory(plan: Plan, memory: int) -> None:
         )
 
 
-def _bytes(source: Checkpoint, step: Step) -> int:
+def step_bytes(source: Checkpoint, step: Step) -> int:
+    """Bytes that a step reads."""
     return sum((part.end - part.begin) * source.tensors[part.tensor].row_bytes for part in step.inputs)
 
 

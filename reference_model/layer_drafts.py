@@ -42,13 +42,7 @@ def run_drafts(
     Raises:
         KeyError: the source holds no prediction head.
     """
-    with torch.device("meta"):
-        head = MultiTokenPredictor(config)
-    fill_weights(head, source, dtype, prefix="mtp.", skip=("layers.",))
-    for b, ids in enumerate(batches):
-        following = look_up(source, ids[:, 1:], dtype)
-        told = head.pre_fc_norm_embedding(following), head.pre_fc_norm_hidden(hidden[b][:, :-1])
-        drafts.put(b, head.fc(torch.cat(told, dim=-1)))
+    head = enter_head(config, source, batches, hidden, drafts, dtype)
 
     def wait(record: LayerRecord) -> None:
         drafts.put(record.batch, record.hidden)
@@ -59,3 +53,26 @@ def run_drafts(
         pass_layer(config, source, n, shifted, (lane,), dtype, block="mtp.layers", rows_bytes=rows_bytes)
     for b in range(len(batches)):
         drafts.put(b, head.norm(drafts[b]))
+
+
+@torch.no_grad()
+def enter_head(
+    config: TextConfig,
+    source: WeightSource,
+    batches: Sequence[Tensor],
+    hidden: HiddenStates,
+    drafts: HiddenStates,
+    dtype: torch.dtype,
+) -> MultiTokenPredictor:
+    """Put what the head's first layer reads into ``drafts``; arguments and errors as for ``run_drafts``.
+
+    Returns the head without its layers: what is left to do behind them is its ``norm``.
+    """
+    with torch.device("meta"):
+        head = MultiTokenPredictor(config)
+    fill_weights(head, source, dtype, prefix="mtp.", skip=("layers.",))
+    for b, ids in enumerate(batches):
+        following = look_up(source, ids[:, 1:], dtype)
+        told = head.pre_fc_norm_embedding(following), head.pre_fc_norm_hidden(hidden[b][:, :-1])
+        drafts.put(b, head.fc(torch.cat(told, dim=-1)))
+    return head

@@ -113,7 +113,7 @@ def pass_layer(
     """
     prefix = f"{block}.{n}."
     layer_type: LayerType = config.layer_types[n] if block == "layers" else "full_attention"
-    plain = _load_layer(config, source, prefix, layer_type, dtype, attention)
+    plain = load_layer(config, source, prefix, layer_type, dtype, attention)
     layers = [_rounded(config, plain, prefix, lane.rounding, attention) for lane in lanes]
     for group in _groups(config, batches, len(lanes), dtype, rows_bytes):
         _pass_group(config, source, block, n, batches, [(b, lanes[way], layers[way]) for b, way in group], dtype)
@@ -138,13 +138,13 @@ def _pass_group(
         lane.give(LayerRecord(layer=n, batch=b, hidden=out, routing=visit.routing))
 
 
-def _load_layer(
+def load_layer(
     config: TextConfig,
     source: WeightSource,
     prefix: str,
     layer_type: LayerType,
     dtype: torch.dtype,
-    attention: AttentionKind,
+    attention: AttentionKind = "sdpa",
 ) -> DecoderLayer:
     """A layer without its routed experts."""
     with torch.device("meta"):

@@ -130,6 +130,12 @@ class ShardWriter:
             self._add_step(step)
         self._running()[0].commit(step)
 
+    def flush(self) -> None:
+        """Wait until all that was committed is durable; see ``Sink``."""
+        write_behind, committer, _ = self._running()
+        write_behind.flush()
+        committer.flush()
+
     def finish(
         self, extra: Extra = MappingProxyType({}), accept: Callable[[Path], None] = lambda folder: None
     ) -> dict[str, str]:
@@ -143,10 +149,8 @@ class ShardWriter:
             SourceError: a file to copy cannot be read.
         """
         self._check_complete()
-        write_behind, committer, read_back = self._running()
-        write_behind.flush()
-        committer.flush()
-        read_back.join()
+        self.flush()
+        self._running()[2].join()
         hashes = {name: self._hash(info) for name, info in self._tensors.items()}
         self._stop()
         added: set[str] = set()

@@ -51,6 +51,14 @@ class Sink(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Wait until all that was committed is durable.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        ...
+
     def finish(self, extra: Extra) -> dict[str, str]:
         """Check that everything is there, durable and reads back alike, add ``extra``, make the output visible.
 

@@ -20,12 +20,12 @@ from qconvert.core.role import Section
 from qconvert.core.scheme import Activation
 from qconvert.memory import available_bytes
 from qconvert.numerics.activations import quantize_activations
-from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.drafts import DraftScores, accepted, has_drafts
 from qconvert.parity.heads import Scan, Side, scan_heads
 from qconvert.parity.layers import MARKS, LayerScores, LayerSums, Passed
 from qconvert.parity.logits import TokenScores, VocabularyScan
 from qconvert.parity.tensors import Progress
+from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
 from reference_model.layer_pass import Batch, InputRounding, Lane, LayerRecord, leave_inputs, pass_layer

@@ -14,7 +14,6 @@ from qconvert import __version__
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
 from qconvert.numerics.error import ErrorSums
-from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.causes import ranked
 from qconvert.parity.codes import code_metrics
 from qconvert.parity.limits import in_force, judged, of_model
@@ -28,6 +27,7 @@ from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.serving import config_causes, serving_causes
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
 from qconvert.parity.windows import choose_windows
+from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.unfolded import unfolded
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from qconvert.core.errors import OutputError
-from qconvert.io.checkpoint import byte_view
+from qconvert.weights.scratch import ScratchFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +27,7 @@ class SpillStore:
     """Keeps up to ``limit`` bytes of tensors in memory and the rest in one file.
 
     Tensors are used in turns, layer after layer: whatever is in memory stays there, since the one that was used last is
-    the one that will be needed last. Keys are never names on disk, and the file has no name either where the system
-    allows that, so that it goes with the process, however that ends.
+    the one that will be needed last. Keys are never names on disk.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
@@ -39,16 +35,14 @@ class SpillStore:
 
         Args:
             limit: bytes of tensors in memory.
-            folder: for the file, which is made when it is needed; by default the system's for temporary files, which
-                ``TMPDIR`` names. In a folder that is memory itself (tmpfs) nothing is gained.
+            folder: for the file, see ``ScratchFile``.
         """
         self._limit = limit
-        self._folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._memory: dict[str, Tensor] = {}
         self._held = 0
         self._places: dict[str, _Place] = {}
         self._free: dict[int, list[int]] = {}
-        self._file: IO[bytes] | None = None
+        self._file = ScratchFile(folder)
         self._end = 0
 
     def put(self, key: str, value: Tensor) -> None:
@@ -80,7 +74,7 @@ class SpillStore:
             return self._memory[key]
         place = self._places[key]
         data = torch.empty(place.nbytes, dtype=torch.uint8)
-        self._transfer("read", byte_view(data), place.offset)
+        self._file.read(data, place.offset)
         return data.view(place.dtype).view(place.shape)
 
     def drop(self, key: str) -> None:
@@ -101,9 +95,7 @@ class SpillStore:
         self._places.clear()
         self._free.clear()
         self._held = self._end = 0
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def __enter__(self) -> SpillStore:
         return self
@@ -121,27 +113,8 @@ class SpillStore:
         return self._end - nbytes
 
     def _write(self, value: Tensor, offset: int) -> None:
-        data = byte_view(value.detach().contiguous().flatten().view(torch.uint8))
         try:
-            self._transfer("write", data, offset)
+            self._file.write(value, offset)
         except OutputError:
             self._free.setdefault(value.nbytes, []).append(offset)
             raise
-
-    def _transfer(self, what: str, data: memoryview, offset: int) -> None:
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="qconvert-", dir=self._folder)  # noqa: SIM115, see close
-            done = 0
-            while done < len(data):
-                left = data[done:]
-                fd, at = self._file.fileno(), offset + done
-                count = os.pwrite(fd, left, at) if what == "write" else os.preadv(fd, [left], at)
-                if not count:
-                    raise OSError(0, f"the file ends at {at}")
-                done += count
-        except OSError as error:
-            raise OutputError(
-                f"{self._folder}: cannot {what} {len(data)} bytes of hidden states at offset {offset}: "
-                f"{error.strerror}. Make room there, set TMPDIR to another folder, or run fewer tokens"
-            ) from error

@@ -9,9 +9,9 @@ import torch
 
 from qconvert.core.errors import UsageError
 from qconvert.core.scheme import int4
-from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.model import Comparison, compare_models
 from qconvert.parity.run import ParityOptions, compare
+from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
 from tests.conftest import Converted
 from tests.parity.test_model import BATCHES
@@ -62,7 +62,7 @@ def test_states_of_another_run_are_refused(tmp_path: Path) -> None:
     assert found is not None
     assert found[0] == 3
     assert found[1]("x").tolist() == [1, 1]
-    with pytest.raises(UsageError, match="another comparison"):
+    with pytest.raises(UsageError, match="another run"):
         Boundaries(folder=folder, identity="two").load()
     (folder / "layer-00003" / "x").write_bytes(b"cut")
     with pytest.raises(UsageError, match="start over"):
@@ -82,7 +82,7 @@ def test_other_tokens_are_another_run_and_a_finished_one_leaves_nothing(conversi
 
     with pytest.raises(KilledError):
         compare(*conversions(int4(32)), options, killed)
-    with pytest.raises(UsageError, match="another comparison"):
+    with pytest.raises(UsageError, match="another run"):
         compare(*conversions(int4(32)), ParityOptions(tokens=66, window=32, work=tmp_path / "work"))
     compare(*conversions(int4(32)), options)
     assert not list((tmp_path / "work").iterdir())

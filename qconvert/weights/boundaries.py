@@ -1,8 +1,9 @@
-"""What two models have come to after a layer, on disk: a run that was killed goes on from there."""
+"""What models have come to after a layer, on disk: a run that was killed goes on from there."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ class Boundaries:
     Attributes:
         folder: made when there is something to keep.
         identity: of the run; states of another one are refused.
+        advice: what to do about them, for people.
     """
 
     folder: Path
     identity: str
+    advice: str = "give another folder for --work, or remove it"
 
     def load(self) -> tuple[int, Callable[[str], Tensor]] | None:
         """The layer that comes next, and a function that reads what was kept, by name; ``None`` at the beginning.
@@ -49,8 +52,8 @@ class Boundaries:
             return None
         if not isinstance(found, dict) or found.get("identity") != self.identity:
             raise UsageError(
-                f"{self.folder} holds the states of another comparison (other checkpoints, tokens or options), or "
-                "something else; give another folder for --work, or remove it"
+                f"{self.folder} holds the states of another run (other checkpoints, tokens or options), or "
+                f"something else; {self.advice}"
             )
         layers = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
         if not layers:
@@ -59,7 +62,7 @@ class Boundaries:
         return int(last.name.removeprefix(_PREFIX)), lambda name: _read(last / name)
 
     def save(self, layer: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Keep what comes before ``layer``, in place of what was kept: one file a tensor, visible all at once.
+        """Keep what comes before ``layer``, in place of what was kept: one file a tensor, durable and visible at once.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -75,7 +78,10 @@ class Boundaries:
             partial.mkdir()
             for name, tensor in tensors:
                 save_file({"tensor": tensor.contiguous()}, partial / name)
+                _sync(partial / name)
+            _sync(partial)
             partial.rename(place)
+            _sync(self.folder)
             for old in self.folder.glob(f"{_PREFIX}*"):
                 if old != place:
                     shutil.rmtree(old)
@@ -88,6 +94,14 @@ class Boundaries:
             shutil.rmtree(path)
         for name in (_RUN, _PARTIAL):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _read(path: Path) -> Tensor:

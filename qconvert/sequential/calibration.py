@@ -1,0 +1,73 @@
+"""What decides a calibrated conversion beside its policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import xxhash
+from torch import Tensor
+
+from qconvert.core.errors import UsageError
+from qconvert.numerics.hessian import DAMPING
+
+Method = Literal["gptq", "awq"]
+"""``gptq``: error feedback; ``awq``: ``up`` rows over what ``down`` columns are multiplied by, then to nearest."""
+
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Text, and what is made of it.
+
+    Attributes:
+        method: how matrices are rounded.
+        batches: token windows int64 [B, T] each, in the order in which they are run.
+        record: where they come from, as plain JSON.
+        damping: share of the mean of a Hessian's diagonal that is added to it.
+        propagate: whether a layer is fed what the rounded layers before it give, or what the original's do.
+    """
+
+    method: Method
+    batches: tuple[Tensor, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    damping: float = DAMPING
+    propagate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}")
+        if not 0.0 < self.damping <= 1.0:
+            raise UsageError(f"a damping of {self.damping}: expected a share above 0 and up to 1")
+        if not self.batches or any(ids.ndim != 2 or ids.shape[1] < 2 for ids in self.batches):
+            raise UsageError("calibration needs token windows of at least two tokens")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return sum(ids.numel() for ids in self.batches)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What manifests say of it."""
+        return {
+            "method": self.method,
+            "damping": self.damping,
+            "propagate": self.propagate,
+            "tokens": self.tokens,
+            "data": dict(self.record),
+        }
+
+    @property
+    def hash(self) -> str:
+        """xxh3-128 of all that the bytes depend on: options, tokens, and who multiplies matrices."""
+        said = {**self.entry, "torch": torch.__version__}
+        digest = xxhash.xxh3_128(json.dumps(said, sort_keys=True).encode())
+        for ids in self.batches:
+            digest.update(f"{tuple(ids.shape)}".encode())
+            digest.update(ids.to(torch.int64).contiguous().numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""One expert, routed or shared: its gate, up and down, rounded by the tokens that reach it.
+
+R tokens of its own, S of the whole layer for it to lean on, D hidden, F width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qconvert.core.plan import Quantize
+from qconvert.core.scheme import Scheme
+from qconvert.numerics.awq import awq
+from qconvert.numerics.hessian import Factor, Hessian, Moments, blended, factorize, no_moments
+from qconvert.sequential.calibration import Calibration
+from qconvert.sequential.places import MlpSteps
+from qconvert.sequential.rounder import Rounder, Way, to_nearest, with_feedback
+from reference_model.load import ExpertWeights
+
+Name = Literal["gate", "up", "down"]
+
+Original = Callable[[Name], Tensor]
+"""Gives a matrix as it is in the source, float32: gate and up [F, D], down [D, F]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpInputs:
+    """What an expert reads.
+
+    Attributes:
+        width: D.
+        runs: gives its own tokens, some rows [r, D] at a time, in any float type; the same ones when it is asked again.
+        layer: moments of the layer's tokens; ``None`` where all of them are its own.
+        sample: some of the layer's tokens [S, D], for what they would be behind gate and up of this expert.
+    """
+
+    width: int
+    runs: Callable[[], Iterable[Tensor]]
+    layer: Moments | None = None
+    sample: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mlp:
+    """What the two methods have in common."""
+
+    steps: MlpSteps
+    original: Original
+    inputs: MlpInputs
+    rounder: Rounder
+    calibration: Calibration
+
+    def hessian(self) -> Hessian:
+        """Of what gate and up read."""
+        own = no_moments(self.inputs.width)
+        for rows in self.inputs.runs():
+            own = own.add(rows)
+        return blended(own, self.inputs.layer)
+
+    def inner_moments(self, gate: Tensor, up: Tensor) -> tuple[Moments, Moments | None]:
+        """Of what down reads: from the expert's own tokens, and from the layer's."""
+        own = no_moments(gate.shape[0])
+        for rows in self.inputs.runs():
+            own = own.add(inner(rows, gate, up))
+        sample = self.inputs.sample
+        return own, None if sample is None else no_moments(gate.shape[0]).add(inner(sample, gate, up))
+
+    def factor(self, hessian: Hessian) -> Factor:
+        """With the damping that was asked for."""
+        return factorize(hessian, damping=self.calibration.damping)
+
+    def round(self, name: Name, way: Way, hessian: Hessian | Factor, tokens: int) -> Tensor | None:
+        """What the matrix means once it is rounded; ``None`` where no step rounds it."""
+        step = getattr(self.steps, name)
+        return None if step is None else self.rounder.round(step, way, tokens, hessian.support.name.lower())
+
+    def shown(self, name: Name, rounded: Tensor | None) -> Tensor:
+        """The matrix that later ones are rounded for: as it is now, or as it was."""
+        return self.original(name) if rounded is None or not self.calibration.propagate else rounded
+
+
+def round_mlp(
+    steps: MlpSteps, original: Original, inputs: MlpInputs, rounder: Rounder, calibration: Calibration
+) -> ExpertWeights:
+    """Round the matrices that ``steps`` name, and return all three as the layers behind shall see them, float32.
+
+    ``down`` is rounded for what gate and up give after they are rounded, unless nothing is to be propagated.
+
+    Args:
+        steps: the matrices to round.
+        original: gives the others, and these where they are wanted as they were.
+        inputs: what reaches the expert.
+        rounder: writes.
+        calibration: how.
+    """
+    mlp = _Mlp(steps=steps, original=original, inputs=inputs, rounder=rounder, calibration=calibration)
+    return _by_feedback(mlp) if calibration.method == "gptq" else _by_scaling(mlp)
+
+
+def inner(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(x gate^T) * (x up^T)``, float32 [R, F] of x [R, D] in any float type."""
+    wide = x.to(torch.float32)
+    return functional.silu(wide @ gate.T).mul_(wide @ up.T)
+
+
+def _by_feedback(mlp: _Mlp) -> ExpertWeights:
+    gate = up = down = None
+    if mlp.steps.gate is not None or mlp.steps.up is not None:
+        hessian = mlp.hessian()
+        factor = mlp.factor(hessian)
+        tokens = hessian.tokens
+        del hessian
+        gate, up = (mlp.round(name, with_feedback(factor), factor, tokens) for name in ("gate", "up"))
+        del factor
+    shown = mlp.shown("gate", gate), mlp.shown("up", up)
+    if mlp.steps.down is not None:
+        hessian = blended(*mlp.inner_moments(*shown))
+        factor = mlp.factor(hessian)
+        down = mlp.round("down", with_feedback(factor), factor, hessian.tokens)
+    return ExpertWeights(gate=shown[0], up=shown[1], down=mlp.shown("down", down))
+
+
+def _by_scaling(mlp: _Mlp) -> ExpertWeights:
+    """AWQ from up to down where both are rounded, of what they read as it is in the source; then to nearest."""
+    gate = up = down = None
+    over: Tensor | None = None
+    losses = (0.0, 0.0)
+    behind: Hessian | None = None
+    if mlp.steps.down is not None:
+        own, layer = mlp.inner_moments(mlp.original("gate"), mlp.original("up"))
+        behind = blended(own, layer)
+        if mlp.steps.up is not None:
+            sizes = own if own.tokens or layer is None else layer
+            scheme = _scheme(mlp.steps)
+            found = awq([mlp.original("down")], scheme, sizes.mean_abs, mlp.factor(behind))
+            over, losses = found.factors, (found.unscaled_loss, found.loss)
+    if mlp.steps.gate is not None or mlp.steps.up is not None:
+        hessian = mlp.hessian()
+        gate = mlp.round("gate", to_nearest(hessian), hessian, hessian.tokens)
+        up = mlp.round("up", to_nearest(hessian, rows_over=over), hessian, hessian.tokens)
+    if behind is not None:
+        down = mlp.round("down", to_nearest(behind, columns=over, losses=losses), behind, behind.tokens)
+    return ExpertWeights(gate=mlp.shown("gate", gate), up=mlp.shown("up", up), down=mlp.shown("down", down))
+
+
+def _scheme(steps: MlpSteps) -> Scheme:
+    action = None if steps.down is None else steps.down.action
+    if not isinstance(action, Quantize):
+        raise TypeError("the down matrix is not rounded")
+    return action.scheme

@@ -1,0 +1,114 @@
+"""Which steps of a plan look at inputs, in the order in which a forward pass reaches them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from qconvert.core.plan import Plan, Quantize, Step
+from qconvert.core.role import Kind, Section
+
+_MIXER = {
+    Kind.ATTENTION_QUERY, Kind.ATTENTION_KEY, Kind.ATTENTION_VALUE,
+    Kind.LINEAR_QKV, Kind.LINEAR_Z, Kind.LINEAR_A, Kind.LINEAR_B,
+}  # fmt: skip
+_MIXED = {Kind.ATTENTION_OUTPUT, Kind.LINEAR_OUTPUT}
+_MLP = {
+    Kind.EXPERT_GATE: "gate",
+    Kind.EXPERT_UP: "up",
+    Kind.EXPERT_DOWN: "down",
+    Kind.SHARED_GATE: "gate",
+    Kind.SHARED_UP: "up",
+    Kind.SHARED_DOWN: "down",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class MlpSteps:
+    """The steps of one expert, routed or shared; ``None`` for a matrix that is not rounded."""
+
+    gate: Step | None = None
+    up: Step | None = None
+    down: Step | None = None
+
+    def __bool__(self) -> bool:
+        return any((self.gate, self.up, self.down))
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerSteps:
+    """The steps of one layer.
+
+    Attributes:
+        mixer: matrices that read the layer's normed input.
+        mixed: the one that reads what attention or the delta rule gives.
+        experts: by number.
+    """
+
+    mixer: list[Step] = field(default_factory=list)
+    mixed: list[Step] = field(default_factory=list)
+    experts: defaultdict[int, MlpSteps] = field(default_factory=lambda: defaultdict(MlpSteps))
+    shared: MlpSteps = field(default_factory=MlpSteps)
+
+    def all(self) -> Iterator[Step]:
+        """All of them."""
+        yield from (*self.mixer, *self.mixed)
+        for mlp in (*self.experts.values(), self.shared):
+            yield from (step for step in (mlp.gate, mlp.up, mlp.down) if step is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """All steps that look at inputs.
+
+    Attributes:
+        layers: of the decoder, by number.
+        mtp: of the prediction head, by number.
+        head: the output matrix.
+        others: all other steps of the plan, in its order: copies, and matrices that no text reaches.
+    """
+
+    layers: Mapping[int, LayerSteps]
+    mtp: Mapping[int, LayerSteps]
+    head: Step | None
+    others: tuple[Step, ...]
+
+    @property
+    def depth(self) -> int:
+        """How many layers of the decoder have to be passed."""
+        return max(self.layers, default=-1) + 1
+
+
+def calibrated_steps(plan: Plan) -> Calibrated:
+    """Sort the steps of a plan by what their matrices read."""
+    layers: defaultdict[int, LayerSteps] = defaultdict(LayerSteps)
+    mtp: defaultdict[int, LayerSteps] = defaultdict(LayerSteps)
+    head: Step | None = None
+    others = []
+    for step in plan.steps:
+        role = step.role
+        if not looks_at_inputs(step):
+            others.append(step)
+        elif role.layer is None:
+            head = step
+        else:
+            _place((mtp if role.section is Section.MTP else layers)[role.layer], step)
+    return Calibrated(layers=dict(layers), mtp=dict(mtp), head=head, others=tuple(others))
+
+
+def looks_at_inputs(step: Step) -> bool:
+    """Whether text reaches the matrix that a step rounds: not in the vision tower, nor where the head begins."""
+    role = step.role
+    reached = role.kind is Kind.HEAD or role.kind in _MLP or role.kind in _MIXER or role.kind in _MIXED
+    return isinstance(step.action, Quantize) and reached and role.section is not Section.VISION
+
+
+def _place(layer: LayerSteps, step: Step) -> None:
+    kind, expert = step.role.kind, step.role.expert
+    if kind in _MIXER:
+        layer.mixer.append(step)
+    elif kind in _MIXED:
+        layer.mixed.append(step)
+    else:
+        setattr(layer.shared if expert is None else layer.experts[expert], _MLP[kind], step)

@@ -1,0 +1,172 @@
+"""One matrix on its way from the source to the output, rounded by what its inputs look like. N rows, K inputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qconvert.core.errors import PlanError
+from qconvert.core.plan import Quantize, Step
+from qconvert.core.quantized import QuantizedTensor
+from qconvert.encode import check_scale_range, second_scale
+from qconvert.execute import Fit, Loss, Outcome
+from qconvert.formats.table import format_named
+from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.sink import Sink
+from qconvert.largest_values import LargestValues
+from qconvert.matrix_reader import MatrixReader, SourceHash
+from qconvert.numerics.gptq import gptq
+from qconvert.numerics.hessian import Factor, Hessian
+from qconvert.numerics.importance import quantize_by_importance
+from qconvert.plan.row_blocks import row_blocks, rows_together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """Rows of a matrix, rounded.
+
+    Attributes:
+        quantized: what is stored.
+        meaning: what that means for the inputs as they are in the source, float32 [R, K].
+        nearest_loss: ``sum of e H e^T`` of rounding to nearest.
+        loss: the same of ``meaning``.
+    """
+
+    quantized: QuantizedTensor
+    meaning: Tensor
+    nearest_loss: float
+    loss: float
+
+
+Way = Callable[[Tensor, Quantize, float], Rounded]
+"""Rounds rows [R, K] of any float type as an action says, with the second scale that it has."""
+
+
+def with_feedback(factor: Factor) -> Way:
+    """Rounding with error feedback, see ``gptq``."""
+
+    def way(rows: Tensor, action: Quantize, second: float) -> Rounded:
+        found = gptq(rows, action.scheme, factor, second=second)
+        return Rounded(
+            quantized=found.quantized,
+            meaning=found.quantized.dequantize(),
+            nearest_loss=found.nearest_loss,
+            loss=found.loss,
+        )
+
+    return way
+
+
+def to_nearest(
+    hessian: Hessian,
+    *,
+    columns: Tensor | None = None,
+    rows_over: Tensor | None = None,
+    losses: tuple[float, float] = (0.0, 0.0),
+) -> Way:
+    """Rounding to nearest with scales that are searched by what inputs count, of a matrix that may be scaled before.
+
+    Args:
+        hessian: of the inputs.
+        columns: [K], what columns are multiplied by, because inputs are divided by it.
+        rows_over: [N], what rows are divided by, because what reads the outputs is multiplied by it; of such a matrix
+            all rows come at once.
+        losses: of rounding to nearest and of this, where they are known.
+    """
+    mean_squares = hessian.matrix.diagonal()
+    if columns is not None:
+        mean_squares = mean_squares / columns.square()
+
+    def way(rows: Tensor, action: Quantize, second: float) -> Rounded:
+        scaled = rows.to(torch.float32)
+        if columns is not None:
+            scaled = scaled * columns
+        if rows_over is not None:
+            scaled = scaled / rows_over[:, None]
+        quantized = quantize_by_importance(scaled, action.scheme, mean_squares, second=second).quantized
+        meaning = quantized.dequantize()
+        if columns is not None:
+            meaning /= columns
+        if rows_over is not None:
+            meaning *= rows_over[:, None]
+        return Rounded(quantized=quantized, meaning=meaning, nearest_loss=losses[0], loss=losses[1])
+
+    return way
+
+
+class Rounder:
+    """Rounds the matrices of steps and writes them; any thread may call it."""
+
+    def __init__(self, source: Checkpoint, sink: Sink, stop: threading.Event, done: Callable[[Step], None]) -> None:
+        """``done`` is told of each step that is through, by the thread that did it; ``stop`` ends all reading."""
+        self._source, self._sink, self._stop, self._done = source, sink, stop, done
+        self._largest = LargestValues()
+        self._threads = threading.local()
+        self.outcomes: dict[str, Outcome] = {}
+
+    def round(self, step: Step, way: Way, tokens: int, support: str, *, wanted: bool = True) -> Tensor:
+        """Round a matrix, write it unless an earlier run has, and return what its codes mean.
+
+        Args:
+            step: one that rounds.
+            way: how.
+            tokens: of text that reached it.
+            support: what its Hessian rests on, for the record.
+            wanted: whether the meaning is needed, which takes 4 bytes an element.
+
+        Returns:
+            Float32 [N, K]; [0, K] where it is not ``wanted``.
+
+        Raises:
+            DataError: a weight is NaN or infinite; names file and tensor.
+        """
+        action, read, reading = step.action, self._reader(), step.reading
+        if not isinstance(action, Quantize):
+            raise PlanError(f"{step.key} is not rounded")
+        shape = read.shape(reading)
+        form = format_named(action.format)
+        specs = form.parts(action.scheme, shape)
+        second = second_scale(action, self._largest.of(action.scale_over, read))
+        source_hash = SourceHash(self._sink.algorithm, step.inputs)
+        write = step.key not in self._sink.finished
+        pieces = {spec.suffix: self._sink.piece(f"{action.module}.{spec.suffix}") for spec in specs} if write else {}
+        meaning = torch.empty(shape if wanted else (0, shape[1]))
+        squared_error = signal = nearest_loss = loss = 0.0
+        for begin, end in row_blocks(*shape, rows_together(reading.packed, form.row_block(action.scheme, shape))):
+            rows = read.rows(reading, begin, end, source_hash)
+            with read.naming(reading, action.module):
+                rounded = way(rows, action, second)
+                check_scale_range(rounded.quantized)
+            if wanted:
+                meaning[begin:end] = rounded.meaning
+            w = rows.to(torch.float32).flatten()
+            lost = rounded.meaning.flatten() - w
+            squared_error += float(lost.dot(lost))
+            signal += float(w.dot(w))
+            nearest_loss += rounded.nearest_loss
+            loss += rounded.loss
+            if write:
+                parts = form.pack(rounded.quantized, shape=shape)
+                for spec in specs:
+                    if spec.rows_per_row or begin == 0:
+                        pieces[spec.suffix].append(parts[spec.suffix])
+        outcome = Outcome(
+            source_hash=source_hash.hexdigest(),
+            loss=Loss(squared_error=squared_error, signal=signal),
+            fit=Fit(nearest_loss=nearest_loss, loss=loss, tokens=tokens, support=support),
+        )
+        if write:
+            self._sink.commit(step.key, list(pieces.values()), outcome.note())
+        self.outcomes[step.key] = outcome
+        self._done(step)
+        return meaning
+
+    def _reader(self) -> MatrixReader:
+        if not hasattr(self._threads, "reader"):
+            self._threads.reader = MatrixReader(self._source, self._stop)
+        reader: MatrixReader = self._threads.reader
+        return reader
