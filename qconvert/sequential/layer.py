@@ -205,8 +205,12 @@ def _round_experts(
     def expert(e: int) -> tuple[Tensor, Tensor] | None:
         at, slot = (part[ends[e] - where.counts[e] : ends[e]] for part in (where.token, where.slot))
 
-        def runs() -> Iterator[Tensor]:
-            return (inputs.gather(some) for some in torch.split(at, ROWS) if len(some))
+        weights = visits.weights[at, slot]
+        counts = _with_mean_square_one(weights)
+
+        def runs() -> Iterator[tuple[Tensor, Tensor]]:
+            cut = zip(torch.split(at, ROWS), torch.split(counts, ROWS), strict=True)
+            return ((inputs.gather(some), count) for some, count in cut if len(some))
 
         def original(name: Name) -> Tensor:
             return shop.weights.matrix(TensorRole(section=section, kind=_EXPERT_KINDS[name], layer=number, expert=e))
@@ -216,8 +220,8 @@ def _round_experts(
         shown = round_mlp(wanted, original, reads, shop.rounder, shop.calibration)
         if sums is None or not len(at):
             return None
-        given = torch.cat([inner(rows, shown.gate, shown.up) @ shown.down.T for rows in runs()])
-        return at, given.mul_(visits.weights[at, slot, None])
+        given = torch.cat([inner(rows, shown.gate, shown.up) @ shown.down.T for rows, _ in runs()])
+        return at, given.mul_(weights[:, None])
 
     with torch.no_grad():
         for found in in_order(shop.pool, expert, _reached(where, steps), shop.jobs):
@@ -237,8 +241,16 @@ def _round_shared(shop: Shop, layer: DecoderLayer, steps: MlpSteps, inputs: RowS
         return
     linears = {"gate": shared.gate_proj, "up": shared.up_proj, "down": shared.down_proj}
 
-    def runs() -> Iterator[Tensor]:
+    def share(rows: Tensor) -> Tensor:
+        return torch.sigmoid(layer.mlp.shared_expert_gate(rows.to(torch.float32))).flatten()
+
+    def chunks() -> Iterator[Tensor]:
         return (inputs.rows(begin, min(begin + ROWS, total)) for begin in range(0, total, ROWS))
+
+    size = sum(share(rows).square().sum() for rows in chunks()) / total
+
+    def runs() -> Iterator[tuple[Tensor, Tensor]]:
+        return ((rows, share(rows) / size.sqrt()) for rows in chunks())
 
     reads = MlpInputs(width=shared.gate_proj.in_features, runs=runs)
     shown: ExpertWeights = round_mlp(
@@ -246,6 +258,10 @@ def _round_shared(shop: Shop, layer: DecoderLayer, steps: MlpSteps, inputs: RowS
     )
     for name, linear in linears.items():
         _replace(linear, getattr(shown, name))
+
+
+def _with_mean_square_one(weights: Tensor) -> Tensor:
+    return weights / weights.square().mean().sqrt().clamp(min=1e-30)
 
 
 def _evenly(total: int, count: int) -> Tensor:

@@ -34,13 +34,14 @@ class MlpInputs:
 
     Attributes:
         width: D.
-        runs: gives its own tokens, some rows [r, D] at a time, in any float type; the same ones when it is asked again.
+        runs: gives its own tokens, some rows [r, D] at a time, in any float type, and what the expert's output counts
+            for each [r], with a mean square of 1 over all of them; the same ones when it is asked again.
         layer: moments of the layer's tokens; ``None`` where all of them are its own.
         sample: some of the layer's tokens [S, D], for what they would be behind gate and up of this expert.
     """
 
     width: int
-    runs: Callable[[], Iterable[Tensor]]
+    runs: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     layer: Moments | None = None
     sample: Tensor | None = None
 
@@ -58,15 +59,15 @@ class _Mlp:
     def hessian(self) -> Hessian:
         """Of what gate and up read."""
         own = no_moments(self.inputs.width)
-        for rows in self.inputs.runs():
-            own = own.add(rows)
+        for rows, counts in self.inputs.runs():
+            own = own.add(rows.to(torch.float32) * counts[:, None])
         return blended(own, self.inputs.layer)
 
     def inner_moments(self, gate: Tensor, up: Tensor) -> tuple[Moments, Moments | None]:
         """Of what down reads: from the expert's own tokens, and from the layer's."""
         own = no_moments(gate.shape[0])
-        for rows in self.inputs.runs():
-            own = own.add(inner(rows, gate, up))
+        for rows, counts in self.inputs.runs():
+            own = own.add(inner(rows, gate, up).mul_(counts[:, None]))
         sample = self.inputs.sample
         return own, None if sample is None else no_moments(gate.shape[0]).add(inner(sample, gate, up))
 
