@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from qconvert import __version__
 from qconvert.column_order import check_column_order
@@ -29,6 +31,9 @@ from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.plan.refolding import plan_folding
 from qconvert.run import CPU, Progress, check_memory, run
+from qconvert.sequential.calibration import Calibration
+from qconvert.sequential.run import plan_calibrated, run_calibrated
+from qconvert.weights.boundaries import Boundaries
 
 DEFAULT_MEMORY = 1 << 30
 """Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
@@ -44,6 +49,7 @@ class Task:
         reencoding: what decided where codes are only moved.
         folding: what becomes of the shared expert; ``None`` where it is stored as in the source.
         package: what was asked of an ONNX package; ``None`` for a checkpoint.
+        calibration: text that matrices are rounded for; ``None`` where they are rounded to nearest.
         notes: what people should know of it, one sentence each.
         accept: sees the output before it appears, and keeps it from appearing by raising.
     """
@@ -55,6 +61,7 @@ class Task:
     reencoding: Mapping[str, Any] | None = None
     folding: Folding | None = None
     package: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -83,6 +90,7 @@ def plan_conversion(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Decide what happens to every tensor of ``source``; reads headers only. Arguments as for ``convert``.
 
@@ -93,6 +101,8 @@ def plan_conversion(
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
+        if calibration is not None:
+            plan = plan_calibrated(plan, checkpoint, calibration)
     refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
@@ -108,6 +118,7 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
+    calibration: Calibration | None = None,
     fresh: bool = False,
     algorithm: str = XXH3,
     device: torch.device = CPU,
@@ -129,6 +140,7 @@ def convert(
         from_quantized: take a source that is quantized already: its matrices are dequantized in float32, one at a
             time, and rounded anew; losses are against these numbers.
         fold: round the shared expert and store it as routed ones, see ``refold``.
+        calibration: round matrices for what this text lets reach them; ``None`` rounds them to nearest.
         fresh: start over instead of going on from what an earlier run left.
         algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
         device: where matrices are rounded: by compiled kernels on a CPU, by the plain torch expressions elsewhere.
@@ -142,9 +154,13 @@ def convert(
 
     def decide(checkpoint: Checkpoint) -> Task:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
+        if calibration is not None:
+            plan = plan_calibrated(plan, checkpoint, calibration)
         refuse_unreadable_plan(plan, source)
         folding = Folding.FOLDED if fold else None
-        return Task(plan=plan, policy=policy.entries(), folding=folding, accept=refuse_unreadable)
+        return Task(
+            plan=plan, policy=policy.entries(), folding=folding, calibration=calibration, accept=refuse_unreadable
+        )
 
     return carry_out(
         source,
@@ -316,10 +332,20 @@ def carry_out(
             "source": checkpoint.file_hash,
             "policy": plan.policy_hash,
             "device": device.type,
+            "calibration": "none" if task.calibration is None else task.calibration.hash,
         }
+        states = _states(out, identity)
+        if fresh:
+            states.clear()
         with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
             try:
-                outcomes = run(plan, checkpoint, sink, jobs=jobs, memory=left, device=device, progress=progress)
+                if task.calibration is None:
+                    outcomes = run(plan, checkpoint, sink, jobs=jobs, memory=left, device=device, progress=progress)
+                else:
+                    outcomes = run_calibrated(
+                        plan, checkpoint, sink, task.calibration, jobs=jobs, memory=left, states=states,
+                        progress=progress,
+                    )  # fmt: skip
                 record = summary(
                     plan,
                     outcomes,
@@ -327,6 +353,7 @@ def carry_out(
                     reencoding=task.reencoding,
                     folding=task.folding,
                     package=task.package,
+                    calibration=None if task.calibration is None else task.calibration.entry,
                     algorithm=algorithm,
                     config_hash=checkpoint.config_hash,
                     device=device.type,
@@ -345,13 +372,24 @@ def carry_out(
                     },
                     accept=task.accept,
                 )
+                states.clear()
             except (PlanError, FormatError, DataError):
+                states.clear()
                 raise  # the same would happen again: nothing is kept
             except BaseException as error:
                 if sink.suspend():
                     _explain(error, out)
+                states.clear()
                 raise
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)
+
+
+def _states(out: Path, identity: Mapping[str, str]) -> Boundaries:
+    """Where a calibrated conversion keeps what is between two layers; beside the output, which has no room for it."""
+    same = xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
+    return Boundaries(
+        folder=out.parent / f".{out.name}.states", identity=same, advice="start over with --fresh, or remove it"
+    )
 
 
 def _explain(error: BaseException, out: Path) -> None:

@@ -6,6 +6,7 @@ The last line is a seal over all lines before it: a manifest that was damaged or
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import log10
 from typing import Any
@@ -22,6 +23,7 @@ REENCODING = "reencoding"
 SCALE_ERROR = "scale_error"
 SHARED_EXPERT = "shared_expert"
 PACKAGE = "package"
+CALIBRATION = "calibration"
 
 
 def summary(
@@ -32,6 +34,7 @@ def summary(
     reencoding: Mapping[str, Any] | None = None,
     folding: Folding | None = None,
     package: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
     algorithm: str,
     config_hash: str,
     device: str,
@@ -45,6 +48,7 @@ def summary(
         reencoding: what decided there.
         folding: what became of the shared expert; ``None`` where it is stored as in the source.
         package: what was asked of an ONNX package; ``None`` for a checkpoint.
+        calibration: method and text where matrices were rounded by what their inputs look like.
         algorithm: of the hashes of tensors and files.
         config_hash: xxh3-128 of the source's ``config.json``.
         device: type of the device that rounded.
@@ -59,6 +63,8 @@ def summary(
         moved[SHARED_EXPERT] = folding.value
     if package is not None:
         moved[PACKAGE] = dict(package)
+    if calibration is not None:
+        moved[CALIBRATION] = {**calibration, **fit_by_role(plan, outcomes)}
     return {
         "qconvert": __version__,
         "hash": algorithm,
@@ -157,6 +163,36 @@ def sqnr_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, float
             signal, error = sums.get(step.role.path, (0.0, 0.0))
             sums[step.role.path] = (signal + loss.signal, error + loss.squared_error)
     return {path: db(Loss(squared_error=error, signal=signal)) for path, (signal, error) in sums.items()}
+
+
+def fit_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What looking at inputs gave: by role path the error of outputs over that of rounding to nearest, and coverage.
+
+    ``None`` for an error that is not known. Coverage counts routed experts' matrices: all of them, those that no token
+    reached, and those that fewer tokens reached than they have inputs.
+    """
+    losses: dict[str, tuple[float, float]] = {}
+    support: Counter[str] = Counter()
+    fewest = 0
+    for step in plan.steps:
+        fit = outcomes[step.key].fit
+        if fit is None:
+            continue
+        nearest, loss = losses.get(step.role.path, (0.0, 0.0))
+        losses[step.role.path] = (nearest + fit.nearest_loss, loss + fit.loss)
+        if step.role.expert is not None:
+            fewest = min(fewest, fit.tokens) if support else fit.tokens
+            support[fit.support] += 1
+    return {
+        "loss_over_nearest": {path: round(loss / near, 6) if near else None for path, (near, loss) in losses.items()},
+        "expert_coverage": {
+            "matrices": support.total(),
+            "fewest_tokens": fewest,
+            "fewer_tokens_than_inputs": support["few"],
+            "no_token": support["pooled"],
+            "no_information": support["none"],
+        },
+    }
 
 
 def scale_error_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, float]:

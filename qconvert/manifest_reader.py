@@ -16,6 +16,7 @@ from qconvert.io.hashing import ALGORITHMS, SHA256, new_hash
 from qconvert.io.source_folder import open_regular, plain_name
 from qconvert.io.strict_json import parse_object
 from qconvert.manifest import (
+    CALIBRATION,
     END_LINE,
     MANIFEST_FILE,
     PACKAGE,
@@ -76,6 +77,7 @@ class Manifest:
         scale_error: the largest relative error of a scale by role path, where codes were moved.
         folding: what became of the shared expert; ``None`` where it is stored as in the source.
         package: what was asked of an ONNX package; ``None`` for a checkpoint.
+        calibration: method and text, where matrices were rounded by what their inputs look like; else ``None``.
         files: every file of the folder but the manifest.
         tensors: every output tensor.
     """
@@ -93,6 +95,7 @@ class Manifest:
     scale_error: Mapping[str, float] | None
     folding: Folding | None
     package: Mapping[str, Any] | None
+    calibration: Mapping[str, Any] | None
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, Entry]
 
@@ -157,6 +160,7 @@ class _Reader:
             scale_error=self._block(head, SCALE_ERROR),
             folding=self._folding(head),
             package=self._block(head, PACKAGE),
+            calibration=self._block(head, CALIBRATION),
             files=self._files(head, digits),
             tensors=tensors,
         )

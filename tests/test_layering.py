@@ -87,6 +87,12 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.execute", "qconvert.manifest",
         "qconvert.memory", "qconvert.device", "qconvert.column_order", "qconvert.exact_scales", "qconvert.engine_check",
+        "qconvert.sequential", "qconvert.weights",
+    },
+    "qconvert.sequential": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats", "qconvert.plan",
+        "qconvert.encode", "qconvert.execute", "qconvert.largest_values", "qconvert.matrix_reader", "qconvert.run",
+        "qconvert.weights", "reference_model",
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",

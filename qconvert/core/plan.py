@@ -162,6 +162,7 @@ class Quantize:
 
     Attributes:
         search: choose each scale by mean squared error instead of by the largest value.
+        method: how, where it is not to nearest: what looks at inputs, such as ``gptq``.
         scale_over: the matrices that share the second scale, this one among them; empty in a scheme without one.
     """
 
@@ -170,10 +171,12 @@ class Quantize:
     scheme: Scheme
     format: str
     search: bool = False
+    method: str | None = None
     scale_over: tuple[Reading, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.scheme} ({self.format})"
+        by = "" if self.method is None else f" by {self.method}"
+        return f"{self.scheme} ({self.format}){by}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -247,7 +247,7 @@ def _round_shared(shop: Shop, layer: DecoderLayer, steps: MlpSteps, inputs: RowS
     def chunks() -> Iterator[Tensor]:
         return (inputs.rows(begin, min(begin + ROWS, total)) for begin in range(0, total, ROWS))
 
-    size = sum(share(rows).square().sum() for rows in chunks()) / total
+    size = torch.stack([share(rows).square().sum() for rows in chunks()]).sum() / total
 
     def runs() -> Iterator[tuple[Tensor, Tensor]]:
         return ((rows, share(rows) / size.sqrt()) for rows in chunks())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qconvert.core.plan import Plan, Quantize, Step
 from qconvert.core.role import Kind, Section
@@ -95,6 +95,20 @@ def calibrated_steps(plan: Plan) -> Calibrated:
         else:
             _place((mtp if role.section is Section.MTP else layers)[role.layer], step)
     return Calibrated(layers=dict(layers), mtp=dict(mtp), head=head, others=tuple(others))
+
+
+def marked(plan: Plan, method: str) -> Plan:
+    """The same plan, its steps saying which of them look at inputs, and why others do not."""
+    return replace(plan, steps=tuple(_marked(step, method) for step in plan.steps))
+
+
+def _marked(step: Step, method: str) -> Step:
+    action = step.action
+    if not isinstance(action, Quantize):
+        return step
+    if looks_at_inputs(step):
+        return replace(step, action=replace(action, method=method))
+    return replace(step, action=replace(action, reason=f"{action.reason}; no text reaches it: rounded to nearest"))
 
 
 def looks_at_inputs(step: Step) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qconvert.core.errors import PlanError
+from qconvert.core.errors import PlanError, UsageError
 from qconvert.core.plan import Plan, Quantize, Step
 from qconvert.core.role import Section
 from qconvert.execute import Outcome
@@ -29,7 +29,7 @@ from qconvert.numerics.threads import one_thread
 from qconvert.run import Progress, run, step_bytes
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.layer import Shop, round_layer
-from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps
+from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps, marked
 from qconvert.sequential.rounder import Rounder
 from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
@@ -42,12 +42,25 @@ _TRIAL = 128
 """Rows and columns of a matrix that any scheme takes."""
 
 
-def check_calibrated(plan: Plan, calibration: Calibration) -> None:
-    """Refuse a plan that text cannot be used for.
+def plan_calibrated(plan: Plan, source: Checkpoint, calibration: Calibration) -> Plan:
+    """The same plan, marked with what looks at inputs.
 
     Raises:
-        PlanError: names the first step, and what to do.
+        PlanError: text cannot be used for it; names the first step, and what to do.
+        SourceError: the checkpoint cannot be run.
+        UsageError: token ids that are not of its vocabulary.
     """
+    vocabulary = CheckpointWeights(source).config.text.vocab_size
+    low, high = (min(int(ids.min()) for ids in calibration.batches), max(int(ids.max()) for ids in calibration.batches))
+    if low < 0 or high >= vocabulary:
+        raise UsageError(
+            f"token ids from {low} to {high} for calibration, the vocabulary of {source.path} has {vocabulary}"
+        )
+    _check(plan, calibration)
+    return marked(plan, calibration.method)
+
+
+def _check(plan: Plan, calibration: Calibration) -> None:
     for step in plan.steps:
         if not isinstance(step.action, Quantize):
             continue

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +90,13 @@ class Boundaries:
             raise OutputError(f"cannot keep the states before layer {layer} in {self.folder}: {error}") from error
 
     def clear(self) -> None:
-        """Remove what was kept: the run is over."""
+        """Remove what was kept, and the folder if nothing else is in it: the run is over."""
         for path in self.folder.glob(f"{_PREFIX}*"):
             shutil.rmtree(path)
         for name in (_RUN, _PARTIAL):
             (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 def _sync(path: Path) -> None:
