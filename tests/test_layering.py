@@ -103,10 +103,13 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.quantized_view",
         "reference_model.config", "reference_model.config_fold",
     },
-    "calibration": {"qconvert.core", "qconvert.numerics", "qconvert.weights", "reference_model"},
+    "qconvert.texts": {"qconvert.core", "qconvert.io"},
+    "calibration": {
+        "qconvert.core", "qconvert.io", "qconvert.numerics", "qconvert.texts", "qconvert.weights", "reference_model",
+    },
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
-        "qconvert.weights", "qconvert.memory", "reference_model",
+        "qconvert.texts", "qconvert.weights", "qconvert.memory", "reference_model",
     },
     "qconvert.pytest_plugin": {"qconvert.core", "qconvert.io", "qconvert.parity"},
     "qconvert.cli": {"qconvert", "reference_model", "calibration"},

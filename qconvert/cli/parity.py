@@ -19,7 +19,7 @@ from qconvert.parity.outputs.folder import write_report
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run import compare
 from qconvert.parity.saved import KEPT
-from qconvert.parity.texts import Text
+from qconvert.texts.documents import Text
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.AMBIGUOUS: 7}
 """By verdict; 7 says that a limit lies inside the interval of its number: more tokens decide."""

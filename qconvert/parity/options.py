@@ -9,7 +9,7 @@ import torch
 
 from qconvert.parity.limits import Limit
 from qconvert.parity.saved import KEPT
-from qconvert.parity.texts import Text
+from qconvert.texts.documents import Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from qconvert.core.errors import OutputError, SourceError, UsageError
 from qconvert.parity.logits import LIKELIEST
-from qconvert.parity.serving import TOKENIZER
 from qconvert.parity.windows import Windows, side_by_side
+from qconvert.texts.template import TOKENIZER
 from qconvert.weights.source import CheckpointWeights
 
 FORMAT = "qconvert-logprobs/1"

@@ -10,11 +10,9 @@ from typing import Any
 from qconvert.core.errors import SourceError
 from qconvert.io.strict_json import parse_object
 from qconvert.parity.causes import Cause, CauseKind, Severity, cause
+from qconvert.texts.template import TEMPLATE, TEMPLATE_KEY, TOKENIZER, TOKENIZER_CONFIG, bytes_of, stored_template
 from reference_model.config import ModelConfig, TextConfig, VisionConfig
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
 OTHER_FILES = (
     TOKENIZER_CONFIG,
     "vocab.json",
@@ -28,9 +26,7 @@ OTHER_FILES = (
 )
 """Missing or different, they are warnings: engines start, and answer otherwise than the original."""
 
-_TEMPLATE_HOMES = ("chat_template.json", TOKENIZER_CONFIG)
-_TEMPLATE_KEY = "chat_template"
-_SAYS_NOTHING = frozenset({"transformers_version", "_from_model_config", "name_or_path", _TEMPLATE_KEY})
+_SAYS_NOTHING = frozenset({"transformers_version", "_from_model_config", "name_or_path", TEMPLATE_KEY})
 """Keys of these files that no engine computes with; the template is compared by itself."""
 
 _NEVER_READ = frozenset({"initializer_range", "router_aux_loss_coef"})
@@ -72,12 +68,12 @@ def serving_causes(original: Path, converted: Path) -> Iterator[Cause]:
 
     JSON is compared by content. A chat template is the same wherever the two keep it.
     """
-    if _bytes(original / TOKENIZER) is not None:
-        if _bytes(converted / TOKENIZER) is None:
+    if bytes_of(original / TOKENIZER) is not None:
+        if bytes_of(converted / TOKENIZER) is None:
             yield _cause(TOKENIZER, "is missing: text cannot become tokens", Severity.ERROR)
         elif _content(original / TOKENIZER) != _content(converted / TOKENIZER):
             yield _cause(TOKENIZER, "differs from the original's: the same text may become other tokens")
-    template, kept = _template(original), _template(converted)
+    template, kept = stored_template(original), stored_template(converted)
     if template is not None and kept is None:
         yield _cause(TEMPLATE, "the chat template is missing: engines cannot frame a conversation", Severity.ERROR)
     elif template is not None and template != kept:
@@ -101,17 +97,9 @@ def _keys(before: object, after: object) -> str:
     return f": {', '.join(changed)}"
 
 
-def _bytes(path: Path) -> bytes | None:
-    """The file's bytes; ``None`` for one that is missing, no file, or unreadable: to an engine these are the same."""
-    try:
-        return path.read_bytes() if path.is_file() else None
-    except OSError:
-        return None
-
-
 def _content(path: Path) -> dict[str, Any] | bytes | None:
     """What the file says: an object without the keys that say nothing, or its bytes where it is none."""
-    raw = _bytes(path)
+    raw = bytes_of(path)
     if raw is None or path.suffix != ".json":
         return raw
     try:
@@ -119,28 +107,3 @@ def _content(path: Path) -> dict[str, Any] | bytes | None:
     except SourceError:
         return raw
     return {key: value for key, value in parsed.items() if key not in _SAYS_NOTHING}
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template of a checkpoint, of several the one that is called default; ``None`` without one."""
-    found = _template(folder)
-    if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
-
-
-def _template(folder: Path) -> object:
-    """The chat template, whichever file holds it; ``None`` without one."""
-    raw = _bytes(folder / TEMPLATE)
-    if raw is not None:
-        return raw.decode("utf-8", "replace")
-    for name in _TEMPLATE_HOMES:
-        content = _bytes(folder / name)
-        try:
-            found = None if content is None else parse_object(content, name).get(_TEMPLATE_KEY)
-        except SourceError:
-            continue
-        if found is not None:
-            return found
-    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,11 @@ from torch import Tensor
 import reference_model
 from qconvert.core.errors import UsageError
 from qconvert.parity.summary import TokenPlaces
-from qconvert.parity.texts import Reader, Text
+from qconvert.texts.batching import BATCH_TOKENS, check_vocabulary, in_turns
+from qconvert.texts.documents import Reader, Text
 
 HELD_OUT = Path(reference_model.__file__).parent / "demo" / "heldout"
 """Texts of several domains that the demo checkpoint was not trained on."""
-
-BATCH_TOKENS = 2048
-"""Tokens that pass a layer together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +81,7 @@ def text_windows(model: Path, texts: Sequence[Text], length: int, limit: int) ->
         ]
         for text in texts
     ]
-    turns = [window for window in chain.from_iterable(zip_longest(*files)) if window is not None]
+    turns = in_turns(files)
     if not turns:
         raise UsageError(f"{', '.join(str(text.path) for text in texts)}: fewer than two tokens")
     names = ", ".join(text.path.name for text in texts)
@@ -114,11 +112,7 @@ def choose_windows(
         return random_windows(vocabulary, length, tokens, seed)
     found = text_windows(model, texts, length, tokens)
     for ids in found.batches:
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise UsageError(
-                f"{found.description}: token ids from {int(ids.min())} to {int(ids.max())}, the vocabulary of {model} "
-                f"has {vocabulary}"
-            )
+        check_vocabulary(ids, vocabulary, model, found.description)
     return found
 
 

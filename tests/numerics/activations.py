@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconvert.cli.demo import CHECKPOINT
-from qconvert.parity.texts import Text
 from qconvert.parity.windows import HELD_OUT, text_windows
+from qconvert.texts.documents import Text
 from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights
 from reference_model.model import CausalLM

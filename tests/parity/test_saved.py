@@ -26,9 +26,9 @@ from qconvert.parity.options import ParityOptions
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run import compare
 from qconvert.parity.saved import LikeliestScan, SavedLogprobs, read_logprobs
-from qconvert.parity.texts import Text
 from qconvert.parity.truncated import KnownTokensScan, between
 from qconvert.parity.windows import random_windows
+from qconvert.texts.documents import Text
 from tests.conftest import Converted
 from tests.tolerances import tolerances
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.parity import windows
-from qconvert.parity.texts import Text
 from qconvert.parity.windows import choose_windows, random_windows, text_windows
+from qconvert.texts.documents import Text
 
 
 @pytest.fixture

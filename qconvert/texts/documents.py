@@ -1,4 +1,4 @@
-"""What both models read: text files, conversations, token ids."""
+"""What models are run on: text files, conversations, token ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.io.strict_json import parse_object
-from qconvert.parity.serving import TOKENIZER, TOKENIZER_CONFIG, chat_template
+from qconvert.texts.template import TOKENIZER, TOKENIZER_CONFIG, chat_template
 
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 

@@ -15,8 +15,8 @@ from qconvert.cli.app import app
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.core.errors import UsageError
 from qconvert.core.scheme import int4
-from qconvert.parity.texts import Reader, Text
 from qconvert.parity.windows import choose_windows
+from qconvert.texts.documents import Reader, Text
 from tests.conftest import Converted
 
 MESSAGES = [
