@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qconvert.convert import working_memory
+from qconvert.carry_out import working_memory
 from qconvert.core.errors import SourceError
 from qconvert.core.fault import Fault
 from qconvert.core.tensor_info import TensorInfo

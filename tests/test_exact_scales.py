@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qconvert import convert as module
+from qconvert import carry_out as module
 from qconvert.convert import convert, move_codes, plan_codes
 from qconvert.core.errors import DataError
 from qconvert.core.scheme import int4

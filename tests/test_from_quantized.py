@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qconvert.arch.names import role_of
-from qconvert.convert import Conversion, convert, move_codes, plan_conversion
+from qconvert.carry_out import Conversion
+from qconvert.convert import convert, move_codes, plan_conversion
 from qconvert.core.errors import DataError, Interrupted, SourceError
 from qconvert.core.plan import Dequantize, Packed
 from qconvert.core.scheme import FP8_BLOCK, INT8, NVFP4, W8A8, Scheme, int4

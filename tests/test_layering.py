@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.manifest_reader": {"qconvert.core", "qconvert.io", "qconvert.manifest"},
     "qconvert.verify": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.manifest", "qconvert.manifest_reader",
-        "qconvert.convert", "qconvert.device", "qconvert.verify_source",
+        "qconvert.carry_out", "qconvert.device", "qconvert.verify_source",
     },
     "qconvert.repeat": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.manifest", "qconvert.manifest_reader",
@@ -81,13 +81,16 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
-        "qconvert.run", "qconvert.convert", "qconvert.column_order", "reference_model.config",
+        "qconvert.run", "qconvert.carry_out", "qconvert.column_order", "reference_model.config",
         "reference_model.config_fields", "reference_model.rope", "reference_model.vision", "reference_model.positions",
     },
+    "qconvert.carry_out": {
+        "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.execute", "qconvert.manifest", "qconvert.memory",
+        "qconvert.device", "qconvert.sequential", "qconvert.weights",
+    },
     "qconvert.convert": {
-        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.execute", "qconvert.manifest",
-        "qconvert.memory", "qconvert.device", "qconvert.column_order", "qconvert.exact_scales", "qconvert.engine_check",
-        "qconvert.sequential", "qconvert.weights",
+        "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.carry_out", "qconvert.column_order",
+        "qconvert.exact_scales", "qconvert.engine_check", "qconvert.sequential",
     },
     "qconvert.sequential": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats", "qconvert.plan",

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from qconvert import convert as convert_module
+from qconvert import carry_out as carrying
 from qconvert.convert import convert
 from qconvert.core.errors import DataError, Interrupted, OutputError, QconvertError
 from qconvert.core.scheme import int4
@@ -129,7 +129,7 @@ def test_what_would_give_other_bytes_is_refused_with_the_reason(
             os.utime(next(mine.glob("*.safetensors")), ns=(1, 1))
             reason = "another source"
         case "version":
-            monkeypatch.setattr(convert_module, "__version__", "9.9")
+            monkeypatch.setattr(carrying, "__version__", "9.9")
             reason = r"another qconvert version \(.*, now 9\.9\)"
         case "shard size":
             shard_bytes, reason = 100_000, "another output layout"

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from qconvert.carry_out import Conversion
 from qconvert.cli import console
 from qconvert.cli.options import (
     PROCESSORS,
@@ -23,7 +24,7 @@ from qconvert.cli.options import (
     parse_size,
 )
 from qconvert.cli.planned import limits, preview, show_plan
-from qconvert.convert import Conversion, move_codes, plan_codes
+from qconvert.convert import move_codes, plan_codes
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
 from qconvert.plan.reencoding import Reencoding

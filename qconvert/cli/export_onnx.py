@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from qconvert.carry_out import Conversion
 from qconvert.cli import console
 from qconvert.cli.options import (
     PROCESSORS,
@@ -24,7 +25,6 @@ from qconvert.cli.options import (
     parse_size,
 )
 from qconvert.cli.planned import preview, show_plan
-from qconvert.convert import Conversion
 from qconvert.core.errors import UsageError
 from qconvert.core.scheme import INT8, Scheme
 from qconvert.io.hub import resolve

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from qconvert.carry_out import Conversion
 from qconvert.cli import console
 from qconvert.cli.options import (
     PROCESSORS,
@@ -25,7 +26,7 @@ from qconvert.cli.options import (
     parse_size,
 )
 from qconvert.cli.planned import limits, preview, show_plan
-from qconvert.convert import Conversion, plan_refolding, refold
+from qconvert.convert import plan_refolding, refold
 from qconvert.core.plan import Folding
 from qconvert.io.hub import resolve
 

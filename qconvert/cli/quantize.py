@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from qconvert.carry_out import Conversion
 from qconvert.cli import console
 from qconvert.cli.options import (
     PROCESSORS,
@@ -26,7 +27,7 @@ from qconvert.cli.options import (
     parse_size,
 )
 from qconvert.cli.planned import limits, preview, show_plan
-from qconvert.convert import Conversion, convert, plan_conversion
+from qconvert.convert import convert, plan_conversion
 from qconvert.core.errors import UsageError
 from qconvert.device import device_named
 from qconvert.formats.table import METHODS

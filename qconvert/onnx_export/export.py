@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from qconvert.arch.families import read_config
+from qconvert.carry_out import Conversion, Task, carry_out, working_memory
 from qconvert.column_order import check_column_order
-from qconvert.convert import Conversion, Task, carry_out, working_memory
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Layout, Plan
 from qconvert.io.checkpoint import Checkpoint

@@ -90,11 +90,15 @@ class Boundaries:
             raise OutputError(f"cannot keep the states before layer {layer} in {self.folder}: {error}") from error
 
     def clear(self) -> None:
-        """Remove what was kept, and the folder if nothing else is in it: the run is over."""
+        """Remove what was kept: the run is over."""
         for path in self.folder.glob(f"{_PREFIX}*"):
             shutil.rmtree(path)
         for name in (_RUN, _PARTIAL):
             (self.folder / name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """The same, and the folder if nothing else is in it."""
+        self.clear()
         with suppress(OSError):
             self.folder.rmdir()
 

@@ -95,7 +95,7 @@ def test_no_name_is_left_in_the_folder(tmp_path: Path, end: str) -> None:
     else:
         store.close()
     assert list(tmp_path.iterdir()) == []
-    assert store._file is None
+    assert store._file._file is None
     with pytest.raises(KeyError):
         store.get("../../a/\0name")
 
