@@ -13,7 +13,7 @@ import xxhash
 
 from qconvert import __version__
 from qconvert.column_order import check_column_order
-from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
+from qconvert.core.errors import DataError, FormatError, PlanError, explain_going_on
 from qconvert.core.plan import Folding, Plan
 from qconvert.device import check_device
 from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
@@ -378,7 +378,7 @@ def carry_out(
                 raise  # the same would happen again: nothing is kept
             except BaseException as error:
                 if sink.suspend():
-                    _explain(error, out)
+                    explain_going_on(error, out)
                 states.clear()
                 raise
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)
@@ -390,15 +390,6 @@ def _states(out: Path, identity: Mapping[str, str]) -> Boundaries:
     return Boundaries(
         folder=out.parent / f".{out.name}.states", identity=same, advice="start over with --fresh, or remove it"
     )
-
-
-def _explain(error: BaseException, out: Path) -> None:
-    """Raise the error again with how to go on, if it is one for people."""
-    hint = f"What is finished of {out} is kept: the same command goes on from there, with --fresh it starts over."
-    if isinstance(error, KeyboardInterrupt):
-        raise Interrupted(f"Interrupted. {hint}") from error
-    if isinstance(error, QconvertError):
-        raise type(error)(f"{error}\n{hint}") from error
 
 
 def working_memory(limit: int | None, beside: int = 0) -> int:

@@ -105,7 +105,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.texts": {"qconvert.core", "qconvert.io"},
     "calibration": {
-        "qconvert.core", "qconvert.io", "qconvert.numerics", "qconvert.texts", "qconvert.weights", "reference_model",
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.texts", "qconvert.weights",
+        "reference_model",
     },
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
