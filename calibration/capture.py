@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
@@ -38,7 +37,7 @@ from qconvert.io.fingerprint import fingerprint
 from qconvert.io.hashing import XXH3, new_hash
 from qconvert.io.partial_folder import PartialFolder
 from qconvert.numerics.threads import one_thread
-from qconvert.weights.boundaries import Boundaries
+from qconvert.weights.boundaries import Boundaries, identity_hash
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
 from reference_model.layer_drafts import has_prediction_head, run_drafts
@@ -132,7 +131,7 @@ def _run(
 ) -> None:
     boundaries = Boundaries(
         folder=folder / _STATES,
-        identity=xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode()),
+        identity=identity_hash(identity),
         advice="--fresh starts over",
     )
     with SpillStore(memory // 2, folder) as store, _side_by_side(jobs) as each:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,5 +137,5 @@ def _of_layer(layer: LayerVisits) -> LayerCoverage:
 
 def _rounded(number: int) -> int:
     """Two digits are all that such a guess has."""
-    unit = 10 ** max(0, len(str(number)) - 2)
-    return -(-number // unit) * unit
+    unit = int("1" + "0" * max(0, len(str(number)) - 2))
+    return math.ceil(number / unit) * unit

@@ -36,8 +36,8 @@ def picture(coverage: Coverage) -> str:
 
 def _bar(layer: LayerCoverage, top: int) -> list[str]:
     none = len(layer.unreached)
-    counts = (none, layer.few - none, max(layer.fewer_than_inputs - layer.few, 0))
-    counts = (*counts, layer.experts - sum(counts))
+    scarce = max(layer.fewer_than_inputs - layer.few, 0)
+    counts = (none, layer.few - none, scarce, layer.experts - layer.few - scarce)
     parts = [f'<text x="{_LEFT - 8}" y="{top + 10}" text-anchor="end">{layer.name}</text>']
     at = float(_LEFT)
     for count, (label, colour) in zip(counts, _CLASSES, strict=True):

@@ -109,6 +109,17 @@ class Statistics:
             raise
         return found
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What manifests say of them: folder, hash, and the tokens that they were made of."""
+        windows = self.record.get("windows")
+        known = windows if isinstance(windows, dict) else {}
+        return {
+            "folder": self.path.name,
+            "hash": self.hash,
+            **{key: known[key] for key in ("tokens", "ids_sha256") if key in known},
+        }
+
     def check_source(self, checkpoint: Checkpoint) -> None:
         """Refuse to speak of another checkpoint than the one that was looked at.
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from qconvert import __version__
 from qconvert.column_order import check_column_order
+from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.errors import DataError, FormatError, PlanError, explain_going_on
 from qconvert.core.plan import Folding, Plan
 from qconvert.device import check_device
@@ -24,19 +23,17 @@ from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import XXH3, new_hash
 from qconvert.io.shard_writer import BACKGROUND_BYTES, ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
-from qconvert.memory import resident_bytes, return_large_blocks
+from qconvert.memory import return_large_blocks, working_memory
 from qconvert.plan.builder import build_plan
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.plan.refolding import plan_folding
+from qconvert.plan.weighing import weigh
 from qconvert.run import CPU, Progress, check_memory, run
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.run import plan_calibrated, run_calibrated
-from qconvert.weights.boundaries import Boundaries
-
-DEFAULT_MEMORY = 1 << 30
-"""Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
+from qconvert.weights.boundaries import states_beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +46,7 @@ class Task:
         reencoding: what decided where codes are only moved.
         folding: what becomes of the shared expert; ``None`` where it is stored as in the source.
         package: what was asked of an ONNX package; ``None`` for a checkpoint.
-        calibration: text that matrices are rounded for; ``None`` where they are rounded to nearest.
+        calibration: text that matrices are rounded for, or statistics of it; ``None`` for neither.
         notes: what people should know of it, one sentence each.
         accept: sees the output before it appears, and keeps it from appearing by raising.
     """
@@ -61,7 +58,7 @@ class Task:
     reencoding: Mapping[str, Any] | None = None
     folding: Folding | None = None
     package: Mapping[str, Any] | None = None
-    calibration: Calibration | None = None
+    calibration: Calibration | ByStatistics | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -90,7 +87,7 @@ def plan_conversion(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
-    calibration: Calibration | None = None,
+    calibration: Calibration | ByStatistics | None = None,
 ) -> Plan:
     """Decide what happens to every tensor of ``source``; reads headers only. Arguments as for ``convert``.
 
@@ -102,7 +99,7 @@ def plan_conversion(
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
         if calibration is not None:
-            plan = plan_calibrated(plan, checkpoint, calibration)
+            plan = _looked_at(plan, checkpoint, calibration)
     refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
@@ -118,7 +115,7 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
-    calibration: Calibration | None = None,
+    calibration: Calibration | ByStatistics | None = None,
     fresh: bool = False,
     algorithm: str = XXH3,
     device: torch.device = CPU,
@@ -140,7 +137,8 @@ def convert(
         from_quantized: take a source that is quantized already: its matrices are dequantized in float32, one at a
             time, and rounded anew; losses are against these numbers.
         fold: round the shared expert and store it as routed ones, see ``refold``.
-        calibration: round matrices for what this text lets reach them; ``None`` rounds them to nearest.
+        calibration: round matrices for what this text lets reach them, or by statistics of ``source``; ``None``
+            rounds them to nearest.
         fresh: start over instead of going on from what an earlier run left.
         algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
         device: where matrices are rounded: by compiled kernels on a CPU, by the plain torch expressions elsewhere.
@@ -155,7 +153,7 @@ def convert(
     def decide(checkpoint: Checkpoint) -> Task:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
         if calibration is not None:
-            plan = plan_calibrated(plan, checkpoint, calibration)
+            plan = _looked_at(plan, checkpoint, calibration)
         refuse_unreadable_plan(plan, source)
         folding = Folding.FOLDED if fold else None
         return Task(
@@ -173,6 +171,13 @@ def convert(
         device=device,
         progress=progress,
     )
+
+
+def _looked_at(plan: Plan, source: Checkpoint, calibration: Calibration | ByStatistics) -> Plan:
+    """The same plan, marked with what looks at inputs."""
+    if isinstance(calibration, ByStatistics):
+        return weigh(plan, source, calibration.statistics)
+    return plan_calibrated(plan, source, calibration)
 
 
 def plan_codes(
@@ -334,18 +339,21 @@ def carry_out(
             "device": device.type,
             "calibration": "none" if task.calibration is None else task.calibration.hash,
         }
-        states = _states(out, identity)
+        states = states_beside(out, identity)
         if fresh:
             states.clear()
         with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
             try:
-                if task.calibration is None:
-                    outcomes = run(plan, checkpoint, sink, jobs=jobs, memory=left, device=device, progress=progress)
-                else:
+                if isinstance(task.calibration, Calibration):
                     outcomes = run_calibrated(
                         plan, checkpoint, sink, task.calibration, jobs=jobs, memory=left, states=states,
                         progress=progress,
                     )  # fmt: skip
+                else:
+                    inputs = None if task.calibration is None else task.calibration.statistics
+                    outcomes = run(
+                        plan, checkpoint, sink, jobs=jobs, memory=left, device=device, inputs=inputs, progress=progress
+                    )
                 record = summary(
                     plan,
                     outcomes,
@@ -382,28 +390,3 @@ def carry_out(
                 states.clear()
                 raise
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)
-
-
-def _states(out: Path, identity: Mapping[str, str]) -> Boundaries:
-    """Where a calibrated conversion keeps what is between two layers; beside the output, which has no room for it."""
-    same = xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
-    return Boundaries(
-        folder=out.parent / f".{out.name}.states", identity=same, advice="start over with --fresh, or remove it"
-    )
-
-
-def working_memory(limit: int | None, beside: int = 0) -> int:
-    """What steps may hold: what remains of a limit for the whole process, or of the default, less what goes beside.
-
-    Raises:
-        PlanError: nothing remains.
-    """
-    if limit is None:
-        return DEFAULT_MEMORY - beside
-    held = resident_bytes() + beside
-    if held >= limit:
-        raise PlanError(
-            f"the process needs {held / 2**20:.0f} MiB before the first step, more than the limit of "
-            f"{limit / 2**20:.0f} MiB: raise --max-memory"
-        )
-    return limit - held

@@ -14,9 +14,8 @@ from calibration.coverage import FEW, Coverage
 from calibration.data import CalibrationWindows, calibration_windows
 from qconvert.cli import console
 from qconvert.cli.options import PROCESSORS, Fresh, Jobs, Json, parse_size
-from qconvert.convert import working_memory
 from qconvert.io.hub import resolve
-from qconvert.memory import available_bytes, resident_bytes
+from qconvert.memory import available_bytes, resident_bytes, working_memory
 from qconvert.texts.documents import Text
 from qconvert.weights.source import CheckpointWeights
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qconvert.arch.families import read_config
 from qconvert.column_order import check_column_order
-from qconvert.convert import Conversion, Task, carry_out, working_memory
+from qconvert.convert import Conversion, Task, carry_out
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Layout, Plan
 from qconvert.io.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from qconvert.io.source_folder import (
     MTP_FILE,
     VISION_FILE,
 )
+from qconvert.memory import working_memory
 from qconvert.onnx_export.embedding_graph import embedding_graph
 from qconvert.onnx_export.genai_config import genai_config
 from qconvert.onnx_export.genai_processor import NO_PROCESSOR, genai_processor

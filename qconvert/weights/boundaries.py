@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -105,6 +107,20 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def states_beside(out: Path, identity: Mapping[str, Any]) -> Boundaries:
+    """Where a run that makes the folder ``out`` keeps what is between two layers: there is no room for it inside."""
+    return Boundaries(
+        folder=out.parent / f".{out.name}.states",
+        identity=identity_hash(identity),
+        advice="start over with --fresh, or remove it",
+    )
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """xxh3-128 of what a run is, plain JSON."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def _read(path: Path) -> Tensor:
