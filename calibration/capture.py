@@ -31,7 +31,7 @@ from calibration.statistics import DOCUMENT, SCHEMA, Statistics
 from qconvert import __version__
 from qconvert.core.errors import DataError, UsageError, explain_going_on
 from qconvert.core.role import Section
-from qconvert.io.disk import disk_errors, sync_folder
+from qconvert.io.disk import disk_errors, sync_file, sync_folder
 from qconvert.io.file_record import hash_span
 from qconvert.io.fingerprint import fingerprint
 from qconvert.io.hashing import XXH3, new_hash
@@ -139,7 +139,6 @@ def _run(
         run.decoder(boundaries)
         run.head()
     boundaries.clear()
-    (folder / _STATES).rmdir()
     _describe(folder, identity, run.files)
 
 
@@ -268,11 +267,7 @@ class _Capture:
         partial = self._folder / f"{name}.partial"
         with disk_errors(self._folder / name):
             partial.write_bytes(save(tensors))
-            fd = os.open(partial, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_file(partial)
             partial.rename(self._folder / name)
             sync_folder(self._folder)
         self.files.append(name)

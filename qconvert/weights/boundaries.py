@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qconvert.core.errors import OutputError, UsageError
+from qconvert.io.disk import sync_file
 
 _PREFIX = "layer-"
 _RUN = "run.json"
@@ -81,10 +81,10 @@ class Boundaries:
             partial.mkdir()
             for name, tensor in tensors:
                 save_file({"tensor": tensor.contiguous()}, partial / name)
-                _sync(partial / name)
-            _sync(partial)
+                sync_file(partial / name)
+            sync_file(partial)
             partial.rename(place)
-            _sync(self.folder)
+            sync_file(self.folder)
             for old in self.folder.glob(f"{_PREFIX}*"):
                 if old != place:
                     shutil.rmtree(old)
@@ -99,14 +99,6 @@ class Boundaries:
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def states_beside(out: Path, identity: Mapping[str, Any]) -> Boundaries:
