@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from qconvert import __version__
-from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError
+from qconvert.core.by_statistics import ByStatistics
+from qconvert.core.errors import DataError, FormatError, PlanError, explain_going_on
 from qconvert.core.plan import Folding, Plan
 from qconvert.device import check_device
 from qconvert.execute import warm_up
@@ -21,14 +20,11 @@ from qconvert.io.file_record import record_folder
 from qconvert.io.hashing import new_hash
 from qconvert.io.shard_writer import BACKGROUND_BYTES, ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
-from qconvert.memory import resident_bytes, return_large_blocks
+from qconvert.memory import return_large_blocks, working_memory
 from qconvert.run import CPU, Progress, check_memory, run
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.run import run_calibrated
-from qconvert.weights.boundaries import Boundaries
-
-DEFAULT_MEMORY = 1 << 30
-"""Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
+from qconvert.weights.boundaries import states_beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +37,7 @@ class Task:
         reencoding: what decided where codes are only moved.
         folding: what becomes of the shared expert; ``None`` where it is stored as in the source.
         package: what was asked of an ONNX package; ``None`` for a checkpoint.
-        calibration: text that matrices are rounded for; ``None`` where they are rounded to nearest.
+        calibration: text that matrices are rounded for, or statistics of it; ``None`` for neither.
         notes: what people should know of it, one sentence each.
         accept: sees the output before it appears, and keeps it from appearing by raising.
     """
@@ -53,7 +49,7 @@ class Task:
     reencoding: Mapping[str, Any] | None = None
     folding: Folding | None = None
     package: Mapping[str, Any] | None = None
-    calibration: Calibration | None = None
+    calibration: Calibration | ByStatistics | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -105,18 +101,21 @@ def carry_out(
             "device": device.type,
             "calibration": "none" if task.calibration is None else task.calibration.hash,
         }
-        states = _states(out, identity)
+        states = states_beside(out, identity)
         if fresh:
             states.remove()
         with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
             try:
-                if task.calibration is None:
-                    outcomes = run(plan, checkpoint, sink, jobs=jobs, memory=left, device=device, progress=progress)
-                else:
+                if isinstance(task.calibration, Calibration):
                     outcomes = run_calibrated(
                         plan, checkpoint, sink, task.calibration, jobs=jobs, memory=left, states=states,
                         progress=progress,
                     )  # fmt: skip
+                else:
+                    inputs = None if task.calibration is None else task.calibration.statistics
+                    outcomes = run(
+                        plan, checkpoint, sink, jobs=jobs, memory=left, device=device, inputs=inputs, progress=progress
+                    )
                 record = summary(
                     plan,
                     outcomes,
@@ -149,41 +148,7 @@ def carry_out(
                 raise  # the same would happen again: nothing is kept
             except BaseException as error:
                 if sink.suspend():
-                    _explain(error, out)
+                    explain_going_on(error, out)
                 states.remove()
                 raise
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)
-
-
-def _states(out: Path, identity: Mapping[str, str]) -> Boundaries:
-    """Where a calibrated conversion keeps what is between two layers; beside the output, which has no room for it."""
-    same = xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
-    return Boundaries(
-        folder=out.parent / f".{out.name}.states", identity=same, advice="start over with --fresh, or remove it"
-    )
-
-
-def _explain(error: BaseException, out: Path) -> None:
-    """Raise the error again with how to go on, if it is one for people."""
-    hint = f"What is finished of {out} is kept: the same command goes on from there, with --fresh it starts over."
-    if isinstance(error, KeyboardInterrupt):
-        raise Interrupted(f"Interrupted. {hint}") from error
-    if isinstance(error, QconvertError):
-        raise type(error)(f"{error}\n{hint}") from error
-
-
-def working_memory(limit: int | None, beside: int = 0) -> int:
-    """What steps may hold: what remains of a limit for the whole process, or of the default, less what goes beside.
-
-    Raises:
-        PlanError: nothing remains.
-    """
-    if limit is None:
-        return DEFAULT_MEMORY - beside
-    held = resident_bytes() + beside
-    if held >= limit:
-        raise PlanError(
-            f"the process needs {held / 2**20:.0f} MiB before the first step, more than the limit of "
-            f"{limit / 2**20:.0f} MiB: raise --max-memory"
-        )
-    return limit - held

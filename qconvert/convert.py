@@ -6,19 +6,22 @@ from pathlib import Path
 
 import torch
 
-from qconvert.carry_out import Conversion, Task, carry_out, working_memory
+from qconvert.carry_out import Conversion, Task, carry_out
 from qconvert.column_order import check_column_order
+from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.plan import Folding, Plan
 from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
 from qconvert.exact_scales import check_scales
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import BACKGROUND_BYTES
+from qconvert.memory import working_memory
 from qconvert.plan.builder import build_plan
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.plan.refolding import plan_folding
+from qconvert.plan.weighing import weigh
 from qconvert.run import CPU, Progress, check_memory
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.run import plan_calibrated
@@ -32,7 +35,7 @@ def plan_conversion(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
-    calibration: Calibration | None = None,
+    calibration: Calibration | ByStatistics | None = None,
 ) -> Plan:
     """Decide what happens to every tensor of ``source``; reads headers only. Arguments as for ``convert``.
 
@@ -44,7 +47,7 @@ def plan_conversion(
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
         if calibration is not None:
-            plan = plan_calibrated(plan, checkpoint, calibration)
+            plan = _looked_at(plan, checkpoint, calibration)
     refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
@@ -60,7 +63,7 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
-    calibration: Calibration | None = None,
+    calibration: Calibration | ByStatistics | None = None,
     fresh: bool = False,
     algorithm: str = XXH3,
     device: torch.device = CPU,
@@ -82,7 +85,8 @@ def convert(
         from_quantized: take a source that is quantized already: its matrices are dequantized in float32, one at a
             time, and rounded anew; losses are against these numbers.
         fold: round the shared expert and store it as routed ones, see ``refold``.
-        calibration: round matrices for what this text lets reach them; ``None`` rounds them to nearest.
+        calibration: round matrices for what this text lets reach them, or by statistics of ``source``; ``None``
+            rounds them to nearest.
         fresh: start over instead of going on from what an earlier run left.
         algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
         device: where matrices are rounded: by compiled kernels on a CPU, by the plain torch expressions elsewhere.
@@ -97,7 +101,7 @@ def convert(
     def decide(checkpoint: Checkpoint) -> Task:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
         if calibration is not None:
-            plan = plan_calibrated(plan, checkpoint, calibration)
+            plan = _looked_at(plan, checkpoint, calibration)
         refuse_unreadable_plan(plan, source)
         folding = Folding.FOLDED if fold else None
         return Task(
@@ -115,6 +119,13 @@ def convert(
         device=device,
         progress=progress,
     )
+
+
+def _looked_at(plan: Plan, source: Checkpoint, calibration: Calibration | ByStatistics) -> Plan:
+    """The same plan, marked with what looks at inputs."""
+    if isinstance(calibration, ByStatistics):
+        return weigh(plan, source, calibration.statistics)
+    return plan_calibrated(plan, source, calibration)
 
 
 def plan_codes(

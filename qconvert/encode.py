@@ -15,6 +15,7 @@ from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Channel
 from qconvert.formats.table import format_named
 from qconvert.numerics.finite import all_finite
+from qconvert.numerics.importance import quantize_by_importance
 from qconvert.numerics.rounding import Rounded, quantize, second_scale_for
 
 _LARGEST_F16 = 65280.0
@@ -39,30 +40,51 @@ class Encoded:
     signal: float
 
 
-def encode(rows: Tensor, action: Quantize, shape: tuple[int, int], second: float = 1.0) -> Encoded:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aids:
+    """What rounding some rows of a matrix takes from elsewhere.
+
+    Attributes:
+        second: what ``second_scale`` gives.
+        importance: what each input counts, mean squares as ``InputStatistics`` give them, [K]; ``None`` where all
+            count the same.
+    """
+
+    second: float = 1.0
+    importance: Tensor | None = None
+
+
+NO_AIDS = Aids()
+
+
+def encode(rows: Tensor, action: Quantize, shape: tuple[int, int], aids: Aids = NO_AIDS) -> Encoded:
     """Round some rows of a [N, K] matrix as ``action`` says.
 
     Args:
         rows: [R, K]; they begin at a multiple of the format's row block.
         action: scheme, search and format.
         shape: (N, K) of the whole matrix.
-        second: what ``second_scale`` gives.
+        aids: of the whole matrix.
 
     Raises:
         DataError: a value is NaN or infinite.
     """
-    rounded = round_rows(rows, action, second)
+    rounded = round_rows(rows, action, aids)
     parts = format_named(action.format).pack(rounded.quantized, shape=shape)
     return Encoded(parts=parts, squared_error=rounded.squared_error, signal=rounded.signal)
 
 
-def round_rows(rows: Tensor, action: Quantize, second: float = 1.0) -> Rounded:
+def round_rows(rows: Tensor, action: Quantize, aids: Aids = NO_AIDS) -> Rounded:
     """``encode`` before anything is packed.
 
     Raises:
         DataError: a value is NaN or infinite, or too large for the scales of the scheme.
     """
-    rounded = quantize(rows, action.scheme, search=action.search, second=second)
+    if aids.importance is None:
+        rounded = quantize(rows, action.scheme, search=action.search, second=aids.second)
+    else:
+        mean_squares = aids.importance.to(rows.device)
+        rounded = quantize_by_importance(rows, action.scheme, mean_squares, second=aids.second)
     check_scale_range(rounded.quantized)
     return rounded
 

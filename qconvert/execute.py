@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qconvert.core.by_statistics import IMATRIX, InputStatistics
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError, PlanError
 from qconvert.core.plan import (
@@ -24,7 +25,7 @@ from qconvert.core.plan import (
     Slice,
     Step,
 )
-from qconvert.encode import WEIGHT, cast, encode, move, second_scale
+from qconvert.encode import NO_AIDS, WEIGHT, Aids, cast, encode, move, second_scale
 from qconvert.formats.table import format_named
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
@@ -113,7 +114,7 @@ def warm_up(plan: Plan) -> None:
     Two threads that import numba at the same time break it, and what is mapped would be nobody's.
     """
     actions = {
-        (action.scheme, action.format, action.search): action
+        (action.scheme, action.format, action.search, action.method): action
         for action in (step.action for step in plan.steps)
         if isinstance(action, Quantize)
     }
@@ -123,17 +124,27 @@ def warm_up(plan: Plan) -> None:
         cast(trial, DType.F32, formula)
     cast(trial, DType.BF16)
     for action in actions.values():
-        encode(trial, action, (_TRIAL, _TRIAL))
+        encode(
+            trial, action, (_TRIAL, _TRIAL), Aids(importance=torch.ones(_TRIAL) if action.method == IMATRIX else None)
+        )
 
 
-def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device, largest: LargestValues) -> Outcome:
-    """Carry one step out."""
+def execute(
+    step: Step,
+    read: MatrixReader,
+    sink: Sink,
+    device: torch.device,
+    largest: LargestValues,
+    inputs: InputStatistics | None = None,
+) -> Outcome:
+    """Carry one step out; ``inputs`` are of the source's matrices, for steps whose errors are weighted by them."""
     source_hash = SourceHash(sink.algorithm, step.inputs)
     loss: Loss | None = None
     scale_error: float | None = None
     match step.action:
         case _ if step.mosaic is not None:
-            loss, scale_error, pieces = _lay(step, step.mosaic, read, sink, source_hash, device, largest)
+            aids = _aids(step, read, largest, inputs)
+            loss, scale_error, pieces = _lay(step, step.mosaic, read, sink, source_hash, device, aids)
         case Keep(name=name):
             pieces = [_keep(step.inputs[0], name, read, sink, source_hash)]
         case Dequantize(name=name):
@@ -141,12 +152,26 @@ def execute(step: Step, read: MatrixReader, sink: Sink, device: torch.device, la
         case Cast(name=name, dtype=dtype, formula=formula):
             loss, pieces = _cast(step.matrices, name, dtype, formula, read, sink, source_hash)
         case Quantize() as action:
-            loss, pieces = _quantize(step.matrices, action, read, sink, source_hash, device, largest)
+            aids = _aids(step, read, largest, inputs)
+            loss, pieces = _quantize(step.matrices, action, read, sink, source_hash, device, aids)
         case Reencode() as action:
             scale_error, pieces = _reencode(step.matrices, action, read, sink, source_hash)
     outcome = Outcome(source_hash=source_hash.hexdigest(), loss=loss, scale_error=scale_error)
     sink.commit(step.key, pieces, outcome.note())
     return outcome
+
+
+def _aids(step: Step, read: MatrixReader, largest: LargestValues, inputs: InputStatistics | None) -> Aids:
+    """What rounding the matrix of a step takes from elsewhere; nothing for a step that rounds none."""
+    action = step.action
+    if not isinstance(action, Quantize):
+        return NO_AIDS
+    importance = None
+    if action.method == IMATRIX:
+        if inputs is None:
+            raise PlanError(f"{action.module} is rounded by what its inputs are like, and nothing says what")
+        importance = inputs.importance(step.role)
+    return Aids(second=second_scale(action, largest.of(action.scale_over, read)), importance=importance)
 
 
 def _keep(part: Slice, name: str, read: MatrixReader, sink: Sink, source_hash: SourceHash) -> Piece:
@@ -189,18 +214,17 @@ def _quantize(
     sink: Sink,
     source_hash: SourceHash,
     device: torch.device,
-    largest: LargestValues,
+    aids: Aids,
 ) -> tuple[Loss, list[Piece]]:
     shape = shape_of(matrices[0], read)
     form = format_named(action.format)
     specs = form.parts(action.scheme, shape)
     pieces = {spec.suffix: sink.piece(f"{action.module}.{spec.suffix}") for spec in specs}
     squared_error = signal = 0.0
-    second = second_scale(action, largest.of(action.scale_over, read))
     for readings in matrices:
         multiple = rows_at_once(readings[0], form.row_block(action.scheme, shape))
         for begin, end in row_blocks(*size_of(readings[0], read), multiple):
-            encoded = rounded_of(readings, action, begin, end, shape, read, source_hash, device, second)
+            encoded = rounded_of(readings, action, begin, end, shape, read, source_hash, device, aids)
             for spec in specs:
                 if spec.rows_per_row or begin == 0:
                     pieces[spec.suffix].append(encoded.parts[spec.suffix].cpu())
@@ -240,13 +264,12 @@ def _lay(
     sink: Sink,
     source_hash: SourceHash,
     device: torch.device,
-    largest: LargestValues,
+    aids: Aids,
 ) -> tuple[Loss | None, float | None, list[Piece]]:
     check_left_behind(mosaic, read, step.outputs[0])
     match step.action:
         case Quantize() as action:
-            second = second_scale(action, largest.of(action.scale_over, read))
-            laid = lay_rounded(action, mosaic, read, sink, source_hash, device, second)
+            laid = lay_rounded(action, mosaic, read, sink, source_hash, device, aids)
         case Reencode() as action:
             laid = lay_moved(action, mosaic, read, sink, source_hash)
             return None, laid.scale_error, laid.pieces

@@ -166,10 +166,10 @@ def sqnr_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, float
 
 
 def fit_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """What looking at inputs gave: by role path the error of outputs over that of rounding to nearest, and coverage.
+    """What rounding on text gave: by role path the error of outputs over that of rounding to nearest, and coverage.
 
-    ``None`` for an error that is not known. Coverage counts routed experts' matrices: all of them, those that no token
-    reached, and those that fewer tokens reached than they have inputs.
+    Nothing where matrices were not rounded so, ``None`` for an error that is not known. Coverage counts routed experts'
+    matrices: all of them, those that no token reached, and those that fewer tokens reached than they have inputs.
     """
     losses: dict[str, tuple[float, float]] = {}
     support: Counter[str] = Counter()
@@ -183,6 +183,8 @@ def fit_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         if step.role.expert is not None:
             fewest = min(fewest, fit.tokens) if support else fit.tokens
             support[fit.support] += 1
+    if not losses:
+        return {}
     return {
         "loss_over_nearest": {path: round(loss / near, 6) if near else None for path, (near, loss) in losses.items()},
         "expert_coverage": {

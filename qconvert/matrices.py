@@ -8,7 +8,7 @@ from torch import Tensor
 from qconvert.core.errors import DataError, PlanError
 from qconvert.core.plan import Matrix, Mosaic, Quantize, Reading, Tile
 from qconvert.core.quantized import QuantizedTensor
-from qconvert.encode import Encoded, encode
+from qconvert.encode import Aids, Encoded, encode
 from qconvert.formats.table import format_named
 from qconvert.matrix_reader import MatrixReader, SourceHash
 from qconvert.mosaic import RoundedTiles, laid_codes, laid_rows, stored_part
@@ -105,7 +105,7 @@ def rounded_of(
     read: MatrixReader,
     source_hash: SourceHash,
     device: torch.device,
-    second: float,
+    aids: Aids,
 ) -> Encoded:
     """The same of matrices that ``action`` rounds, as stored; ``shape`` is that of the whole.
 
@@ -117,8 +117,8 @@ def rounded_of(
     if not any(isinstance(one, Mosaic) for one in matrices):
         rows = rows_of(matrices, begin, end, read, source_hash).to(device)
         with read.naming(first_reading(matrices), action.module):
-            return encode(rows, action, shape, second)
-    rounded = RoundedTiles(action=action, read=read, into=source_hash, device=device, second=second)
+            return encode(rows, action, shape, aids)
+    rounded = RoundedTiles(action=action, read=read, into=source_hash, device=device, aids=aids)
     laid = [laid_codes(one, action.scheme, rounded.part, begin, end) for one in matrices if isinstance(one, Mosaic)]
     whole = laid[0] if len(laid) == 1 else quantized_in_turns(*laid)
     return Encoded(

@@ -8,6 +8,11 @@ import resource
 import sys
 from pathlib import Path
 
+from qconvert.core.errors import PlanError
+
+DEFAULT_MEMORY = 1 << 30
+"""Bytes that a conversion may add to a process that sets no limit: other work in it is none of ours to count."""
+
 LARGE_BLOCK = 8 << 20
 
 _M_MMAP_THRESHOLD = -3
@@ -54,3 +59,20 @@ def available_bytes() -> int:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
     return free if limit == "max" else max(0, min(free, int(limit) - resident_bytes()))
+
+
+def working_memory(limit: int | None, beside: int = 0) -> int:
+    """What steps may hold: what remains of a limit for the whole process, or of the default, less what goes beside.
+
+    Raises:
+        PlanError: nothing remains.
+    """
+    if limit is None:
+        return DEFAULT_MEMORY - beside
+    held = resident_bytes() + beside
+    if held >= limit:
+        raise PlanError(
+            f"the process needs {held / 2**20:.0f} MiB before the first step, more than the limit of "
+            f"{limit / 2**20:.0f} MiB: raise --max-memory"
+        )
+    return limit - held

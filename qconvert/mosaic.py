@@ -14,7 +14,7 @@ from qconvert.core.errors import DataError
 from qconvert.core.plan import Dequantize, Keep, Mosaic, Quantize, Reencode, Tile
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.scheme import Block, Scheme
-from qconvert.encode import WEIGHT, cast, move, round_rows
+from qconvert.encode import WEIGHT, Aids, cast, move, round_rows
 from qconvert.formats.table import format_named
 from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
@@ -103,16 +103,14 @@ def lay_rounded(
     sink: Sink,
     into: SourceHash,
     device: torch.device,
-    second: float,
+    aids: Aids,
 ) -> Laid:
     """Round whole rows, then cut their codes: they are those of the matrix that is not cut.
-
-    ``second`` is what ``second_scale`` gives.
 
     Raises:
         DataError: NaN or infinite values.
     """
-    rounded = RoundedTiles(action=action, read=read, into=into, device=device, second=second)
+    rounded = RoundedTiles(action=action, read=read, into=into, device=device, aids=aids)
     laid = _lay_codes(action, action.scheme, mosaic, sink, rounded.part)
     return replace(laid, squared_error=rounded.squared_error, signal=rounded.signal)
 
@@ -129,7 +127,7 @@ class RoundedTiles:
     read: MatrixReader
     into: SourceHash
     device: torch.device
-    second: float
+    aids: Aids
     squared_error: float = 0.0
     signal: float = 0.0
 
@@ -144,7 +142,7 @@ class RoundedTiles:
         a, b = _run(tile, first, last, self.read, together)
         rows = self.read.rows(tile.reading, a, b, self.into).to(self.device)
         with self.read.naming(tile.reading, self.action.module):
-            whole = round_rows(rows, self.action, self.second).quantized
+            whole = round_rows(rows, self.action, self.aids).quantized
         part = cut(whole, (first - a, last - a), tile.cols)
         wanted = rows[first - a : last - a, slice(*tile.cols)].to(torch.float32)
         self.squared_error += float((part.dequantize() - wanted).square().sum())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qconvert.core.by_statistics import ByStatistics, check_statistics
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.core.plan import Folding, Plan
 from qconvert.io.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.plan.refolding import plan_folding
+from qconvert.plan.weighing import weigh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,19 +31,21 @@ class Repeated:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def repeated(out: Path, manifest: Manifest) -> Callable[[Checkpoint], Repeated]:
-    """What plans the conversion that made ``out``, given its source.
+def repeated(out: Path, manifest: Manifest, by: ByStatistics | None = None) -> Callable[[Checkpoint], Repeated]:
+    """What plans the conversion that made ``out``, given its source, and what it was rounded by besides the weights.
 
     Raises:
         SourceError: the manifest tells of a conversion that there is not.
+        UsageError: ``by`` is not what it tells of.
     """
+    check_statistics(manifest.calibration, by, str(out))
     try:
-        return _planner(manifest)
+        return _planner(manifest, by)
     except UsageError as error:
         raise SourceError(f"{out / MANIFEST_FILE}: {error}; the conversion cannot be repeated from it") from None
 
 
-def _planner(manifest: Manifest) -> Callable[[Checkpoint], Repeated]:
+def _planner(manifest: Manifest, by: ByStatistics | None) -> Callable[[Checkpoint], Repeated]:
     policy, folding = Policy.of_entries(manifest.policy, "policy"), manifest.folding
     if manifest.package is not None:
         return _package(manifest.package, policy if policy.rules else None)
@@ -52,7 +56,12 @@ def _planner(manifest: Manifest) -> Callable[[Checkpoint], Repeated]:
     if folding is not None and not policy.rules:
         return lambda checkpoint: Repeated(plan=plan_folding(checkpoint, folding))
     quantized, fold = manifest.source_quantization is not None, folding is Folding.FOLDED
-    return lambda checkpoint: Repeated(plan=build_plan(checkpoint, policy, from_quantized=quantized, fold=fold))
+
+    def plan(checkpoint: Checkpoint) -> Repeated:
+        found = build_plan(checkpoint, policy, from_quantized=quantized, fold=fold)
+        return Repeated(plan=found if by is None else weigh(found, checkpoint, by.statistics))
+
+    return plan
 
 
 def _package(entry: Mapping[str, object], policy: Policy | None) -> Callable[[Checkpoint], Repeated]:

@@ -10,6 +10,7 @@ from itertools import islice
 
 import torch
 
+from qconvert.core.by_statistics import InputStatistics
 from qconvert.core.errors import PlanError
 from qconvert.core.plan import Plan, Step
 from qconvert.execute import Outcome, execute, warm_up
@@ -38,6 +39,7 @@ def run(
     jobs: int = 2,
     memory: int | None = None,
     device: torch.device = CPU,
+    inputs: InputStatistics | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Outcome]:
     """Write every tensor of ``plan`` into ``sink`` that an earlier run has not finished.
@@ -51,6 +53,7 @@ def run(
         jobs: steps that run at once.
         memory: bytes that the running steps may hold together by the plan's prediction; ``None`` is no limit.
         device: where matrices are rounded.
+        inputs: what the inputs of matrices are like, for a plan that was made by it.
         progress: called with source bytes done and in all.
 
     Returns:
@@ -88,7 +91,7 @@ def run(
                 for part in announced.inputs[:READ_AHEAD_PARTS]:
                     source.will_read(part.tensor, part.begin, part.end)
             with budget.holding(step.peak_bytes, stop, reader.release):
-                outcome = execute(step, reader, sink, device, largest)
+                outcome = execute(step, reader, sink, device, largest, inputs)
             with lock:
                 done += step_bytes(source, step)
                 outcomes[step.key] = outcome

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qconvert.carry_out import working_memory
+from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.errors import SourceError
 from qconvert.core.fault import Fault
 from qconvert.core.tensor_info import TensorInfo
@@ -22,6 +22,7 @@ from qconvert.io.source_folder import INDEX_FILE, WEIGHTS_SUFFIX, read_whole
 from qconvert.io.strict_json import parse_object
 from qconvert.manifest import MANIFEST_FILE
 from qconvert.manifest_reader import Manifest, read_manifest
+from qconvert.memory import working_memory
 from qconvert.run import CPU
 from qconvert.verify_source import check_repeatable, compare_with_source, unlike_the_conversion
 
@@ -67,6 +68,7 @@ def verify(
     jobs: int = 2,
     max_memory: int | None = None,
     device: torch.device = CPU,
+    by: ByStatistics | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Verification:
     """Compare the folder ``out`` with its manifest and, where one is given, with its ``source``.
@@ -80,10 +82,11 @@ def verify(
         jobs: steps of the conversion that run at once.
         max_memory: as for ``convert``.
         device: where matrices are rounded again; another one than the conversion's may round ties differently.
+        by: what ``out`` was rounded by besides the weights of its source.
         progress: called with a phase, bytes done and bytes in all.
 
     Raises:
-        UsageError: a device that is not there.
+        UsageError: a device that is not there, or another calibration.
         SourceError: ``out`` has no manifest or one that vouches for nothing, or ``source`` is no checkpoint that can
             be converted.
         PlanError, FormatError, DataError: ``source`` cannot be converted as the manifest says.
@@ -91,7 +94,7 @@ def verify(
     check_device(device)
     manifest = read_manifest(out)
     if source is not None:
-        check_repeatable(source, out, manifest, working_memory(max_memory))
+        check_repeatable(source, out, manifest, working_memory(max_memory), by)
     check = _Check(out, manifest, progress)
     try:
         check.files()
@@ -106,6 +109,7 @@ def verify(
                 jobs=jobs,
                 memory=working_memory(max_memory),
                 device=device,
+                by=by,
                 progress=lambda done, total: progress("repeating", done, total),
             )
     finally:

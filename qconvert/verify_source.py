@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qconvert import __version__
+from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.fault import Fault
 from qconvert.core.plan import Keep, Plan, Step
 from qconvert.core.tensor_info import TensorInfo
@@ -44,6 +45,7 @@ def compare_with_source(
     jobs: int,
     memory: int,
     device: torch.device,
+    by: ByStatistics | None,
     progress: Progress,
 ) -> list[Fault]:
     """Repeat the conversion of ``source`` that ``manifest`` tells of and compare it with ``out``.
@@ -56,13 +58,14 @@ def compare_with_source(
         jobs: steps that run at once.
         memory: bytes that they may hold together.
         device: where matrices are rounded.
+        by: what ``out`` was rounded by besides the weights.
         progress: called with source bytes done and in all.
 
     Raises:
         SourceError: ``source`` is no checkpoint that can be converted, or the manifest's policy cannot be repeated.
         PlanError, FormatError, DataError: ``source`` cannot be converted as the manifest says.
     """
-    again = repeated(out, manifest)
+    again = repeated(out, manifest, by)
     with Checkpoint.open(source) as checkpoint:
         repeat = again(checkpoint)
         plan = repeat.plan
@@ -72,7 +75,16 @@ def compare_with_source(
             *_of_tensors(plan, planned, manifest),
         ]
         sink = ComparingSink(planned, stored, out, manifest.algorithm)
-        outcomes = run(plan, checkpoint, sink, jobs=jobs, memory=memory, device=device, progress=progress)
+        outcomes = run(
+            plan,
+            checkpoint,
+            sink,
+            jobs=jobs,
+            memory=memory,
+            device=device,
+            inputs=None if by is None else by.statistics,
+            progress=progress,
+        )
         faults += _of_bytes(checkpoint, plan, manifest, stored, outcomes, sink.different)
     if not faults:
         faults += _of_losses(manifest, sqnr_by_role(plan, outcomes))
@@ -80,9 +92,9 @@ def compare_with_source(
     return faults
 
 
-def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int) -> None:
+def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int, by: ByStatistics | None) -> None:
     """Find out what ``compare_with_source`` would refuse before anybody waits for ``out`` to be read; see there."""
-    again = repeated(out, manifest)
+    again = repeated(out, manifest, by)
     with Checkpoint.open(source) as checkpoint:
         check_memory(again(checkpoint).plan, memory)
 

@@ -5,16 +5,31 @@ Shapes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from reference_model.config import TextConfig
-from reference_model.layer_pass import ROWS_BYTES, Batch, Lane, LayerRecord, pass_layer
+from reference_model.layer_pass import (
+    ROWS_BYTES,
+    Batch,
+    Each,
+    InputRounding,
+    Lane,
+    LayerRecord,
+    leave_inputs,
+    one_by_one,
+    pass_layer,
+)
 from reference_model.layerwise import HiddenStates, look_up
 from reference_model.load import WeightSource, fill_weights
 from reference_model.mtp import MultiTokenPredictor
+
+
+def has_prediction_head(config: TextConfig, source: WeightSource) -> bool:
+    """Whether a model has a prediction head, and ``source`` its weights."""
+    return config.mtp_num_hidden_layers > 0 and "mtp.fc.weight" in source.specs()
 
 
 @torch.no_grad()
@@ -26,7 +41,10 @@ def run_drafts(
     drafts: HiddenStates,
     dtype: torch.dtype,
     *,
+    on_layer: Callable[[LayerRecord], None] | None = None,
+    input_roundings: Sequence[InputRounding] | None = None,
     rows_bytes: int = ROWS_BYTES,
+    each: Each = one_by_one,
 ) -> None:
     """What the prediction head makes of every position but the last, told the token that follows it in the batch.
 
@@ -37,20 +55,30 @@ def run_drafts(
         hidden: the decoder's outputs [B, T, D] of ``run_layers``.
         drafts: takes [B, T - 1, D], inputs of the shared output matrix: position t scores token t + 2.
         dtype: of the computation.
+        on_layer: sees every layer's result for every batch.
+        input_roundings: what is done to the inputs of matrices, ``mtp.fc`` among them, for each batch.
         rows_bytes: as in ``run_layers``.
+        each: as in ``pass_layer``.
 
     Raises:
         KeyError: the source holds no prediction head.
     """
-    head = enter_head(config, source, batches, hidden, drafts, dtype)
+    head = enter_head(config, source, batches, hidden, drafts, dtype, input_roundings=input_roundings)
 
     def wait(record: LayerRecord) -> None:
         drafts.put(record.batch, record.hidden)
+        if on_layer is not None:
+            on_layer(record)
 
-    lane = Lane(take=drafts.__getitem__, give=wait)
+    def lane(rounding: InputRounding, numbers: tuple[int, ...] | None) -> Lane:
+        return Lane(take=drafts.__getitem__, give=wait, rounding=rounding, batches=numbers)
+
+    lanes = [lane(leave_inputs, None)]
+    if input_roundings is not None:
+        lanes = [lane(rounding, (b,)) for b, rounding in enumerate(input_roundings)]
     shifted = [Batch(ids=ids[:, 1:]) for ids in batches]
     for n in range(config.mtp_num_hidden_layers):
-        pass_layer(config, source, n, shifted, (lane,), dtype, block="mtp.layers", rows_bytes=rows_bytes)
+        pass_layer(config, source, n, shifted, lanes, dtype, block="mtp.layers", rows_bytes=rows_bytes, each=each)
     for b in range(len(batches)):
         drafts.put(b, head.norm(drafts[b]))
 
@@ -63,6 +91,8 @@ def enter_head(
     hidden: HiddenStates,
     drafts: HiddenStates,
     dtype: torch.dtype,
+    *,
+    input_roundings: Sequence[InputRounding] | None = None,
 ) -> MultiTokenPredictor:
     """Put what the head's first layer reads into ``drafts``; arguments and errors as for ``run_drafts``.
 
@@ -73,6 +103,7 @@ def enter_head(
     fill_weights(head, source, dtype, prefix="mtp.", skip=("layers.",))
     for b, ids in enumerate(batches):
         following = look_up(source, ids[:, 1:], dtype)
-        told = head.pre_fc_norm_embedding(following), head.pre_fc_norm_hidden(hidden[b][:, :-1])
-        drafts.put(b, head.fc(torch.cat(told, dim=-1)))
+        told = torch.cat((head.pre_fc_norm_embedding(following), head.pre_fc_norm_hidden(hidden[b][:, :-1])), dim=-1)
+        before = None if input_roundings is None else input_roundings[b]("mtp.fc")
+        drafts.put(b, head.fc(told if before is None else before(told)))
     return head

@@ -8,9 +8,10 @@ Shapes: B batch, T tokens, D hidden, k experts a token, P marks, Hv heads, dk / 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,33 @@ ROWS_BYTES = 1 << 30
 InputRounding = Callable[[str], Callable[[Tensor], Tensor] | None]
 """What an engine does to the inputs of a matrix before it multiplies, by the matrix's name without ``.weight``.
 
-Of routed experts ``layers.0.mlp.experts.gate_up_proj`` and ``.down_proj`` are asked for; ``None`` leaves inputs alone.
+Of each routed expert that tokens reach ``layers.0.mlp.experts.3.gate_up_proj`` and ``.down_proj`` are asked for;
+``None`` leaves inputs alone. Who only wants to see inputs gives them back unchanged.
 """
 
 
 def leave_inputs(name: str) -> None:
     """The ``InputRounding`` of engines that round no activations."""
+
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class Each(Protocol):
+    """Calls a function with every item, and gives what it returns in the order of the items.
+
+    It may make several calls at once: those of a pool of threads with one thread of torch each.
+    """
+
+    def __call__(self, function: Callable[[S], T], items: Iterable[S], /) -> Iterable[T]:
+        """See above."""
+        ...
+
+
+def one_by_one(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """The ``Each`` of a single thread."""
+    yield from map(function, items)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +89,7 @@ class Lane:
         rounding: of what enters the layer's matrices.
         marks: so many states of a DeltaNet layer's memory are wanted, evenly over each window, the last at its end.
         give_states: takes them for a batch, [P, B, Hv, dk, dv]; never called of an attention layer.
+        batches: the numbers of those that come this way; ``None`` is all.
     """
 
     take: Callable[[int], Tensor]
@@ -74,6 +97,7 @@ class Lane:
     rounding: InputRounding = leave_inputs
     marks: int = 0
     give_states: Callable[[int, Tensor], None] = lambda batch, states: None
+    batches: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,19 +128,21 @@ def pass_layer(
     block: str = "layers",
     attention: AttentionKind = "sdpa",
     rows_bytes: int = ROWS_BYTES,
+    each: Each = one_by_one,
 ) -> None:
     """Let all ``batches`` pass layer ``n`` of ``block`` in each of the ``lanes``.
 
     For the same batches and number of threads the results equal those of the whole model bit for bit, whatever the
     lanes: every product has the same operands. ``source`` must have been checked. The layers of every other block than
-    ``layers``, such as ``mtp.layers``, are full attention.
+    ``layers``, such as ``mtp.layers``, are full attention. ``each`` may let batches mix and experts run side by side:
+    an expert still sees its batches one after another, in their order.
     """
     prefix = f"{block}.{n}."
     layer_type: LayerType = config.layer_types[n] if block == "layers" else "full_attention"
     plain = load_layer(config, source, prefix, layer_type, dtype, attention)
     layers = [_rounded(config, plain, prefix, lane.rounding, attention) for lane in lanes]
-    for group in _groups(config, batches, len(lanes), dtype, rows_bytes):
-        _pass_group(config, source, block, n, batches, [(b, lanes[way], layers[way]) for b, way in group], dtype)
+    for group in _groups(config, batches, lanes, dtype, rows_bytes):
+        _pass_group(config, source, block, n, batches, [(b, lanes[way], layers[way]) for b, way in group], dtype, each)
 
 
 def _pass_group(
@@ -127,10 +153,12 @@ def _pass_group(
     batches: Sequence[Batch],
     group: Sequence[tuple[int, Lane, DecoderLayer]],
     dtype: torch.dtype,
+    each: Each,
 ) -> None:
     """Batches that are in memory together; nothing of them is left when the next ones come."""
-    visits = [_enter(config, layer, lane, batches[b], b) for b, lane, layer in group]
-    _run_experts(config, source, f"{block}.{n}.mlp.experts", visits, [lane.rounding for _, lane, _ in group], dtype)
+    visits = list(each(lambda one: _enter(config, one[2], one[1], batches[one[0]], one[0]), group))
+    roundings = [lane.rounding for _, lane, _ in group]
+    _run_experts(config, source, f"{block}.{n}.mlp.experts", visits, roundings, dtype, each)
     for b, lane, layer in group:
         visit = visits.pop(0)
         routed = combine(visit.rows, visit.where, visit.visits.weights)
@@ -172,7 +200,7 @@ def _replace_input(rounding: Callable[[Tensor], Tensor], module: nn.Module, args
 
 
 def _groups(
-    config: TextConfig, batches: Sequence[Batch], lanes: int, dtype: torch.dtype, rows_bytes: int
+    config: TextConfig, batches: Sequence[Batch], lanes: Sequence[Lane], dtype: torch.dtype, rows_bytes: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Batches, each with the number of its lane, whose ``_Visit`` tensors fit into ``rows_bytes``; none is cut."""
     token_bytes = (config.num_experts_per_tok + config.folded_experts + 2) * config.hidden_size * dtype.itemsize
@@ -180,7 +208,9 @@ def _groups(
     held = 0
     for b, batch in enumerate(batches):
         need = batch.ids.numel() * token_bytes
-        for way in range(lanes):
+        for way, lane in enumerate(lanes):
+            if lane.batches is not None and b not in lane.batches:
+                continue
             if group and held + need > rows_bytes:
                 yield group
                 group, held = [], 0
@@ -190,6 +220,7 @@ def _groups(
         yield group
 
 
+@torch.no_grad()  # of the thread that runs it
 def _enter(config: TextConfig, layer: DecoderLayer, lane: Lane, batch: Batch, number: int) -> _Visit:
     """The first half of a layer for one batch, and where its tokens go."""
     x = lane.take(number)
@@ -223,13 +254,19 @@ def _run_experts(
     visits: Sequence[_Visit],
     roundings: Sequence[InputRounding],
     dtype: torch.dtype,
+    each: Each,
 ) -> None:
     """What ``moe.Experts`` computes, for all visits: experts outside, so that each is read once, if reached at all."""
-    rounds = [(of(f"{name}.gate_up_proj"), of(f"{name}.down_proj")) for of in roundings]
-    for e in range(config.stored_experts):
-        parts = [(visit.parts[e], *way) for visit, way in zip(visits, rounds, strict=True) if visit.where.counts[e]]
+
+    @torch.no_grad()
+    def run(e: int) -> None:
+        parts = [(visit.parts[e], of) for visit, of in zip(visits, roundings, strict=True) if visit.where.counts[e]]
         if not parts:
-            continue
+            return
         gate_up, down = load_expert(source, name, e, dtype)
-        for part, round_x, round_inner in parts:
-            part.copy_(expert_mlp(part, gate_up, down, round_x, round_inner))
+        for part, of in parts:
+            before, between = of(f"{name}.{e}.gate_up_proj"), of(f"{name}.{e}.down_proj")
+            part.copy_(expert_mlp(part, gate_up, down, before, between))
+
+    for _ in each(run, range(config.stored_experts)):
+        pass

@@ -63,13 +63,13 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.core", "qconvert.io", "qconvert.matrix_reader", "qconvert.largest_values", "qconvert.execute",
         "qconvert.memory",
     },
-    "qconvert.memory": set(),
+    "qconvert.memory": {"qconvert.core"},
     "qconvert.device": {"qconvert.core"},
     "qconvert.manifest": {"qconvert.core", "qconvert.io", "qconvert.execute"},
     "qconvert.manifest_reader": {"qconvert.core", "qconvert.io", "qconvert.manifest"},
     "qconvert.verify": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.manifest", "qconvert.manifest_reader",
-        "qconvert.carry_out", "qconvert.device", "qconvert.verify_source",
+        "qconvert.device", "qconvert.memory", "qconvert.verify_source",
     },
     "qconvert.repeat": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.manifest", "qconvert.manifest_reader",
@@ -108,7 +108,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.texts": {"qconvert.core", "qconvert.io"},
     "calibration": {
-        "qconvert.core", "qconvert.io", "qconvert.numerics", "qconvert.texts", "qconvert.weights", "reference_model",
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.texts", "qconvert.weights",
+        "reference_model",
     },
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from qconvert import __version__
+from qconvert.cli.calibrate import calibrate
 from qconvert.cli.check import check
 from qconvert.cli.convert import convert
 from qconvert.cli.demo import demo
@@ -47,7 +48,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (inspect, quantize, convert, fold, unfold, export_onnx, run, verify, check, parity, demo):
+for command in (inspect, calibrate, quantize, convert, fold, unfold, export_onnx, run, verify, check, parity, demo):
     app.command()(command)
 app.command("parity diff")(parity_diff)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +28,14 @@ from qconvert.cli.options import (
     parse_size,
 )
 from qconvert.cli.planned import limits, preview, show_plan
+from qconvert.cli.statistics import RTN, Method, Stats, check_method, statistics_of
 from qconvert.convert import convert, plan_conversion
+from qconvert.core.by_statistics import IMATRIX
 from qconvert.core.errors import UsageError
 from qconvert.device import device_named
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
+from qconvert.manifest import CALIBRATION
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
 from qconvert.plan.presets import preset_rules
 
@@ -58,6 +62,8 @@ def quantize(
     policy: Annotated[
         Path | None, typer.Option(help="TOML of ordered rules that are tried before the default ones.")
     ] = None,
+    method: Method = RTN,
+    stats: Stats = None,
     from_quantized: Annotated[
         bool,
         typer.Option(
@@ -96,6 +102,8 @@ def quantize(
 
       qconvert quantize ./Qwen3.5-35B-A3B ./own --policy attention-int8.toml --dry-run
 
+      qconvert quantize ./Qwen3.5-35B-A3B ./int4 --method imatrix --stats ./stats
+
       qconvert quantize ./Qwen3.5-35B-A3B-FP8 ./int4 --from-quantized
 
       qconvert quantize ./Qwen3.5-35B-A3B ./fp8 --scheme fp8 --hash sha256 --device cuda:0
@@ -106,12 +114,14 @@ def quantize(
             check_fold_engine(engine)
         elif engine is not None:
             raise UsageError("--engine is for --fold-shared-expert; --format chooses the loader of what is rounded")
+        check_method(method, stats)
         chosen = scheme_named(scheme, group=group, symmetric=not asymmetric)
+        searched = search or method == IMATRIX
         rules = default_policy(
             chosen,
-            search=search,
+            search=searched,
             rules=(
-                *(() if policy is None else read_rules(policy, search=search)),
+                *(() if policy is None else read_rules(policy, search=searched)),
                 *(() if preset is None else preset_rules(preset, chosen)),
             ),
         )
@@ -120,31 +130,35 @@ def quantize(
         limit, shard_bytes = parse_size(max_memory), parse_size(max_shard_size)
         hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)
-        if dry_run:
-            plan = plan_conversion(
-                folder,
-                rules,
-                max_memory=limit,
-                shard_bytes=shard_bytes,
-                from_quantized=from_quantized,
-                fold=fold,
-            )
-            preview(plan, out, json=json)
-            return 0
-        start = time.perf_counter()
-        with console.progress(in_bytes=True, quiet=json) as advance:
-            done = convert(
-                folder, out, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
-                from_quantized=from_quantized, fold=fold, fresh=fresh, algorithm=hashes, device=place,
-                progress=lambda now, total: advance("rounding", now, total),
-            )  # fmt: skip
-        _report(done, folder, time.perf_counter() - start, json=json)
+        with statistics_of(stats, folder) as (calibration, warnings):
+            if dry_run:
+                plan = plan_conversion(
+                    folder, rules, max_memory=limit, shard_bytes=shard_bytes,
+                    from_quantized=from_quantized, fold=fold, calibration=calibration,
+                )  # fmt: skip
+                preview(plan, out, json=json)
+                _warn(warnings, json=json)
+                return 0
+            start = time.perf_counter()
+            with console.progress(in_bytes=True, quiet=json) as advance:
+                done = convert(
+                    folder, out, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
+                    from_quantized=from_quantized, fold=fold, calibration=calibration, fresh=fresh, algorithm=hashes,
+                    device=place, progress=lambda now, total: advance("rounding", now, total),
+                )  # fmt: skip
+        _report(done, folder, warnings, time.perf_counter() - start, json=json)
         return 0
 
     raise typer.Exit(console.guarded(call))
 
 
-def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> None:
+def _warn(warnings: Sequence[str], *, json: bool) -> None:
+    """What a calibration lacks; with ``json`` nothing but the document is printed."""
+    for warning in () if json else warnings:
+        console.say(f"warning: {warning}", style="yellow")
+
+
+def _report(done: Conversion, source: Path, warnings: Sequence[str], seconds: float, *, json: bool) -> None:
     if json:
         console.show_json(
             {
@@ -155,10 +169,13 @@ def _report(done: Conversion, source: Path, seconds: float, *, json: bool) -> No
                 **{key: done.record[key] for key in ("source_hash", "policy_hash", "decisions", "sqnr_db")},
                 "source_quantization": done.plan.source_quantization,
                 "engine_limits": limits(done.plan),
+                "calibration": done.record.get(CALIBRATION),
+                "warnings": list(warnings),
             }
         )
         return
     show_plan(done.plan)
+    _warn(warnings, json=json)
     for path, value in done.record["sqnr_db"].items():
         console.say(f"{path}: signal to rounding error {'exact' if value is None else f'{value:.2f} dB'}")
     console.say(

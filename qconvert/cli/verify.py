@@ -10,6 +10,8 @@ import typer
 
 from qconvert.cli import console
 from qconvert.cli.options import Device, Json, parse_size
+from qconvert.cli.statistics import Stats, statistics_of
+from qconvert.core.errors import UsageError
 from qconvert.device import device_named
 from qconvert.io.hub import resolve
 from qconvert.verify import Verification
@@ -24,6 +26,7 @@ def verify(
         str | None,
         typer.Option("--deep", metavar="SRC", help="Convert SRC again without writing and compare every byte."),
     ] = None,
+    stats: Stats = None,
     jobs: Annotated[int, typer.Option(min=1, help="Steps of --deep that run at once.")] = min(os.cpu_count() or 1, 8),
     max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
     device: Device = "cpu",
@@ -39,13 +42,20 @@ def verify(
       qconvert verify ./int4
 
       qconvert verify ./int4 --deep ./Qwen3.5-35B-A3B --json
+
+      qconvert verify ./int4 --deep ./Qwen3.5-35B-A3B --stats ./stats
     """
 
     def call() -> int:
         limit, place = parse_size(max_memory), device_named(device)
+        if stats is not None and deep is None:
+            raise UsageError("--stats is for --deep, which rounds again")
         source = None if deep is None else resolve(deep)
-        with console.progress(in_bytes=True, quiet=json) as advance:
-            found = verify_folder(out, source, jobs=jobs, max_memory=limit, device=place, progress=advance)
+        with (
+            statistics_of(stats, source or out) as (by, _),
+            console.progress(in_bytes=True, quiet=json) as advance,
+        ):
+            found = verify_folder(out, source, jobs=jobs, max_memory=limit, device=place, by=by, progress=advance)
         if json:
             console.show_json(found.to_json())
         else:

@@ -5,6 +5,8 @@ A message says what is wrong, where (file, tensor), what was expected and found,
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class QconvertError(Exception):
     """Base of all foreseen failures."""
@@ -50,3 +52,12 @@ class FormatError(QconvertError):
 
 class Interrupted(KeyboardInterrupt):
     """Somebody ended the program; the message says how to go on."""
+
+
+def explain_going_on(error: BaseException, out: Path) -> None:
+    """Raise the error that ended the making of ``out`` again with how to go on, if it is one for people."""
+    hint = f"What is finished of {out} is kept: the same command goes on from there, with --fresh it starts over."
+    if isinstance(error, KeyboardInterrupt):
+        raise Interrupted(f"Interrupted. {hint}") from error
+    if isinstance(error, QconvertError):
+        raise type(error)(f"{error}\n{hint}") from error

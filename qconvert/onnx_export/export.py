@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from qconvert.arch.families import read_config
-from qconvert.carry_out import Conversion, Task, carry_out, working_memory
+from qconvert.carry_out import Conversion, Task, carry_out
 from qconvert.column_order import check_column_order
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Layout, Plan
@@ -25,6 +25,7 @@ from qconvert.io.source_folder import (
     MTP_FILE,
     VISION_FILE,
 )
+from qconvert.memory import working_memory
 from qconvert.onnx_export.embedding_graph import embedding_graph
 from qconvert.onnx_export.genai_config import genai_config
 from qconvert.onnx_export.genai_processor import NO_PROCESSOR, genai_processor

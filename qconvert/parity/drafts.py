@@ -18,7 +18,7 @@ from qconvert.parity.heads import Side, scan_heads
 from qconvert.parity.summary import Draws
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
-from reference_model.layer_drafts import run_drafts
+from reference_model.layer_drafts import has_prediction_head, run_drafts
 from reference_model.layerwise import HiddenStates
 
 
@@ -35,7 +35,7 @@ class DraftScores:
 
 def has_drafts(source: CheckpointWeights) -> bool:
     """Whether a checkpoint has a prediction head, and its weights."""
-    return source.config.text.mtp_num_hidden_layers > 0 and "mtp.fc.weight" in source.specs()
+    return has_prediction_head(source.config.text, source)
 
 
 def accepted(

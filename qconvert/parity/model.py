@@ -8,6 +8,7 @@ Shapes: B windows, T tokens, D hidden, E experts, k experts a token, L layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +32,8 @@ from qconvert.weights.spill import SpillStore
 from reference_model.layer_pass import Batch, InputRounding, Lane, LayerRecord, leave_inputs, pass_layer
 from reference_model.layerwise import HiddenStates, embed, finish
 from reference_model.load import ActivationStore
+
+_EXPERT = re.compile(r"mlp\.experts\.\d+\.(gate|down)(?:_up)?_proj")
 
 PLAIN, SERVED = "weights only", "as served"
 
@@ -311,9 +314,7 @@ def served_rounding(source: CheckpointWeights) -> InputRounding | None:
 
     def of(module: str) -> Callable[[Tensor], Tensor] | None:
         name = module if module == "lm_head" else prefix + module
-        for stacked, first in (("gate_up_proj", "0.gate_proj"), ("down_proj", "0.down_proj")):
-            name = name.replace(f"mlp.experts.{stacked}", f"mlp.experts.{first}")
-        activation = rounded.get(name)
+        activation = rounded.get(_EXPERT.sub(r"mlp.experts.0.\1_proj", name))
         return None if activation is None else partial(quantize_activations, activation=activation)
 
     return of

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qconvert.core.errors import OutputError, UsageError
+from qconvert.io.disk import sync_file
 
 _PREFIX = "layer-"
 _RUN = "run.json"
@@ -79,10 +81,10 @@ class Boundaries:
             partial.mkdir()
             for name, tensor in tensors:
                 save_file({"tensor": tensor.contiguous()}, partial / name)
-                _sync(partial / name)
-            _sync(partial)
+                sync_file(partial / name)
+            sync_file(partial)
             partial.rename(place)
-            _sync(self.folder)
+            sync_file(self.folder)
             for old in self.folder.glob(f"{_PREFIX}*"):
                 if old != place:
                     shutil.rmtree(old)
@@ -103,12 +105,18 @@ class Boundaries:
             self.folder.rmdir()
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def states_beside(out: Path, identity: Mapping[str, Any]) -> Boundaries:
+    """Where a run that makes the folder ``out`` keeps what is between two layers: there is no room for it inside."""
+    return Boundaries(
+        folder=out.parent / f".{out.name}.states",
+        identity=identity_hash(identity),
+        advice="start over with --fresh, or remove it",
+    )
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """xxh3-128 of what a run is, plain JSON."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def _read(path: Path) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from qconvert import carry_out
+from qconvert import memory
 
 
 @pytest.fixture(autouse=True)
 def a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other tests left in memory does not count."""
-    monkeypatch.setattr(carry_out, "resident_bytes", lambda: 300 << 20)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 300 << 20)
