@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from qconvert import __version__
-from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.errors import DataError, FormatError, PlanError, explain_going_on
 from qconvert.core.plan import Folding, Plan
 from qconvert.device import check_device
@@ -21,9 +20,8 @@ from qconvert.io.hashing import new_hash
 from qconvert.io.shard_writer import BACKGROUND_BYTES, ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
 from qconvert.memory import return_large_blocks, working_memory
-from qconvert.run import CPU, Progress, check_memory, run
-from qconvert.sequential.calibration import Calibration
-from qconvert.sequential.run import run_calibrated
+from qconvert.rounding_by import By, run_by
+from qconvert.run import CPU, Progress, check_memory
 from qconvert.weights.boundaries import states_beside
 
 
@@ -49,7 +47,7 @@ class Task:
     reencoding: Mapping[str, Any] | None = None
     folding: Folding | None = None
     package: Mapping[str, Any] | None = None
-    calibration: Calibration | ByStatistics | None = None
+    calibration: By | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -106,16 +104,10 @@ def carry_out(
             states.remove()
         with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
             try:
-                if isinstance(task.calibration, Calibration):
-                    outcomes = run_calibrated(
-                        plan, checkpoint, sink, task.calibration, jobs=jobs, memory=left, states=states,
-                        progress=progress,
-                    )  # fmt: skip
-                else:
-                    inputs = None if task.calibration is None else task.calibration.statistics
-                    outcomes = run(
-                        plan, checkpoint, sink, jobs=jobs, memory=left, device=device, inputs=inputs, progress=progress
-                    )
+                outcomes = run_by(
+                    task.calibration, plan, checkpoint, sink, jobs=jobs, memory=left, device=device, states=states,
+                    progress=progress,
+                )  # fmt: skip
                 record = summary(
                     plan,
                     outcomes,

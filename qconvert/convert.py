@@ -8,7 +8,6 @@ import torch
 
 from qconvert.carry_out import Conversion, Task, carry_out
 from qconvert.column_order import check_column_order
-from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.plan import Folding, Plan
 from qconvert.engine_check.run import refuse_unreadable, refuse_unreadable_plan
 from qconvert.exact_scales import check_scales
@@ -21,10 +20,8 @@ from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.plan.refolding import plan_folding
-from qconvert.plan.weighing import weigh
+from qconvert.rounding_by import By, plan_by
 from qconvert.run import CPU, Progress, check_memory
-from qconvert.sequential.calibration import Calibration
-from qconvert.sequential.run import plan_calibrated
 
 
 def plan_conversion(
@@ -35,7 +32,7 @@ def plan_conversion(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
-    calibration: Calibration | ByStatistics | None = None,
+    calibration: By | None = None,
 ) -> Plan:
     """Decide what happens to every tensor of ``source``; reads headers only. Arguments as for ``convert``.
 
@@ -46,8 +43,7 @@ def plan_conversion(
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
-        if calibration is not None:
-            plan = _looked_at(plan, checkpoint, calibration)
+        plan = plan_by(plan, checkpoint, calibration)
     refuse_unreadable_plan(plan, source)
     check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
     return plan
@@ -63,7 +59,7 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
     fold: bool = False,
-    calibration: Calibration | ByStatistics | None = None,
+    calibration: By | None = None,
     fresh: bool = False,
     algorithm: str = XXH3,
     device: torch.device = CPU,
@@ -100,8 +96,7 @@ def convert(
 
     def decide(checkpoint: Checkpoint) -> Task:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
-        if calibration is not None:
-            plan = _looked_at(plan, checkpoint, calibration)
+        plan = plan_by(plan, checkpoint, calibration)
         refuse_unreadable_plan(plan, source)
         folding = Folding.FOLDED if fold else None
         return Task(
@@ -119,13 +114,6 @@ def convert(
         device=device,
         progress=progress,
     )
-
-
-def _looked_at(plan: Plan, source: Checkpoint, calibration: Calibration | ByStatistics) -> Plan:
-    """The same plan, marked with what looks at inputs."""
-    if isinstance(calibration, ByStatistics):
-        return weigh(plan, source, calibration.statistics)
-    return plan_calibrated(plan, source, calibration)
 
 
 def plan_codes(

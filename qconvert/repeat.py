@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qconvert.core.by_statistics import ByStatistics, check_statistics
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.core.plan import Folding, Plan
 from qconvert.io.checkpoint import Checkpoint
@@ -16,7 +15,7 @@ from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.plan.refolding import plan_folding
-from qconvert.plan.weighing import weigh
+from qconvert.rounding_by import By, check_by, plan_by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,21 +30,21 @@ class Repeated:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def repeated(out: Path, manifest: Manifest, by: ByStatistics | None = None) -> Callable[[Checkpoint], Repeated]:
+def repeated(out: Path, manifest: Manifest, by: By | None = None) -> Callable[[Checkpoint], Repeated]:
     """What plans the conversion that made ``out``, given its source, and what it was rounded by besides the weights.
 
     Raises:
         SourceError: the manifest tells of a conversion that there is not.
         UsageError: ``by`` is not what it tells of.
     """
-    check_statistics(manifest.calibration, by, str(out))
+    check_by(manifest.calibration, by, str(out))
     try:
         return _planner(manifest, by)
     except UsageError as error:
         raise SourceError(f"{out / MANIFEST_FILE}: {error}; the conversion cannot be repeated from it") from None
 
 
-def _planner(manifest: Manifest, by: ByStatistics | None) -> Callable[[Checkpoint], Repeated]:
+def _planner(manifest: Manifest, by: By | None) -> Callable[[Checkpoint], Repeated]:
     policy, folding = Policy.of_entries(manifest.policy, "policy"), manifest.folding
     if manifest.package is not None:
         return _package(manifest.package, policy if policy.rules else None)
@@ -59,7 +58,7 @@ def _planner(manifest: Manifest, by: ByStatistics | None) -> Callable[[Checkpoin
 
     def plan(checkpoint: Checkpoint) -> Repeated:
         found = build_plan(checkpoint, policy, from_quantized=quantized, fold=fold)
-        return Repeated(plan=found if by is None else weigh(found, checkpoint, by.statistics))
+        return Repeated(plan=plan_by(found, checkpoint, by))
 
     return plan
 

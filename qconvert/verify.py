@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.errors import SourceError
 from qconvert.core.fault import Fault
 from qconvert.core.tensor_info import TensorInfo
@@ -23,6 +22,7 @@ from qconvert.io.strict_json import parse_object
 from qconvert.manifest import MANIFEST_FILE
 from qconvert.manifest_reader import Manifest, read_manifest
 from qconvert.memory import working_memory
+from qconvert.rounding_by import By
 from qconvert.run import CPU
 from qconvert.verify_source import check_repeatable, compare_with_source, unlike_the_conversion
 
@@ -68,7 +68,7 @@ def verify(
     jobs: int = 2,
     max_memory: int | None = None,
     device: torch.device = CPU,
-    by: ByStatistics | None = None,
+    by: By | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Verification:
     """Compare the folder ``out`` with its manifest and, where one is given, with its ``source``.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from qconvert import __version__
-from qconvert.core.by_statistics import ByStatistics
 from qconvert.core.fault import Fault
 from qconvert.core.plan import Keep, Plan, Step
 from qconvert.core.tensor_info import TensorInfo
@@ -30,7 +29,9 @@ from qconvert.manifest import (
 )
 from qconvert.manifest_reader import Manifest
 from qconvert.repeat import Repeated, repeated
-from qconvert.run import Progress, check_memory, run
+from qconvert.rounding_by import By, run_by
+from qconvert.run import Progress, check_memory
+from qconvert.sequential.calibration import METHODS
 
 _SAME_DB = 0.01
 """Sums over blocks of another size differ far less, any other rounding far more."""
@@ -45,7 +46,7 @@ def compare_with_source(
     jobs: int,
     memory: int,
     device: torch.device,
-    by: ByStatistics | None,
+    by: By | None,
     progress: Progress,
 ) -> list[Fault]:
     """Repeat the conversion of ``source`` that ``manifest`` tells of and compare it with ``out``.
@@ -75,16 +76,7 @@ def compare_with_source(
             *_of_tensors(plan, planned, manifest),
         ]
         sink = ComparingSink(planned, stored, out, manifest.algorithm)
-        outcomes = run(
-            plan,
-            checkpoint,
-            sink,
-            jobs=jobs,
-            memory=memory,
-            device=device,
-            inputs=None if by is None else by.statistics,
-            progress=progress,
-        )
+        outcomes = run_by(by, plan, checkpoint, sink, jobs=jobs, memory=memory, device=device, progress=progress)
         faults += _of_bytes(checkpoint, plan, manifest, stored, outcomes, sink.different)
     if not faults:
         faults += _of_losses(manifest, sqnr_by_role(plan, outcomes))
@@ -92,7 +84,7 @@ def compare_with_source(
     return faults
 
 
-def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int, by: ByStatistics | None) -> None:
+def check_repeatable(source: Path, out: Path, manifest: Manifest, memory: int, by: By | None) -> None:
     """Find out what ``compare_with_source`` would refuse before anybody waits for ``out`` to be read; see there."""
     again = repeated(out, manifest, by)
     with Checkpoint.open(source) as checkpoint:
@@ -105,6 +97,8 @@ def unlike_the_conversion(manifest: Manifest, device: torch.device) -> Iterator[
         yield f"converted by qconvert {manifest.version}, compared by {__version__}: versions may round differently"
     if manifest.device != device.type:
         yield f"rounded on {manifest.device}, compared on {device.type}: devices may round ties differently"
+    if manifest.calibration is not None and manifest.calibration.get("method") in METHODS:
+        yield "calibrated: another machine or build of torch adds products up in another order, and rounds otherwise"
 
 
 def _of_files(checkpoint: Checkpoint, repeat: Repeated, manifest: Manifest) -> Iterator[Fault]:

@@ -69,28 +69,32 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.manifest_reader": {"qconvert.core", "qconvert.io", "qconvert.manifest"},
     "qconvert.verify": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.manifest", "qconvert.manifest_reader",
-        "qconvert.device", "qconvert.memory", "qconvert.verify_source",
+        "qconvert.device", "qconvert.memory", "qconvert.verify_source", "qconvert.rounding_by",
     },
     "qconvert.repeat": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.manifest", "qconvert.manifest_reader",
-        "qconvert.onnx_export",
+        "qconvert.onnx_export", "qconvert.rounding_by",
     },
     "qconvert.verify_source": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.execute", "qconvert.manifest",
-        "qconvert.manifest_reader", "qconvert.repeat",
+        "qconvert.manifest_reader", "qconvert.repeat", "qconvert.rounding_by", "qconvert.sequential.calibration",
     },
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
-        "qconvert.run", "qconvert.carry_out", "qconvert.column_order", "reference_model.config",
+        "qconvert.run", "qconvert.carry_out", "qconvert.column_order", "qconvert.memory", "reference_model.config",
         "reference_model.config_fields", "reference_model.rope", "reference_model.vision", "reference_model.positions",
+    },
+    "qconvert.rounding_by": {
+        "qconvert.core", "qconvert.io", "qconvert.plan.weighing", "qconvert.execute", "qconvert.run",
+        "qconvert.sequential", "qconvert.weights.boundaries",
     },
     "qconvert.carry_out": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.execute", "qconvert.manifest", "qconvert.memory",
-        "qconvert.device", "qconvert.sequential", "qconvert.weights",
+        "qconvert.device", "qconvert.rounding_by", "qconvert.weights.boundaries",
     },
     "qconvert.convert": {
         "qconvert.core", "qconvert.io", "qconvert.plan", "qconvert.run", "qconvert.carry_out", "qconvert.column_order",
-        "qconvert.exact_scales", "qconvert.engine_check", "qconvert.sequential",
+        "qconvert.exact_scales", "qconvert.engine_check", "qconvert.memory", "qconvert.rounding_by",
     },
     "qconvert.sequential": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats", "qconvert.plan",

@@ -28,12 +28,13 @@ from qconvert.numerics.rounding_bitsandbytes import is_bitsandbytes
 from qconvert.numerics.threads import one_thread
 from qconvert.run import Progress, run, step_bytes
 from qconvert.sequential.calibration import Calibration
-from qconvert.sequential.layer import Shop, round_layer
+from qconvert.sequential.layer import ROWS, Shop, round_layer
 from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps, marked
 from qconvert.sequential.rounder import Rounder
 from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
+from reference_model.config import TextConfig
 from reference_model.layer_drafts import enter_head
 from reference_model.layer_pass import Batch
 from reference_model.layerwise import HiddenStates, embed, finish
@@ -103,7 +104,7 @@ def run_calibrated(
         sink: takes the bytes.
         calibration: method and text.
         jobs: threads; each works on one expert, or one batch, alone.
-        memory: bytes; half of it holds what waits between layers, the rest of which is on disk.
+        memory: bytes; what ``needed_bytes`` leaves of it holds what waits between layers, the rest is on disk.
         states: where hidden states are kept between layers, for a run that goes on; ``None`` keeps none.
         progress: called with source bytes done and in all.
 
@@ -133,9 +134,10 @@ def run_calibrated(
             progress(done, total)
 
     stop = threading.Event()
-    with one_thread(), ThreadPoolExecutor(jobs, thread_name_prefix="layer") as pool, SpillStore(memory // 4) as store:
+    weights = CheckpointWeights(source)
+    left = memory - needed_bytes(weights.config.text, jobs)
+    with one_thread(), ThreadPoolExecutor(jobs, thread_name_prefix="layer") as pool, SpillStore(left // 2) as store:
         _warm_up(plan)
-        weights = CheckpointWeights(source)
         rounder = Rounder(source, sink, stop, count)
         shop = Shop(
             weights=weights,
@@ -144,13 +146,26 @@ def run_calibrated(
             pool=pool,
             jobs=jobs,
             store=store,
-            rows_bytes=memory // 8,
+            rows_bytes=left // 4,
         )
         try:
             _Pass(shop, steps, sink, states).all(finished)
         finally:
             stop.set()
     return outcomes | finished | rounder.outcomes
+
+
+def needed_bytes(config: TextConfig, jobs: int) -> int:
+    """Memory that a layer of 32-bit weights without its experts takes, and ``jobs`` experts that are rounded at once.
+
+    An expert takes its second moments in six places (summed up, blended, damped, split, turned around, in use), its
+    matrices in four, and what it reads and gives for ``ROWS`` tokens twice.
+    """
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    mixer = max(config.conv_dim + 2 * config.value_dim, 2 * config.query_dim + 2 * config.key_value_dim)
+    layer = (mixer + config.query_dim + 3 * config.shared_expert_intermediate_size) * hidden
+    expert = 6 * hidden**2 + 4 * 3 * width * hidden + 2 * ROWS * (hidden + 2 * width)
+    return 4 * (layer + 2 * hidden**2 + jobs * expert)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,91 @@
+"""`--calibration-data` and what goes with it: text that matrices are rounded for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibration.data import calibration_windows
+from qconvert.cli.calibrate import TOKENS, WINDOW
+from qconvert.core.errors import UsageError
+from qconvert.numerics.hessian import DAMPING
+from qconvert.sequential.calibration import Calibration, Method
+from qconvert.texts.documents import Text
+from qconvert.weights.source import CheckpointWeights
+
+DEFAULT = "default"
+"""The texts that come along."""
+
+CalibrationData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration-data",
+        metavar="[NAME=]FILE",
+        help="What --method gptq and awq read, again for each domain: text, .jsonl or .npy as in `qconvert calibrate`. "
+        f"Default, or {DEFAULT!r}: the texts that come along.",
+    ),
+]
+CalibrationTokens = Annotated[
+    int, typer.Option("--calibration-tokens", min=2, help="Tokens of it in all, domains in equal shares.")
+]
+CalibrationWindow = Annotated[int, typer.Option("--calibration-window", min=2, help="Tokens that see each other.")]
+CalibrationSeed = Annotated[int, typer.Option("--calibration-seed", help="Draws the windows of each domain.")]
+Damping = Annotated[
+    float,
+    typer.Option(help="Share of the mean of the inputs' second moments that is added to their diagonal."),
+]
+Propagate = Annotated[
+    bool,
+    typer.Option(
+        "--propagate/--no-propagate",
+        help="Feed each layer what the rounded layers before it give, or what the original's do.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """What was typed."""
+
+    data: Sequence[str] = ()
+    tokens: int = TOKENS
+    window: int = WINDOW
+    seed: int = 0
+    damping: float = DAMPING
+    propagate: bool = True
+
+    def check_unused(self, method: str) -> None:
+        """Refuse options that a method without text does not read.
+
+        Raises:
+            UsageError: one was given.
+        """
+        if self != TextOptions():
+            raise UsageError(
+                "--calibration-data, --calibration-tokens, --calibration-window, --calibration-seed, --damping and "
+                f"--no-propagate are for --method gptq and awq; --method {method} runs no text"
+            )
+
+    def calibration(self, method: Method, source: Path) -> Calibration:
+        """Cut the text into windows with the tokenizer of ``source``.
+
+        Raises:
+            UsageError, SourceError: see ``calibration_windows`` and ``Calibration``.
+        """
+        texts = tuple(Text.parse(one) for one in self.data if one != DEFAULT)
+        with CheckpointWeights.open(source) as weights:
+            vocabulary = weights.config.text.vocab_size
+        windows = calibration_windows(
+            source, vocabulary, texts=texts, tokens=self.tokens, window=self.window, seed=self.seed
+        )
+        return Calibration(
+            method=method,
+            batches=windows.batches,
+            record=windows.record,
+            damping=self.damping,
+            propagate=self.propagate,
+        )
