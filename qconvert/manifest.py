@@ -24,6 +24,8 @@ SCALE_ERROR = "scale_error"
 SHARED_EXPERT = "shared_expert"
 PACKAGE = "package"
 CALIBRATION = "calibration"
+LOSS_OVER_NEAREST = "loss_over_nearest"
+EXPERT_COVERAGE = "expert_coverage"
 
 
 def summary(
@@ -64,7 +66,8 @@ def summary(
     if package is not None:
         moved[PACKAGE] = dict(package)
     if calibration is not None:
-        moved[CALIBRATION] = {**calibration, **fit_by_role(plan, outcomes)}
+        fitted = any(outcome.fit is not None for outcome in outcomes.values())
+        moved[CALIBRATION] = {**calibration, **(fit_by_role(plan, outcomes) if fitted else {})}
     return {
         "qconvert": __version__,
         "hash": algorithm,
@@ -186,8 +189,8 @@ def fit_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     if not losses:
         return {}
     return {
-        "loss_over_nearest": {path: round(loss / near, 6) if near else None for path, (near, loss) in losses.items()},
-        "expert_coverage": {
+        LOSS_OVER_NEAREST: {path: round(loss / near, 6) if near else None for path, (near, loss) in losses.items()},
+        EXPERT_COVERAGE: {
             "matrices": support.total(),
             "fewest_tokens": fewest,
             "fewer_tokens_than_inputs": support["few"],

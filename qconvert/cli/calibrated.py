@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from calibration.data import calibration_windows
 from qconvert.cli.calibrate import TOKENS, WINDOW
 from qconvert.core.errors import UsageError
+from qconvert.manifest import EXPERT_COVERAGE
+from qconvert.manifest_reader import read_manifest
 from qconvert.numerics.hessian import DAMPING
-from qconvert.sequential.calibration import Calibration, Method
+from qconvert.sequential.calibration import Calibration, method_named
 from qconvert.texts.documents import Text
 from qconvert.weights.source import CheckpointWeights
 
@@ -70,7 +72,7 @@ class TextOptions:
                 f"--no-propagate are for --method gptq and awq; --method {method} runs no text"
             )
 
-    def calibration(self, method: Method, source: Path) -> Calibration:
+    def calibration(self, method: str, source: Path) -> Calibration:
         """Cut the text into windows with the tokenizer of ``source``.
 
         Raises:
@@ -83,9 +85,53 @@ class TextOptions:
             source, vocabulary, texts=texts, tokens=self.tokens, window=self.window, seed=self.seed
         )
         return Calibration(
-            method=method,
+            method=method_named(method),
             batches=windows.batches,
             record=windows.record,
             damping=self.damping,
             propagate=self.propagate,
         )
+
+
+def again_by(out: Path, source: Path, data: Sequence[str]) -> Calibration:
+    """What the calibrated conversion ``out`` of ``source`` was done by, if ``data`` is the text.
+
+    Raises:
+        SourceError: ``out`` has no manifest that vouches for anything.
+        UsageError: it was not calibrated, or the text cannot be read.
+    """
+    noted = read_manifest(out).calibration or {}
+    record = noted.get("data")
+    if not isinstance(record, Mapping):
+        raise UsageError(f"{out} was not calibrated with text: drop --calibration-data")
+    try:
+        options = TextOptions(
+            data=tuple(data),
+            tokens=int(record["tokens_asked"]),
+            window=int(record["window"]),
+            seed=int(record["seed"]),
+            damping=float(noted["damping"]),
+            propagate=bool(noted["propagate"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{out}: its manifest does not say how it was calibrated: {error}") from error
+    return options.calibration(str(noted.get("method")), source)
+
+
+def coverage_warnings(record: Mapping[str, Any] | None) -> Iterator[str]:
+    """What the text of a calibrated conversion lacks, from what its manifest says, with what to do."""
+    found = (record or {}).get(EXPERT_COVERAGE)
+    if not found:
+        return
+    whole = found["matrices"]
+    advice = "give more text with --calibration-data and --calibration-tokens, or text of more domains"
+    for key, what in (
+        ("no_token", "no token reached: they are rounded for what reaches their layer"),
+        (
+            "fewer_tokens_than_inputs",
+            "fewer tokens reached than they have inputs: they lean on their layer's",
+        ),
+        ("no_information", "only zeros reached: they are rounded to nearest"),
+    ):
+        if found[key]:
+            yield f"{found[key]:,} of {whole:,} matrices of experts {what}; {advice}"

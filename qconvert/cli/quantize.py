@@ -12,6 +12,17 @@ import typer
 
 from qconvert.carry_out import Conversion
 from qconvert.cli import console
+from qconvert.cli.calibrate import TOKENS, WINDOW
+from qconvert.cli.calibrated import (
+    CalibrationData,
+    CalibrationSeed,
+    CalibrationTokens,
+    CalibrationWindow,
+    Damping,
+    Propagate,
+    TextOptions,
+    coverage_warnings,
+)
 from qconvert.cli.options import (
     PROCESSORS,
     Device,
@@ -21,7 +32,6 @@ from qconvert.cli.options import (
     HashName,
     Jobs,
     Json,
-    MaxMemory,
     MaxShardSize,
     check_fold_engine,
     parse_hash,
@@ -35,9 +45,11 @@ from qconvert.core.errors import UsageError
 from qconvert.device import device_named
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
-from qconvert.manifest import CALIBRATION
+from qconvert.manifest import CALIBRATION, LOSS_OVER_NEAREST
+from qconvert.numerics.hessian import DAMPING
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
 from qconvert.plan.presets import preset_rules
+from qconvert.sequential.calibration import METHODS as BY_TEXT
 
 
 def quantize(
@@ -64,6 +76,12 @@ def quantize(
     ] = None,
     method: Method = RTN,
     stats: Stats = None,
+    calibration_data: CalibrationData = None,
+    calibration_tokens: CalibrationTokens = TOKENS,
+    calibration_window: CalibrationWindow = WINDOW,
+    calibration_seed: CalibrationSeed = 0,
+    damping: Damping = DAMPING,
+    propagate: Propagate = True,
     from_quantized: Annotated[
         bool,
         typer.Option(
@@ -81,7 +99,12 @@ def quantize(
     engine: FoldEngine = None,
     dry_run: DryRun = False,
     jobs: Jobs = PROCESSORS,
-    max_memory: MaxMemory = "1GiB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the whole process may hold, such as 4GiB. Default: 1GiB, for --method gptq and awq 3GiB."
+        ),
+    ] = None,
     fresh: Fresh = False,
     max_shard_size: MaxShardSize = "5GB",
     algorithm: HashName = "xxh3-128",
@@ -102,6 +125,8 @@ def quantize(
 
       qconvert quantize ./Qwen3.5-35B-A3B ./own --policy attention-int8.toml --dry-run
 
+      qconvert quantize ./Qwen3.5-35B-A3B ./int4 --method gptq --calibration-data code=src.txt
+
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --method imatrix --stats ./stats
 
       qconvert quantize ./Qwen3.5-35B-A3B-FP8 ./int4 --from-quantized
@@ -115,6 +140,14 @@ def quantize(
         elif engine is not None:
             raise UsageError("--engine is for --fold-shared-expert; --format chooses the loader of what is rounded")
         check_method(method, stats)
+        text = TextOptions(
+            data=tuple(calibration_data or ()), tokens=calibration_tokens, window=calibration_window,
+            seed=calibration_seed, damping=damping, propagate=propagate,
+        )  # fmt: skip
+        if method not in BY_TEXT:
+            text.check_unused(method)
+        elif device_named(device).type != "cpu":
+            raise UsageError(f"--method {method} runs on the CPU: drop --device {device}")
         chosen = scheme_named(scheme, group=group, symmetric=not asymmetric)
         searched = search or method == IMATRIX
         rules = default_policy(
@@ -127,10 +160,12 @@ def quantize(
         )
         if stored_as is not None:
             rules = rules.stored_as(stored_as)
-        limit, shard_bytes = parse_size(max_memory), parse_size(max_shard_size)
+        limit = parse_size(max_memory or ("3GiB" if method in BY_TEXT else "1GiB"))
+        shard_bytes = parse_size(max_shard_size)
         hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)
-        with statistics_of(stats, folder) as (calibration, warnings):
+        with statistics_of(stats, folder) as (statistics, warnings):
+            calibration = text.calibration(method, folder) if method in BY_TEXT else statistics
             if dry_run:
                 plan = plan_conversion(
                     folder, rules, max_memory=limit, shard_bytes=shard_bytes,
@@ -146,6 +181,7 @@ def quantize(
                     from_quantized=from_quantized, fold=fold, calibration=calibration, fresh=fresh, algorithm=hashes,
                     device=place, progress=lambda now, total: advance("rounding", now, total),
                 )  # fmt: skip
+            warnings = (*warnings, *coverage_warnings(done.record.get(CALIBRATION)))
         _report(done, folder, warnings, time.perf_counter() - start, json=json)
         return 0
 
@@ -176,6 +212,9 @@ def _report(done: Conversion, source: Path, warnings: Sequence[str], seconds: fl
         return
     show_plan(done.plan)
     _warn(warnings, json=json)
+    for path, value in done.record.get(CALIBRATION, {}).get(LOSS_OVER_NEAREST, {}).items():
+        if value is not None:
+            console.say(f"{path}: {value:.1%} of the output error of rounding to nearest, on the calibration text")
     for path, value in done.record["sqnr_db"].items():
         console.say(f"{path}: signal to rounding error {'exact' if value is None else f'{value:.2f} dB'}")
     console.say(

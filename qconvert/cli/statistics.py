@@ -14,15 +14,17 @@ from calibration.statistics import Statistics
 from qconvert.core.by_statistics import IMATRIX, ByStatistics
 from qconvert.core.errors import UsageError
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.sequential.calibration import METHODS as BY_TEXT
 
 RTN = "rtn"
-METHODS = (RTN, IMATRIX)
-"""How matrices are rounded: to nearest, or to nearest with scales searched under what each input counts."""
+METHODS = (RTN, *BY_TEXT, IMATRIX)
+"""How matrices are rounded: to nearest, for text that is run, or to nearest with scales searched by statistics."""
 
 Method = Annotated[
     str,
     typer.Option(
-        help="rtn: to nearest. imatrix: to nearest, scales searched for what inputs are like, which --stats tells."
+        help="rtn: to nearest. gptq: with error feedback, for text that is run. awq: inputs of down scaled for that "
+        "text, then to nearest. imatrix: to nearest, scales searched for what inputs are like, which --stats tells."
     ),
 ]
 Stats = Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qconvert.cli import console
+from qconvert.cli.calibrated import CalibrationData, again_by
 from qconvert.cli.options import Device, Json, parse_size
 from qconvert.cli.statistics import Stats, statistics_of
 from qconvert.core.errors import UsageError
@@ -27,8 +28,14 @@ def verify(
         typer.Option("--deep", metavar="SRC", help="Convert SRC again without writing and compare every byte."),
     ] = None,
     stats: Stats = None,
+    calibration_data: CalibrationData = None,
     jobs: Annotated[int, typer.Option(min=1, help="Steps of --deep that run at once.")] = min(os.cpu_count() or 1, 8),
-    max_memory: Annotated[str, typer.Option(help="What the whole process may hold, such as 4GiB.")] = "1GiB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the whole process may hold, such as 4GiB. Default: 1GiB, with --calibration-data 3GiB."
+        ),
+    ] = None,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -44,17 +51,21 @@ def verify(
       qconvert verify ./int4 --deep ./Qwen3.5-35B-A3B --json
 
       qconvert verify ./int4 --deep ./Qwen3.5-35B-A3B --stats ./stats
+
+      qconvert verify ./gptq --deep ./Qwen3.5-35B-A3B --calibration-data default
     """
 
     def call() -> int:
-        limit, place = parse_size(max_memory), device_named(device)
-        if stats is not None and deep is None:
-            raise UsageError("--stats is for --deep, which rounds again")
+        limit = parse_size(max_memory or ("3GiB" if calibration_data else "1GiB"))
+        place = device_named(device)
+        if (stats is not None or calibration_data) and deep is None:
+            raise UsageError("--stats and --calibration-data are for --deep, which rounds again")
         source = None if deep is None else resolve(deep)
         with (
-            statistics_of(stats, source or out) as (by, _),
+            statistics_of(stats, source or out) as (statistics, _),
             console.progress(in_bytes=True, quiet=json) as advance,
         ):
+            by = again_by(out, source, calibration_data) if source is not None and calibration_data else statistics
             found = verify_folder(out, source, jobs=jobs, max_memory=limit, device=place, by=by, progress=advance)
         if json:
             console.show_json(found.to_json())

@@ -17,7 +17,19 @@ from qconvert.numerics.hessian import DAMPING
 Method = Literal["gptq", "awq"]
 """``gptq``: error feedback; ``awq``: ``up`` rows over what ``down`` columns are multiplied by, then to nearest."""
 
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+def method_named(name: str) -> Method:
+    """The method that a user asks for.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for method in METHODS:
+        if method == name:
+            return method
+    raise UsageError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +51,7 @@ class Calibration:
     propagate: bool = True
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}")
+        method_named(self.method)
         if not 0.0 < self.damping <= 1.0:
             raise UsageError(f"a damping of {self.damping}: expected a share above 0 and up to 1")
         if not self.batches or any(ids.ndim != 2 or ids.shape[1] < 2 for ids in self.batches):
