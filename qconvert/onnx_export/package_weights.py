@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -29,7 +31,7 @@ from qconvert.manifest import MANIFEST_FILE
 from qconvert.manifest_reader import read_manifest
 from qconvert.onnx_export.graph_file import read_graph
 from qconvert.onnx_export.pictures import PROCESSORS
-from qconvert.onnx_export.plan import OFFSET_NORMS
+from qconvert.onnx_export.plan import CONTRIB, OFFSET_NORMS
 from qconvert.quantized_view import Problem, ProblemKind, QuantizedView, Stored
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.unfolded import UnfoldedWeights
@@ -88,13 +90,24 @@ class PackageWeights(CheckpointWeights):
         whole._original = self._original
         return whole
 
+    @cached_property
+    def _asked(self) -> Mapping[str, Any]:
+        """What was asked of the package, by its manifest; nothing where there is none."""
+        if not (self.checkpoint.path / MANIFEST_FILE).is_file():
+            return {}
+        return read_manifest(self.checkpoint.path).package or {}
+
+    def rounds_inputs(self, role: TensorRole) -> bool:
+        """Whether ONNX Runtime may round what a matrix is multiplied with: its kernels for integer codes do."""
+        scheme = self._stored(role).scheme
+        if scheme is None or self._asked.get("ops", CONTRIB) != CONTRIB:
+            return False
+        return bool(scheme.weight_bits != 4 or self._asked.get("accuracy_level") != 0)
+
     @property
     def left_out(self) -> frozenset[Section]:
         """Parts of the checkpoint that the package was asked to do without, by its manifest."""
-        if not (self.checkpoint.path / MANIFEST_FILE).is_file():
-            return frozenset()
-        asked = read_manifest(self.checkpoint.path).package or {}
-        return frozenset(section for section in (Section.MTP, Section.VISION) if asked.get(section.value) is False)
+        return frozenset(one for one in (Section.MTP, Section.VISION) if self._asked.get(one.value) is False)
 
     @property
     def left_out_files(self) -> frozenset[str]:

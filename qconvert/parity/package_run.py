@@ -46,7 +46,8 @@ class PackageRun:
 
     Attributes:
         sees: whether it has a vision tower.
-        layered: whether it gave the states of its layers.
+        tapped: whether it gives the states of its layers.
+        layered: whether they were kept.
         accepted: whether each guess of its prediction head is what the package itself chooses, see ``DraftScores``;
             ``None`` where it has no head, or where drafts were not asked for.
         calls: in the order of the positions.
@@ -56,6 +57,7 @@ class PackageRun:
     name: str
     config: TextConfig
     sees: bool = False
+    tapped: bool = False
     layered: bool = False
     accepted: NDArray[np.bool_] | None = None
     calls: list[_Call] = field(default_factory=list)
@@ -166,6 +168,7 @@ def _keep(run: PackageRun, call: _Call, out: PackageOutput, logits: Tensor, *, l
         raise UsageError(f"the package scores {logits.shape[1]} tokens, its config.json has {run.config.vocab_size}")
     for first in range(0, run.config.vocab_size, HEAD_SLAB):
         run.store.put(f"{run.name}.{n}.logits.{first}", logits[:, first : first + HEAD_SLAB].contiguous())
+    run.tapped = bool(out.taps)
     for layer in range(run.config.num_hidden_layers if layers and out.taps else 0):
         for tap in ("hidden", "router"):
             values = torch.from_numpy(out.taps[f"taps.{layer}.{tap}"]).to(torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,12 +20,15 @@ from qconvert.numerics.error import ErrorSums
 from qconvert.parity.boundaries import Boundaries
 from qconvert.parity.causes import ranked
 from qconvert.parity.codes import code_metrics
+from qconvert.parity.execution.package import check_package
+from qconvert.parity.execution.recorded import holds_states
 from qconvert.parity.limits import in_force, judged, of_model
-from qconvert.parity.model import compare_models
+from qconvert.parity.model import SERVED, compare_models
 from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
 from qconvert.parity.options import ParityOptions as ParityOptions
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run_saved import compare_saved
+from qconvert.parity.run_states import compare_states
 from qconvert.parity.saved import LikeliestScan, save_logprobs
 from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.served import run_packages
@@ -45,7 +49,9 @@ def compare(
     """Compare the checkpoint in ``converted`` with the one that it was made from.
 
     Either may be an ONNX package: then what ONNX Runtime computes with it is "as served". Either may be a file of
-    log-probabilities, see ``saved.py``; weights and layers are then left out.
+    log-probabilities, see ``saved.py``; weights and layers are then left out. Where ``converted`` is a file of the
+    states of an engine, see ``execution/recorded.py``, these are compared with the reference on the weights of
+    ``original``.
 
     Memory: one matrix of each for the weights; one layer without its experts, one expert, and what there is of every
     token within half of the available memory, the rest on disk, for the models; for the logits one slab of both heads.
@@ -56,6 +62,8 @@ def compare(
         OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
+    if any(side.is_file() and holds_states(side) for side in (original, converted)):
+        return compare_states(original, converted, options, progress)
     if original.is_file() or converted.is_file():
         return compare_saved(original, converted, options, progress)
     useless = of_model(options.limits)
@@ -126,6 +134,10 @@ def compare(
                 save_logprobs(options.save_logprobs, scan, windows, ours)
             text, scored = windows.description, len(found.plain.scores.kl)
             metrics += [*model_metrics(found, windows.places, options.seed)]
+            if engines.tapped:
+                faults = check_package(plain_theirs, windows.batches, partial(progress, "blocks"))
+                causes = ranked((*causes, *faults.causes))
+                metrics += [*faults.metrics(SERVED)]
             curves = tuple(model_curves(found))
             experts = expert_use(found.visits, weights.tensors)
             if boundaries is not None:

@@ -50,15 +50,22 @@ class Engines:
         self._sums = [LayerSums(config.num_experts) for _ in range(config.num_hidden_layers if layered else 0)]
 
     @property
+    def tapped(self) -> bool:
+        """Whether the converted side is a package that gives the states of its layers."""
+        return self.theirs is not None and self.theirs.tapped
+
+    @property
     def notes(self) -> Iterator[str]:
         """What a reader must know of packages."""
         if self.ours is None and self.theirs is None:
             return
         yield described()
-        if self.theirs is not None and not self._sums:
+        if self.tapped and not self._sums:
+            yield "As served there are no numbers of layers with --work, nor against a package without taps."
+        elif self.theirs is not None and not self.tapped:
             yield (
-                "As served there are no numbers of layers: export the package with --taps, and compare without --work, "
-                "for those."
+                "The package gives no states of its layers: as served there are no numbers of layers, and a fault of "
+                "execution is not localised. Export it with --taps for both."
             )
         if any(run is not None and run.sees for run in (self.ours, self.theirs)):
             yield "Images were not run: the weights of the vision tower alone were compared."
