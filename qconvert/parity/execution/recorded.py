@@ -80,7 +80,7 @@ def save_states(path: Path, runs: Mapping[str, Mapping[str, Tensor]], engine: st
         OutputError: the file cannot be written.
     """
     tensors = {
-        (f"{name}/{key}" if name else key): tensor.contiguous()
+        (f"{name}/{key}" if name else key): tensor.clone(memory_format=torch.contiguous_format)  # runs may share some
         for name, run in runs.items()
         for key, tensor in run.items()
     }
