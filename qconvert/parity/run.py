@@ -134,7 +134,7 @@ def compare(
                 save_logprobs(options.save_logprobs, scan, windows, ours)
             text, scored = windows.description, len(found.plain.scores.kl)
             metrics += [*model_metrics(found, windows.places, options.seed)]
-            if engines.tapped:
+            if engines.theirs is not None:
                 faults = check_package(plain_theirs, windows.batches, partial(progress, "blocks"))
                 causes = ranked((*causes, *faults.causes))
                 metrics += [*faults.metrics(SERVED)]

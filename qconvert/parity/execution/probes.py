@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,9 @@ TOKENS = 96
 
 ROWS = 2
 
+FEW = 3
+"""Tokens of the row that is nearly all padding: whatever of it is remembered shows."""
+
 WHOLE, IN_CALLS, PADDED = "in one call", "in several calls", "with padding"
 PADDED_CALLS = "with padding between calls"
 
@@ -35,26 +39,32 @@ def probe_package(package: Package, ids: Tensor, store: SpillStore) -> Iterator[
     everything = torch.ones_like(ids)
     yield _run(package, WHOLE, ids, everything, (tokens,), store)
     yield _run(package, IN_CALLS, ids, everything, _calls(tokens), store)
-    padded = torch.cat((ids, ids[:1], ids[:1]))
+    padded = torch.cat((ids, ids[:1].repeat(3, 1)))
     mask = torch.ones_like(padded)
     gap = max(1, tokens // 3)
     mask[rows, :gap] = 0
     mask[rows + 1, -gap:] = 0
+    mask[rows + 2, : max(1, tokens - FEW)] = 0
     yield _run(package, PADDED, padded, mask, (tokens,), store)
     half = _calls(tokens)[0]
     broken = torch.ones_like(ids[:1].repeat(2, 1))
     broken[0, max(1, half - gap) : half] = 0
-    broken[1, half : tokens - 1] = 0
+    broken[1, half : min(half + gap, tokens - 1)] = 0
     yield _run(package, PADDED_CALLS, ids[:1].repeat(2, 1), broken, _calls(tokens), store)
 
 
+def alone(package: Package, run: Recorded, row: int) -> Tensor:
+    """Logits [n, V] of the real tokens of a row in one call without padding or other rows, or of the last one alone."""
+    tokens = run.ids[row][run.real[row]].unsqueeze(0).numpy()
+    out = package.forward(tokens, embeddings=package.look_up(tokens) if package.sees else None)
+    return torch.from_numpy(out.logits[0]).to(torch.float32)
+
+
 def _calls(tokens: int) -> tuple[int, ...]:
-    """A prompt, single tokens, and more tokens again, as far as there are any."""
-    first = max(1, tokens // 2)
-    rest = tokens - first
-    singles = (1,) * min(2, rest)
-    last = rest - len(singles)
-    return (first, *singles, *((last,) if last else ()))
+    """A prompt, more tokens, and single ones, as far as there are any: the last token shows what was carried."""
+    sizes = (max(1, tokens // 2), max(0, tokens - tokens // 2 - 2), 1, 1)
+    ends = [min(end, tokens) for end in accumulate(sizes)]
+    return tuple(end - begin for begin, end in pairwise([0, *ends]) if end > begin)
 
 
 def _run(
@@ -68,6 +78,7 @@ def _run(
     cache: PackageCache | None = None
     taps: dict[str, list[Tensor]] = {}
     logits, embeddings = [], []
+    last: dict[int, Tensor] = {}
     for tokens, seen in zip(torch.split(ids, calls, dim=1), torch.split(mask, calls, dim=1), strict=True):
         given = tokens.numpy()
         looked_up = package.look_up(given) if package.sees else None
@@ -77,6 +88,10 @@ def _run(
             logits.append(torch.from_numpy(out.logits).to(torch.float32))
         if looked_up is not None:
             embeddings.append(torch.from_numpy(looked_up).to(torch.float32))
+        for row, kept in enumerate(seen.bool()):
+            if bool(kept.any()):
+                scored = torch.from_numpy(out.logits[row]).to(torch.float32)
+                last[row] = scored[int(kept.nonzero()[-1]) if len(scored) == len(kept) else -1]
         for tap, values in out.taps.items():
             taps.setdefault(tap, []).append(torch.from_numpy(values).to(torch.float32))
     for tap, parts in taps.items():
@@ -95,4 +110,5 @@ def _run(
         take=take,
         embeddings=torch.cat(embeddings, dim=1) if embeddings else None,
         logits=whole,
+        last=torch.stack([last[row] for row in range(len(ids))]),
     )

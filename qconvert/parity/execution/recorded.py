@@ -48,6 +48,7 @@ class Recorded:
         take: gives one of the four of a layer, or ``None`` where the engine did not tell.
         embeddings: what enters the first layer [B, T, D].
         logits: [B, T, V].
+        last: those of the last real token of each row [B, V].
     """
 
     name: str
@@ -57,6 +58,7 @@ class Recorded:
     take: Callable[[int, str], Tensor | None]
     embeddings: Tensor | None = None
     logits: Tensor | None = None
+    last: Tensor | None = None
 
     @property
     def padded(self) -> bool:

@@ -149,6 +149,27 @@ def test_a_fault_shows_through_rounded_activations(source: Path, tmp_path: Path)
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("last_logits", [False, True])
+def test_without_taps_a_fault_is_found_and_not_localised(last_logits: bool, source: Path, tmp_path: Path) -> None:
+    export_onnx(source, tmp_path / "package", replace(TAPPED, taps=False, last_logits=last_logits))
+    assert found_in(tmp_path / "package").causes == []
+    plant(tmp_path / "package", planted.state_lost, 0)
+    assert {(one.kind, one.where) for one in found_in(tmp_path / "package").causes} == {
+        (CauseKind.STATE, "the package")
+    }
+    assert "--taps" in found_in(tmp_path / "package").causes[0].evidence
+    export_onnx(source, tmp_path / "other", replace(TAPPED, taps=False, last_logits=last_logits))
+    plant(tmp_path / "other", planted.unmasked, 0)
+    causes = found_in(tmp_path / "other").causes
+    assert (causes[0].kind, causes[0].where) == (CauseKind.PADDING, "the package")
+
+
+def test_a_right_package_without_taps_that_rounds_activations_has_no_fault(source: Path, tmp_path: Path) -> None:
+    options = replace(TAPPED, taps=False, policy=default_policy(int4(32)), accuracy_level=4)
+    export_onnx(source, tmp_path / "package", options)
+    assert found_in(tmp_path / "package").causes == []
+
+
 def test_a_comparison_with_a_faulty_package_fails_and_every_output_says_why(
     source: Path, right: Path, tmp_path: Path
 ) -> None:
