@@ -81,7 +81,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
-        "qconvert.run", "qconvert.carry_out", "qconvert.column_order", "qconvert.memory", "reference_model.config",
+        "qconvert.run", "qconvert.carry_out", "qconvert.column_order", "qconvert.memory", "qconvert.quantized_view",
+        "qconvert.weights", "qconvert.manifest", "qconvert.manifest_reader", "reference_model.config",
         "reference_model.config_fields", "reference_model.rope", "reference_model.vision", "reference_model.positions",
     },
     "qconvert.rounding_by": {
@@ -118,6 +119,7 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
         "qconvert.texts", "qconvert.weights", "qconvert.memory", "reference_model",
+        "qconvert.onnx_export.runtime", "qconvert.onnx_export.states", "qconvert.onnx_export.package_weights",
     },
     "qconvert.pytest_plugin": {"qconvert.core", "qconvert.io", "qconvert.parity"},
     "qconvert.cli": {"qconvert", "reference_model", "calibration"},

@@ -39,7 +39,8 @@ def parity(
     original: Annotated[
         str,
         typer.Argument(
-            metavar="ORIGINAL", help="Folder of the checkpoint as it was, a hub id, or saved log-probabilities."
+            metavar="ORIGINAL",
+            help="Folder of the checkpoint as it was, a hub id, an ONNX package, or saved log-probabilities.",
         ),
     ],
     converted: Annotated[
@@ -96,9 +97,9 @@ def parity(
 ) -> None:
     """Compare a converted checkpoint with its original: weights, then both models on the same text.
 
-    "Weights only" keeps activations as they are; "as served" rounds them as engines do for the scheme, and is what
-    limits apply to. Exit code 1 when a fault is found in the weights or a limit is exceeded, 7 when a limit lies
-    inside the confidence interval of its number, so that more --tokens have to decide.
+    "Weights only" keeps activations as they are; "as served" rounds them as engines do for the scheme, or is what ONNX
+    Runtime computes with a package, and is what limits apply to. Exit code 1 when a fault is found or a limit is
+    exceeded, 7 when a limit lies inside the confidence interval of its number, so that more --tokens have to decide.
 
     Examples:
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --report ./report
@@ -106,6 +107,8 @@ def parity(
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --max-kl-mean 0.02 --min-top1 0.95 --json
 
       qconvert parity ./Qwen3.5-35B-A3B ./int4 --limits parity.toml
+
+      qconvert parity ./int4 ./package
 
       qconvert parity diff old/parity.json new/parity.json
     """

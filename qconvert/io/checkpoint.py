@@ -57,11 +57,11 @@ class Checkpoint:
     header_hash: str
     file_hash: str
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, package: bool = False) -> None:
         """Prefer ``Checkpoint.open``; whoever calls this closes it."""
         self.path = path
         self._fds: dict[str, int] = {}
-        folder = survey(path)
+        folder = survey(path, package=package)
         self.side_files = folder.side_files
         self.left_out = MappingProxyType(folder.left_out)
         config_bytes = read_whole(path / CONFIG_FILE)
@@ -95,13 +95,15 @@ class Checkpoint:
         self.file_hash = digest.hexdigest()
 
     @classmethod
-    def open(cls, path: Path | str) -> Checkpoint:
+    def open(cls, path: Path | str, *, package: bool = False) -> Checkpoint:
         """Read and check all headers of the folder ``path``; no weights are read.
+
+        With ``package`` it is an ONNX package, whose tensors have the names of initializers.
 
         Raises:
             SourceError: no checkpoint, or one whose files contradict each other; the message names file and tensor.
         """
-        return cls(Path(path))
+        return cls(Path(path), package=package)
 
     def read(
         self, name: str, begin: int | None = None, end: int | None = None, *, buffer: Tensor | None = None

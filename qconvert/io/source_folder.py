@@ -76,20 +76,24 @@ def is_package(path: Path) -> bool:
     return all((path / name).is_file() for name in PACKAGE_FILES)
 
 
-def survey(path: Path) -> Folder:
+def survey(path: Path, *, package: bool = False) -> Folder:
     """Sort out the folder ``path``.
 
-    Names are confined to the folder; its links are followed, for the hub's cache consists of links.
+    Names are confined to the folder; its links are followed, for the hub's cache consists of links. With ``package`` it
+    is an ONNX package, whose files of weights have no index: the graphs say which are whose.
 
     Raises:
         SourceError: no folder, no weights, pickled weights only, an index that is damaged or names a path outside,
             several files without an index, or an index beside an unsplit file that it does not name.
     """
     names = _list(path)
+    if package:
+        weights = tuple(name for name in names if name.endswith(WEIGHTS_SUFFIX))
+        return Folder(shards=weights, weight_map=None, side_files=(), left_out={})
     if is_package(path):
         raise SourceError(
-            f"{path} is an ONNX package, not a checkpoint: `qconvert inspect`, `verify` and `run` take it; "
-            "for anything else give the checkpoint that it was made from"
+            f"{path} is an ONNX package, not a checkpoint: `qconvert inspect`, `verify`, `parity` and `run` take "
+            "it; for anything else give the checkpoint that it was made from"
         )
     weight_map = _weight_map(path) if INDEX_FILE in names else None
     shards = tuple(sorted(set(weight_map.values()))) if weight_map is not None else (_single(path, names),)

@@ -12,12 +12,13 @@ IMAGE_PROCESSOR = "preprocessor_config.json"
 
 WHOLE_PROCESSOR = "processor_config.json"
 
-_PROCESSORS = (IMAGE_PROCESSOR, "video_preprocessor_config.json", WHOLE_PROCESSOR)
+PROCESSORS = (IMAGE_PROCESSOR, "video_preprocessor_config.json", WHOLE_PROCESSOR)
+"""Files of a checkpoint that say how to prepare images."""
 
 
 def unused_processors(files: Iterable[str]) -> dict[str, str]:
     """Those of ``files`` that say how to prepare images, with the reason why a text package leaves them out."""
-    return {name: "prepares images, of which the package takes none" for name in files if name in _PROCESSORS}
+    return {name: "prepares images, of which the package takes none" for name in files if name in PROCESSORS}
 
 
 def check_picture_tokens(config: ModelConfig, path: Path) -> None:

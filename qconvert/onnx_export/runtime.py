@@ -137,6 +137,14 @@ class Package:
         """
         return self._eyes().embed(input_ids, images=images, videos=videos)
 
+    def look_up(self, input_ids: Integers) -> Floats:
+        """Embeddings [B, S, D] of tokens that are all text, those that stand for pictures elsewhere too.
+
+        Raises:
+            UsageError: the package has no vision tower, and takes ids.
+        """
+        return self._eyes().look_up(input_ids)
+
     def positions(
         self,
         input_ids: Integers,

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.onnx_export.graph_file import read_graph
 from qconvert.onnx_export.operators import newer_than, unfinished_opset, version_named
 from qconvert.onnx_export.states import INPUT_IDS, INPUTS_EMBEDS, PAST, present_of
+
+try:
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+except ImportError as missing:
+    raise UsageError(
+        f"running a package takes ONNX Runtime, which is not installed ({missing}): pip install 'qconvert[onnxruntime]'"
+    ) from missing
 
 Array = NDArray[np.generic]
 Floats = NDArray[np.float32]

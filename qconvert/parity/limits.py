@@ -79,6 +79,7 @@ JUDGED: Mapping[str, Judged] = {
     "hidden_cosine": Judged(better="high", ideal=1.0),
     "hidden_error": Judged(),
     "state_drift": Judged(),
+    "execution_error": Judged(),
     "sqnr": Judged(better="high", where="all quantized tensors", ideal=None, of_model=False),
     "sqnr_min": Judged(better="high", where="*", ideal=None, of_model=False),
     "cosine_min": Judged(better="high", where="*", ideal=1.0, of_model=False),

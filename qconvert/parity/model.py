@@ -89,6 +89,8 @@ def compare_models(
     drafts: bool = False,
     boundaries: Boundaries | None = None,
     scan_original: Scan | None = None,
+    scan_served: Scan | None = None,
+    on_original: Callable[[LayerRecord], None] | None = None,
 ) -> Comparison:
     """Run both in float32 over token windows [B, T] and score every position that has a next token.
 
@@ -103,6 +105,8 @@ def compare_models(
         drafts: also run the prediction heads, where both models have one.
         boundaries: where the states after each layer are kept, and where an earlier run has left them.
         scan_original: sees the original's logits too.
+        scan_served: sees those of the converted model as served too.
+        on_original: is told what each of the original's layers did to each batch.
 
     Raises:
         OutputError: hidden states cannot be written to disk.
@@ -115,7 +119,7 @@ def compare_models(
             _Way(rounding=of, hidden=HiddenStates(store=store, count=len(batches), name=f"way.{n}"))
             for n, of in enumerate(roundings)
         ]
-        run = _Run(original, converted, batches, ways, store, quarter, layers)
+        run = _Run(original, converted, batches, ways, store, quarter, layers, on_original)
         run.start(boundaries)
         total = run.depth * len(batches) * run.lanes
         done = count(run.next_layer * len(batches) * run.lanes + 1)
@@ -132,6 +136,8 @@ def compare_models(
         watched: list[tuple[Scan, Sequence[int]]] = [(scan.add, (0, n)) for n, scan in enumerate(scans, start=1)]
         if scan_original is not None:
             watched.append((scan_original, (0,)))
+        if scan_served is not None:
+            watched.append((scan_served, (len(ways),)))
         scan_heads(sides, watched, partial(progress, "logits"))
         guesses: list[DraftScores | None] = [None] * len(ways)
         if drafts and has_drafts(original) and has_drafts(converted):
@@ -168,7 +174,9 @@ class _Run:
         store: ActivationStore,
         rows_bytes: int,
         layers: bool,
+        on_original: Callable[[LayerRecord], None] | None = None,
     ) -> None:
+        self._on_original = on_original
         self._original, self._converted = original, converted
         self._batches = [Batch(ids=ids) for ids in batches]
         self._ways, self._store, self._rows_bytes, self._layers = ways, store, rows_bytes, layers
@@ -221,6 +229,8 @@ class _Run:
         def keep(record: LayerRecord) -> None:
             b, routing = record.batch, record.routing
             after.put(b, record.hidden)
+            if self._on_original is not None:
+                self._on_original(record)
             if not self._layers:
                 before.drop(b)
             self._store.put(f"experts.{b}", routing.experts.to(torch.int16))

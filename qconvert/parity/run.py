@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,23 +14,30 @@ from torch import Tensor
 from qconvert import __version__
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
+from qconvert.core.role import Section
+from qconvert.memory import available_bytes
 from qconvert.numerics.error import ErrorSums
 from qconvert.parity.causes import ranked
 from qconvert.parity.codes import code_metrics
+from qconvert.parity.execution.package import check_package
+from qconvert.parity.execution.recorded import holds_states
 from qconvert.parity.limits import in_force, judged, of_model
-from qconvert.parity.model import compare_models
+from qconvert.parity.model import SERVED, compare_models
 from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
 from qconvert.parity.options import ParityOptions as ParityOptions
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run_saved import compare_saved
+from qconvert.parity.run_states import compare_states
 from qconvert.parity.saved import LikeliestScan, save_logprobs
 from qconvert.parity.series import Curve, ExpertUse
+from qconvert.parity.served import run_packages
 from qconvert.parity.serving import config_causes, serving_causes
+from qconvert.parity.sides import comparable, left_out, open_side
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
 from qconvert.parity.windows import choose_windows
 from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
-from qconvert.weights.unfolded import unfolded
+from qconvert.weights.spill import SpillStore
 
 
 def compare(
@@ -40,7 +48,10 @@ def compare(
 ) -> ParityReport:
     """Compare the checkpoint in ``converted`` with the one that it was made from.
 
-    Either may be a file of log-probabilities instead, see ``saved.py``; weights and layers are then left out.
+    Either may be an ONNX package: then what ONNX Runtime computes with it is "as served". Either may be a file of
+    log-probabilities, see ``saved.py``; weights and layers are then left out. Where ``converted`` is a file of the
+    states of an engine, see ``execution/recorded.py``, these are compared with the reference on the weights of
+    ``original``.
 
     Memory: one matrix of each for the weights; one layer without its experts, one expert, and what there is of every
     token within half of the available memory, the rest on disk, for the models; for the logits one slab of both heads.
@@ -51,6 +62,8 @@ def compare(
         OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
+    if any(side.is_file() and holds_states(side) for side in (original, converted)):
+        return compare_states(original, converted, options, progress)
     if original.is_file() or converted.is_file():
         return compare_saved(original, converted, options, progress)
     useless = of_model(options.limits)
@@ -61,21 +74,22 @@ def compare(
             f"the limits {', '.join(useless)} are on the models, which are not to be run; run them, or drop the limits"
         )
     with (
-        CheckpointWeights.open(original) as ours,
-        CheckpointWeights.open(converted, round_to=options.round_to, strict=False) as theirs,
+        open_side(original) as ours,
+        open_side(converted, round_to=options.round_to, strict=False) as theirs,
     ):
         # Weights are compared in the places of the original; the models run as they are stored.
-        plain_ours, plain_theirs = unfolded(ours), unfolded(theirs, round_to=options.round_to)
-        weights = compare_weights(plain_ours, plain_theirs, progress)
+        plain_ours, plain_theirs = comparable(ours, theirs, round_to=options.round_to)
+        sections, files = left_out(theirs)
+        weights = compare_weights(plain_ours, plain_theirs, progress, without=sections)
         causes = ranked(
             (
                 *config_causes(plain_ours.config, plain_theirs.config),
-                *serving_causes(ours.checkpoint.path, theirs.checkpoint.path),
+                *(one for one in serving_causes(original, converted) if one.where not in files),
                 *weights.causes,
             )
         )
         metrics = [*_weight_metrics(weights), *code_metrics(weights.tensors)]
-        notes, text, scored = [], "", 0
+        notes, text, scored = [_left_out(one) for one in Section if one in sections], "", 0
         curves: tuple[Curve, ...] = ()
         experts: tuple[ExpertUse, ...] = ()
         if not any(one.name == "sqnr_min" for one in metrics):
@@ -96,22 +110,34 @@ def compare(
             )
             boundaries = _boundaries(ours, theirs, windows.batches, options)
             scan = None if options.save_logprobs is None else LikeliestScan(windows.targets, options.kept, vocabulary)
-            found = compare_models(
-                ours,
-                theirs,
-                windows.batches,
-                progress,
-                layers=options.layers,
-                drafts=options.drafts,
-                boundaries=boundaries,
-                scan_original=None if scan is None else scan.add,
-            )
+            watching = None if scan is None else scan.add
+            with SpillStore(available_bytes() // 4) as store:
+                engines = run_packages((ours, theirs), windows, store, options, progress)
+                found = compare_models(
+                    ours,
+                    theirs,
+                    windows.batches,
+                    progress,
+                    layers=options.layers,
+                    drafts=options.drafts,
+                    boundaries=boundaries,
+                    scan_original=engines.watch_original(watching),
+                    scan_served=engines.watch_converted(),
+                    on_original=engines.watch_layers(),
+                )
+                engines.scan_own(watching)
+                found = engines.into(found)
+                notes += engines.notes
             if options.drafts and found.plain.drafts is None:
                 notes.append("No drafts were compared: one of the models has no prediction head.")
             if scan is not None and options.save_logprobs is not None:
                 save_logprobs(options.save_logprobs, scan, windows, ours)
             text, scored = windows.description, len(found.plain.scores.kl)
             metrics += [*model_metrics(found, windows.places, options.seed)]
+            if engines.theirs is not None:
+                faults = check_package(plain_theirs, windows.batches, partial(progress, "blocks"))
+                causes = ranked((*causes, *faults.causes))
+                metrics += [*faults.metrics(SERVED)]
             curves = tuple(model_curves(found))
             experts = expert_use(found.visits, weights.tensors)
             if boundaries is not None:
@@ -122,7 +148,7 @@ def compare(
                     f"The shared expert is folded into {folded} experts that every token visits; router overlap counts "
                     "the router's choices alone."
                 )
-            if found.served.scores is found.plain.scores:
+            if found.served.scores is found.plain.scores:  # no package among them
                 notes.append("Engines round no activations for this checkpoint: as served is weights only.")
         schemes = {str(scheme) for role in theirs.stored if (scheme := theirs.scheme(role)) is not None}
         numbers, unjudged = judged(metrics, in_force(options.limits, schemes))
@@ -163,6 +189,11 @@ def _weight_metrics(weights: WeightsComparison) -> Iterator[Metric]:
         halves[half.role.path] = halves.get(half.role.path, ErrorSums()) + half.sums
     for path, sums in sorted(halves.items()):
         yield exact("sqnr", path, sums.sqnr_db, "dB", better="high")
+
+
+def _left_out(section: Section) -> str:
+    what = {Section.MTP: "prediction head (MTP)", Section.VISION: "vision tower"}.get(section, section.value)
+    return f"The {what} was not exported, as the package's manifest says: nothing of it is compared."
 
 
 def _boundaries(

@@ -15,13 +15,17 @@ import torch
 
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
+from qconvert.io.source_folder import is_package
 from qconvert.memory import available_bytes
 from qconvert.parity.heads import Side, scan_heads
 from qconvert.parity.limits import in_force, judged
 from qconvert.parity.model import PLAIN, SERVED, served_rounding
 from qconvert.parity.options import ParityOptions
+from qconvert.parity.package_run import run_package
 from qconvert.parity.report import ParityReport
 from qconvert.parity.saved import SavedLogprobs, check_same_text, read_logprobs, tokenizer_hash, tokens_hash
+from qconvert.parity.served import described
+from qconvert.parity.sides import open_side
 from qconvert.parity.summary import percentile_curve, summarize, summarize_parts
 from qconvert.parity.tensors import Progress
 from qconvert.parity.truncated import KnownTokensScan, Truncated, between
@@ -63,7 +67,7 @@ def compare_saved(original: Path, converted: Path, options: ParityOptions, progr
         found = {SERVED: between(ours, theirs)}
     else:
         saved, live, path = _sides(ours, theirs, original, converted)
-        with CheckpointWeights.open(live, round_to=options.round_to) as source:
+        with open_side(live, round_to=options.round_to) as source:
             asked = _asked(live, source.config.text.vocab_size, options)
             check_same_text(
                 saved,
@@ -74,6 +78,8 @@ def compare_saved(original: Path, converted: Path, options: ParityOptions, progr
             )
             schemes = {str(scheme) for role in source.stored if (scheme := source.scheme(role)) is not None}
             found = _against(saved, source, theirs is not None, progress)
+            if is_package(live):
+                notes.append(described())
     metrics: list[Metric] = []
     for mode, one in found.items():
         metrics += _metrics(one, mode, saved, options.seed)
@@ -134,9 +140,13 @@ def _asked(live: Path, vocabulary: int, options: ParityOptions) -> str | None:
 def _against(
     saved: SavedLogprobs, source: CheckpointWeights, original: bool, progress: Progress
 ) -> dict[str, Truncated]:
-    """Run ``source``, plainly and where it is the converted side as served too, and score it against the file."""
+    """Run ``source``, plainly and as served too, and score it against the file.
+
+    As served is what ONNX Runtime computes with a package, and a converted checkpoint with its activations rounded.
+    """
     batches, config = saved.windows.batches, source.config.text
     rounding = None if original else served_rounding(source)
+    served = _of_package(saved, source, progress) if is_package(source.checkpoint.path) else None
     roundings = [leave_inputs] if rounding is None else [leave_inputs, rounding]
     quarter = available_bytes() // 8
     done, total = count(1), len(batches) * config.num_hidden_layers * len(roundings)
@@ -155,8 +165,21 @@ def _against(
             sides.append(Side(source=source, hidden=hidden, rounding=of))
         scans = [KnownTokensScan(saved.ids, saved.windows.targets) for _ in sides]
         scan_heads(sides, [(scan.add, (n,)) for n, scan in enumerate(scans)], partial(progress, "logits"))
+    if served is not None:
+        scans.append(served)
     found = [scan.against(saved, original=original) for scan in scans]
     return {PLAIN: found[0], SERVED: found[-1]}
+
+
+def _of_package(saved: SavedLogprobs, source: CheckpointWeights, progress: Progress) -> KnownTokensScan:
+    """What ONNX Runtime says of the file's tokens."""
+    scan = KnownTokensScan(saved.ids, saved.windows.targets)
+    folder, config = source.checkpoint.path, source.config.text
+    with SpillStore(available_bytes() // 4) as store:
+        run = run_package(folder, config, saved.windows.batches, store, progress=partial(progress, "package"))
+        for row, first, count in run.slabs():
+            scan.add(row, first, run.logits(row, first, count))
+    return scan
 
 
 def _metrics(found: Truncated, mode: str, saved: SavedLogprobs, seed: int) -> Sequence[Metric]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -127,9 +127,11 @@ def compare_weights(
     original: CheckpointWeights,
     converted: CheckpointWeights,
     progress: Progress = lambda phase, done, total: None,
+    *,
+    without: Collection[Section] = (),
 ) -> WeightsComparison:
-    """Compare all tensors by role and name the faults that the weights prove."""
-    causes = list(_absent(original, converted))
+    """Compare all tensors by role and name the faults that the weights prove; sections ``without`` may be missing."""
+    causes = list(_absent(original, converted, without))
     both = [role for role in original.stored if role in converted.stored]
     common = [role for role in both if original.stored[role].shape == converted.stored[role].shape]
     for role in set(both) - set(common):
@@ -149,6 +151,7 @@ def compare_weights(
     progress("weights", len(common), len(common))
     causes = list(_explain(original, converted, suspects, causes))
     needed = [role for role in original.stored if not (role.kind is Kind.HEAD and _tied(original))]
+    needed = [role for role in needed if role.section not in without]
     complete = set(needed) <= set(common) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
     tensors.sort(key=lambda one: (_badness(one.sums.sqnr_db), one.name))
     return WeightsComparison(tensors=tuple(tensors), causes=ranked(causes), complete=complete)
@@ -297,7 +300,7 @@ def _innocent(original: CheckpointWeights, converted: CheckpointWeights, role: T
     return innocent(original.matrix(role), pair_sums((original, role), (converted, role)), converted.scheme(role))
 
 
-def _absent(original: CheckpointWeights, converted: CheckpointWeights) -> Iterator[Cause]:
+def _absent(original: CheckpointWeights, converted: CheckpointWeights, without: Collection[Section]) -> Iterator[Cause]:
     """Tensors that only one of the two has, and those that contradict themselves."""
     told = set()
     for problem in converted.problems:
@@ -314,7 +317,7 @@ def _absent(original: CheckpointWeights, converted: CheckpointWeights) -> Iterat
         only = [role for role in ours.stored if role not in theirs.stored and role not in told]
         only = [role for role in only if not (tied and role.kind is Kind.HEAD)]
         for section in Section:
-            mine = [role for role in only if role.section is section]
+            mine = [role for role in only if role.section is section and section not in without]
             if mine and all(role in set(mine) for role in ours.stored if role.section is section):
                 yield _whole_section(kind, ours, section, mine)
                 continue

@@ -69,9 +69,9 @@ def test_inspect_shows_operators_and_weights(package: Path) -> None:
     assert "LinearAttention" in shown and "int4-g32-sym" in shown
 
 
-@pytest.mark.parametrize("command", ["quantize", "export-onnx", "parity"])
+@pytest.mark.parametrize("command", ["quantize", "export-onnx"])
 def test_a_package_is_no_checkpoint(package: Path, tmp_path: Path, command: str) -> None:
-    done = run(command, package, CHECKPOINT if command == "parity" else tmp_path / "out")
+    done = run(command, package, tmp_path / "out")
     assert done.exit_code == 3
     assert "is an ONNX package" in done.output
 
