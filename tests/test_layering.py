@@ -81,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
-        "qconvert.run", "qconvert.convert", "qconvert.column_order", "reference_model.config",
+        "qconvert.run", "qconvert.convert", "qconvert.column_order", "qconvert.exact_scales", "reference_model.config",
         "reference_model.config_fields", "reference_model.rope", "reference_model.vision", "reference_model.positions",
     },
     "qconvert.convert": {
