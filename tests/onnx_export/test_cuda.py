@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor
 from typer.testing import CliRunner
@@ -84,6 +85,19 @@ def test_the_float16_graph_computes_the_references_logits(sources: Path, name: s
         ids[:, 25:], attention_mask=None, position_ids=None, cache=cache, beside={"inputs_embeds": looked_up[:, 25:]}
     )
     assert error(found["logits"], expected[:, 25:]) < LOGITS
+
+
+def test_a_token_that_sees_no_key_makes_no_nan_in_float16(sources: Path) -> None:
+    model = reference(sources / "bf16")
+    session = Session(sources / "bf16 package" / MODEL_FILE, vocabulary=model.config.vocab_size, threads=1)
+    ids, _ = prompt(model, 2, 20)
+    mask = np.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.numpy()
+    embedded = {"inputs_embeds": model.embed_tokens.weight.detach().numpy()[ids]}
+    found, _ = session.run(ids, attention_mask=mask, position_ids=None, cache=None, beside=embedded)
+    assert error(found["logits"][mask == 1], expected[mask == 1]) < LOGITS
 
 
 def described(graph: ir.Graph, narrow: ir.DataType) -> list[object]:
