@@ -82,7 +82,8 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.onnx_export": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats", "qconvert.plan",
         "qconvert.run", "qconvert.carry_out", "qconvert.column_order", "qconvert.memory", "qconvert.quantized_view",
-        "qconvert.weights", "qconvert.manifest", "qconvert.manifest_reader", "reference_model.config",
+        "qconvert.exact_scales", "qconvert.weights", "qconvert.manifest", "qconvert.manifest_reader",
+        "reference_model.config",
         "reference_model.config_fields", "reference_model.rope", "reference_model.vision", "reference_model.positions",
     },
     "qconvert.rounding_by": {

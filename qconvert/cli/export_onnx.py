@@ -66,17 +66,42 @@ def export_onnx(
             "functions (opset 21 and functions in the model, for runtimes that know neither)."
         ),
     ] = "contrib",
+    ep: Annotated[
+        str, typer.Option(help="Execution provider that shall run the package: cpu or cuda. cuda has not run on a GPU.")
+    ] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What is not in codes: float32 (default on a CPU), float16 or bfloat16 (default of cuda). On a CPU "
+            "weights are stored so and everything is computed in float32."
+        ),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="Round the embedding where it is not quantized in SRC: int4 (groups of 32) or int8. A tied head is "
+            "the same matrix."
+        ),
+    ] = None,
     dequantize: Annotated[
         bool,
         typer.Option(
-            "--dequantize", help="Store what no operator reads as codes, such as FP8, in float32, and do not refuse it."
+            "--dequantize", help="Store what no operator reads as codes, such as FP8, in --dtype, and do not refuse it."
+        ),
+    ] = False,
+    allow_scale_rounding: Annotated[
+        bool,
+        typer.Option(
+            "--allow-scale-rounding",
+            help="With --ep cuda scales are stored in --dtype; those of SRC that it does not hold are refused without "
+            "this.",
         ),
     ] = False,
     accuracy_level: Annotated[
         int,
         typer.Option(
             help="Of products with integer codes in contrib operators: 0 multiplies float32 activations and is exact; "
-            "4 rounds activations to 8 bits, which is several times faster."
+            "4 rounds activations to 8 bits, which is several times faster. Of CPUs alone."
         ),
     ] = 4,
     fold_shared_expert: Annotated[
@@ -121,10 +146,10 @@ def export_onnx(
     """Write a checkpoint as an ONNX package that ONNX Runtime and onnxruntime-genai run.
 
     int4 and int8 codes of a quantized checkpoint are carried as they are, whoever wrote it: nothing is rounded twice.
-    Everything else becomes float32. The graph is model.onnx; the weights stand beside it in safetensors files. Like
-    `quantize` this streams: a run that was killed or stopped by a full disk goes on when the same command is given
-    again. The package holds the text decoder, the MTP head and the vision tower, each a graph of its own. With a tower,
-    prompts may show images, and the decoder takes embeddings, which embedding.onnx makes.
+    Everything else becomes float32, or what --dtype says. The graph is model.onnx; the weights stand beside it in
+    safetensors files. Like `quantize` this streams: a run that was killed or stopped by a full disk goes on when the
+    same command is given again. The package holds the text decoder, the MTP head and the vision tower, each a graph of
+    its own. With a tower, prompts may show images, and the decoder takes embeddings, which embedding.onnx makes.
 
     Examples:
       qconvert export-onnx ./int4 ./package
@@ -132,6 +157,8 @@ def export_onnx(
       qconvert export-onnx ./int4 ./package --preset mixed
 
       qconvert export-onnx ./Qwen3.5-35B-A3B ./package --scheme int4 --group 128 --max-memory 1500MB
+
+      qconvert export-onnx ./int4 ./package --ep cuda --dtype bfloat16
 
       qconvert export-onnx ./Qwen3.5-35B-A3B-FP8 ./package --dequantize --dry-run
     """
@@ -152,7 +179,11 @@ def export_onnx(
         options = PackageOptions(
             policy=_policy(routed, rules, search=search),
             ops=operator_set(ops).name,
+            ep=ep,
+            dtype=dtype,
+            embedding=embedding,
             dequantize=dequantize,
+            allow_scale_rounding=allow_scale_rounding,
             accuracy_level=accuracy_level,
             mtp=mtp,
             fold_shared_expert=fold_shared_expert,

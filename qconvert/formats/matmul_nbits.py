@@ -19,10 +19,12 @@ CODES = "qweight"
 SCALES = "scales"
 ZERO_POINTS = "zero_points"
 
+SCALE_TYPES = (DType.F32, DType.F16, DType.BF16)
+
 
 @dataclass(frozen=True, slots=True)
 class MatMulNBits:
-    """``qweight`` U8 [N, K*bits/8], ``scales`` F32 [N, G]; with zero points ``zero_points`` U8 [N, ceil(G*bits/8)].
+    """``qweight`` U8 [N, K*bits/8], ``scales`` [N, G]; with zero points ``zero_points`` U8 [N, ceil(G*bits/8)].
 
     Codes are unsigned, the first input of a byte in its low bits; without zero points the zero is 2^(bits-1). The
     operators' own shapes, [N, K/block, block*bits/8] of MatMulNBits and [E, N, K*bits/8] of QMoE, are the same bytes.
@@ -43,8 +45,8 @@ class MatMulNBits:
             raise FormatError(
                 f"{self.name} has scales per channel, or per group of a power of two from 16 on, not {scheme.blocking}"
             )
-        if scheme.scale.dtype is not DType.F32 or scheme.scale.second is not None:
-            raise FormatError(f"{self.name} holds one F32 scale per block, not {scheme.scale}")
+        if scheme.scale.dtype not in SCALE_TYPES or scheme.scale.second is not None:
+            raise FormatError(f"{self.name} holds one F32, F16 or BF16 scale per block, not {scheme.scale}")
 
     def check(self, scheme: Scheme, shape: tuple[int, int]) -> None:
         """Raise ``FormatError`` unless groups divide the rows and codes fill whole bytes."""
@@ -64,7 +66,7 @@ class MatMulNBits:
         bits, scale_shape = scheme.weight_bits, scheme.scale_shape(rows, cols)
         specs = [
             PartSpec(suffix=CODES, dtype=DType.U8, shape=(rows, cols * bits // 8), rows_per_row=1),
-            PartSpec(suffix=SCALES, dtype=DType.F32, shape=scale_shape, rows_per_row=1),
+            PartSpec(suffix=SCALES, dtype=scheme.scale.dtype, shape=scale_shape, rows_per_row=1),
         ]
         if not scheme.symmetric:
             packed = -(-scale_shape[1] * bits // 8)

@@ -19,15 +19,34 @@ class Contrib(Standard):
     name: str = "contrib"
     opset: int = 23
 
+    def look_up(self, graph: GraphWriter, table: Weight, ids: ir.Value) -> ir.Value:
+        """See ``OperatorSet``."""
+        if table.scheme is None:
+            return Standard.look_up(self, graph, table, ids)
+        rows, cols = table.shape
+        found = graph.op(
+            "GatherBlockQuantized",
+            table.codes(graph, (rows, cols * table.bits // 8)),
+            ids,
+            table.scales(graph),
+            table.zero_points(graph),
+            domain=MICROSOFT,
+            bits=table.bits,
+            block_size=table.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        return graph.cast(found, table.type, ir.DataType.FLOAT)
+
     def linear(self, graph: GraphWriter, x: ir.Value, weight: Weight, accuracy_level: int) -> ir.Value:
         """See ``OperatorSet``."""
-        rows, cols = weight.shape
         if weight.scheme is None:
-            return graph.op("FusedMatMul", x, weight.dense(graph), domain=MICROSOFT, transB=1)
-        block = weight.block_size
-        return graph.op(
+            return self.product(graph, x, weight)
+        rows, cols = weight.shape
+        block, kind = weight.block_size, self.computes_in(weight)
+        made = graph.op(
             "MatMulNBits",
-            x,
+            graph.cast(x, ir.DataType.FLOAT, kind),
             weight.codes(graph, (rows, cols // block, block * weight.bits // 8)),
             weight.scales(graph),
             weight.zero_points(graph),
@@ -36,8 +55,26 @@ class Contrib(Standard):
             N=rows,
             bits=weight.bits,
             block_size=block,
-            accuracy_level=accuracy_level,
+            **self.rounding(accuracy_level),
         )
+        return graph.cast(made, kind, ir.DataType.FLOAT)
+
+    def product(self, graph: GraphWriter, x: ir.Value, weight: Weight) -> ir.Value:
+        """``x weight^T`` with a dense matrix, see ``linear``."""
+        return graph.op("FusedMatMul", x, weight.dense(graph), domain=MICROSOFT, transB=1)
+
+    def computes_in(self, weight: Weight) -> ir.DataType:
+        """The type in which operators multiply with ``weight``; they are given it, and it is cast to that type."""
+        return ir.DataType.FLOAT
+
+    def rounding(self, accuracy_level: int) -> dict[str, Attribute]:
+        """What tells an operator how to round activations."""
+        return {"accuracy_level": accuracy_level}
+
+    @property
+    def stored_codes(self) -> dict[str, Attribute]:
+        """What tells QMoE that codes lie as ``packed`` has them."""
+        return {}
 
     def gated_rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, gate: ir.Value, eps: float) -> ir.Value:
         """See ``OperatorSet``."""
@@ -99,14 +136,16 @@ class Contrib(Standard):
             "activation_alpha": 1.0,
             "activation_beta": 0.0,
         }
+        kind = self.computes_in(gate_up)
+        given = [graph.cast(one, ir.DataType.FLOAT, kind) for one in (x, scored.logits)]
         if gate_up.scheme is None:
-            weights = gate_up.dense(graph), None, down.dense(graph)
-            return _times(graph, graph.op("MoE", x, scored.logits, *weights, domain=MICROSOFT, **both), scored.total)
+            first, second = (graph.cast(one.stored(graph), one.type, kind) for one in (gate_up, down))
+            made = graph.op("MoE", *given, first, None, second, domain=MICROSOFT, **both)
+            return _times(graph, graph.cast(made, kind, ir.DataType.FLOAT), scored.total)
         blocks: dict[str, Attribute] = {"block_size": gate_up.block_size} if gate_up.block_size else {}
         made = graph.op(
             "QMoE",
-            x,
-            scored.logits,
+            *given,
             _packed(graph, gate_up),
             gate_up.scales(graph),
             None,
@@ -120,11 +159,12 @@ class Contrib(Standard):
             down.zero_points(graph),
             domain=MICROSOFT,
             expert_weight_bits=gate_up.bits,
-            accuracy_level=accuracy_level,
+            **self.rounding(accuracy_level),
+            **self.stored_codes,
             **both,
             **blocks,
         )
-        return _times(graph, made, scored.total)
+        return _times(graph, graph.cast(made, kind, ir.DataType.FLOAT), scored.total)
 
     def gated_add(self, graph: GraphWriter, x: ir.Value, y: ir.Value, gate: ir.Value) -> ir.Value:
         """See ``OperatorSet``."""

@@ -23,7 +23,7 @@ def embedding_graph(weights: Weights, operators: OperatorSet, picture_tokens: tu
     table = weights(Kind.EMBEDDING)
     ids = graph.input(INPUT_IDS, ir.DataType.INT64, ("batch", "sequence"))
     features = graph.input(IMAGE_FEATURES, ir.DataType.FLOAT, ("image_tokens", table.shape[1]))
-    embedded = graph.op("Gather", table.dense(graph), ids, axis=0)
+    embedded = operators.look_up(graph, table, ids)
     given = graph.op("Greater", graph.op("Shape", features, end=1), graph.integers(0))
     pictured = graph.op("Equal", ids, graph.integer(picture_tokens[0]))
     for token in picture_tokens[1:]:

@@ -12,8 +12,10 @@ import onnx_ir as ir
 from qconvert.arch.families import read_config
 from qconvert.carry_out import Conversion, Task, carry_out
 from qconvert.column_order import check_column_order
+from qconvert.core.dtypes import DType
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Layout, Plan
+from qconvert.exact_scales import check_scales
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.hashing import XXH3
 from qconvert.io.shard_writer import BACKGROUND_BYTES
@@ -29,8 +31,9 @@ from qconvert.memory import working_memory
 from qconvert.onnx_export.embedding_graph import embedding_graph
 from qconvert.onnx_export.genai_config import genai_config
 from qconvert.onnx_export.genai_processor import NO_PROCESSOR, genai_processor
+from qconvert.onnx_export.graph_writer import ALIAS
 from qconvert.onnx_export.mtp_graph import mtp_graph
-from qconvert.onnx_export.operator_sets import operator_set
+from qconvert.onnx_export.operator_sets import operators_for
 from qconvert.onnx_export.operators import refuse_newer, unfinished_opset
 from qconvert.onnx_export.pictures import picture_tokens
 from qconvert.onnx_export.plan import PackageOptions, plan_package
@@ -106,9 +109,12 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
     """
     planned = plan_package(checkpoint, options)
     check_column_order(planned.plan, checkpoint)
+    if options.precision.scales is not DType.F32:
+        check_scales(planned.plan, checkpoint)
     config = read_config(planned.plan.config, checkpoint.path)
     weights, layers = Weights(of=planned.weights), planned.mtp_layers
-    operators, level = operator_set(options.ops), options.accuracy_level
+    precision = options.precision
+    operators, level = operators_for(options.ops, precision), options.accuracy_level
     tower = config.vision if planned.vision else None
     models = {
         MODEL_FILE: text_graph(
@@ -116,6 +122,7 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
             weights,
             operators,
             accuracy_level=level,
+            cache=precision.cache,
             hidden=bool(layers),
             embedded=tower is not None,
             taps=options.taps,
@@ -123,20 +130,24 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
         )
     }
     if layers:
-        models[MTP_FILE] = mtp_graph(config.text, weights, operators, layers=layers, accuracy_level=level)
+        models[MTP_FILE] = mtp_graph(
+            config.text, weights, operators, layers=layers, accuracy_level=level, cache=precision.cache
+        )
     processor = None
     if tower is not None:
         models[VISION_FILE] = vision_graph(tower, weights, operators)
         models[EMBEDDING_FILE] = embedding_graph(weights, operators, picture_tokens(config))
         processor = genai_processor(tower, checkpoint.path)
     for model in models.values():
-        refuse_newer(model.graph, options.ort_version)
+        refuse_newer(model.graph, options.ort_version, precision.ep)
         point_to(model, planned.plan.layout)
     return Task(
         plan=planned.plan,
         beside={
             **{name: ir.to_proto(model).SerializeToString(deterministic=True) for name, model in models.items()},
-            GENAI_CONFIG: _json(genai_config(config, checkpoint.path, mtp_layers=layers, vision=tower)),
+            GENAI_CONFIG: _json(
+                genai_config(config, checkpoint.path, mtp_layers=layers, vision=tower, ep=precision.ep)
+            ),
             **({} if processor is None else {GENAI_PROCESSOR: _json(processor)}),
         },
         policy=() if options.policy is None else options.policy.entries(),
@@ -155,7 +166,7 @@ def point_to(model: ir.Model, layout: Layout) -> None:
     infos = {info.name: info for info in layout.tensors}
     for name, value in model.graph.initializers.items():
         if value.const_value is None and value.dtype is not None and isinstance(value.shape, ir.Shape):
-            info = infos[name]
+            info = infos[name.partition(ALIAS)[0]]
             value.const_value = ir.ExternalTensor(
                 info.shard, info.begin, info.nbytes, value.dtype, shape=value.shape, name=name
             )

@@ -5,8 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qconvert.io.source_folder import EMBEDDING_FILE, GENAI_PROCESSOR, MODEL_FILE, MTP_FILE, VISION_FILE
+from qconvert.core.errors import SourceError
+from qconvert.io.source_folder import (
+    EMBEDDING_FILE,
+    GENAI_CONFIG,
+    GENAI_PROCESSOR,
+    MODEL_FILE,
+    MTP_FILE,
+    VISION_FILE,
+    read_whole,
+)
+from qconvert.io.strict_json import parse_object
 from qconvert.onnx_export.end_tokens import end_tokens, generation_config
+from qconvert.onnx_export.precision import CPU
 from qconvert.onnx_export.states import (
     HIDDEN_OUT,
     HIDDEN_STATES,
@@ -23,7 +34,7 @@ _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def genai_config(
-    model: ModelConfig, source: Path, *, mtp_layers: int, vision: VisionConfig | None = None
+    model: ModelConfig, source: Path, *, mtp_layers: int, vision: VisionConfig | None = None, ep: str = CPU
 ) -> dict[str, Any]:
     """The runtime's configuration of a package; sampling defaults are those of ``generation_config.json``.
 
@@ -42,7 +53,7 @@ def genai_config(
             "bos_token_id": generation.get("bos_token_id", first_eos),
             "context_length": config.max_position_embeddings,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": _providers(ep)},
                 "filename": MODEL_FILE,
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
@@ -72,8 +83,8 @@ def genai_config(
             "pad_token_id": generation.get("pad_token_id", first_eos),
             "type": "qwen3_5_moe" if vision else "qwen3_5_moe_text",
             "vocab_size": config.vocab_size,
-            **(_pictures(model, vision) if vision else {}),
-            **({"mtp": _prediction_head(config, mtp_layers)} if mtp_layers else {}),
+            **(_pictures(model, vision, ep) if vision else {}),
+            **({"mtp": _prediction_head(config, mtp_layers, ep)} if mtp_layers else {}),
         },
         "search": {
             "do_sample": False,
@@ -90,16 +101,43 @@ def genai_config(
     }
 
 
-def _pictures(model: ModelConfig, vision: VisionConfig) -> dict[str, Any]:
+def provider_of(folder: Path) -> str:
+    """The provider that the package in ``folder`` was exported for, as ``--ep`` names it.
+
+    Raises:
+        SourceError: its configuration is missing or damaged.
+    """
+    path = folder / GENAI_CONFIG
+    config = parse_object(read_whole(path), str(path))
+    try:
+        providers = config["model"]["decoder"]["session_options"]["provider_options"]
+        return str(next(iter(providers[0]))) if providers else CPU
+    except (KeyError, TypeError, IndexError, StopIteration):
+        raise SourceError(f"{path} is no configuration of a package: it names no provider_options") from None
+
+
+def _providers(ep: str) -> list[dict[str, Any]]:
+    """Where a graph runs; nothing said means the CPU."""
+    return [] if ep == CPU else [{ep: {}}]
+
+
+def _session(ep: str) -> dict[str, Any]:
+    """Options of a graph beside the decoder, which onnxruntime-genai runs on the CPU where there are none."""
+    return {} if ep == CPU else {"session_options": {"provider_options": _providers(ep)}}
+
+
+def _pictures(model: ModelConfig, vision: VisionConfig, ep: str) -> dict[str, Any]:
     """The graphs before the decoder, and the tokens from which the runtime makes three positions."""
     return {
         "embedding": {
             "filename": EMBEDDING_FILE,
+            **_session(ep),
             "inputs": {INPUT_IDS: INPUT_IDS, IMAGE_FEATURES: IMAGE_FEATURES},
             "outputs": {INPUTS_EMBEDS: INPUTS_EMBEDS},
         },
         "vision": {
             "filename": VISION_FILE,
+            **_session(ep),
             "config_filename": GENAI_PROCESSOR,
             "patch_size": vision.patch_size,
             "spatial_merge_size": vision.spatial_merge_size,
@@ -112,10 +150,11 @@ def _pictures(model: ModelConfig, vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _prediction_head(config: TextConfig, layers: int) -> dict[str, Any]:
+def _prediction_head(config: TextConfig, layers: int, ep: str) -> dict[str, Any]:
     return {
         "enabled": True,
         "filename": MTP_FILE,
+        **_session(ep),
         "num_hidden_layers": layers,
         "num_key_value_heads": config.num_key_value_heads,
         "head_size": config.head_dim,

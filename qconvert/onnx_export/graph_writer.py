@@ -19,6 +19,9 @@ QCONVERT = "qconvert"
 IR_VERSION = 10
 """Of the file: the lowest that blocks of four-bit codes may stand in, so that old runtimes can say what they lack."""
 
+ALIAS = "::"
+"""Between the name of stored bytes and what tells a second initializer of them from the first."""
+
 Dim = int | str
 
 
@@ -96,6 +99,8 @@ class GraphWriter:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._widened: dict[ir.Value, ir.Value] = {}
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -120,10 +125,16 @@ class GraphWriter:
         self._outputs.append(value)
 
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-        """An initializer whose bytes stand elsewhere; asking twice gives the same one."""
-        if name not in self._initializers:
-            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        return self._initializers[name]
+        """An initializer whose bytes stand elsewhere; asking twice gives the same one.
+
+        The same bytes in another type or shape are a second initializer, whose name goes on with ``ALIAS``.
+        """
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        known = self._initializers.setdefault(name, value)
+        if (known.dtype, known.shape) == (value.dtype, value.shape):
+            return known
+        value.name = f"{name}{ALIAS}{dtype.name.lower()}.{'x'.join(map(str, shape))}"
+        return self._initializers.setdefault(value.name, value)
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """A small initializer with its numbers in the graph; equal ones are one."""
@@ -177,10 +188,30 @@ class GraphWriter:
         self._domains.add(domain)
         return tuple(node.outputs)
 
+    def cast(self, value: ir.Value, before: ir.DataType, after: ir.DataType) -> ir.Value:
+        """``value``, whose type is ``before``, as ``after``; the same twice is one node.
+
+        What was widened to ``before`` and shall be what it was is not cast twice, which is exact.
+        """
+        if before is after:
+            return value
+        narrow = self._widened.get(value)
+        if narrow is not None and narrow.dtype is after:
+            return narrow
+        if (value, after) not in self._casts:
+            value.type = ir.TensorType(before)
+            made = self.op("Cast", value, to=after.value)
+            made.type = ir.TensorType(after)
+            self._casts[value, after] = made
+            if after.itemsize > before.itemsize:
+                self._widened[made] = value
+        return self._casts[value, after]
+
     @contextmanager
     def body(self, name: str) -> Iterator[Body]:
         """Nodes written inside are those of a subgraph."""
         around, self._nodes = self._nodes, []
+        casts = dict(self._casts)
         try:
             with self.scope(name):
                 path = "/".join(self._scope)
@@ -188,7 +219,7 @@ class GraphWriter:
                 yield body
                 body.graph = ir.Graph(body._inputs, body._outputs, nodes=self._nodes, name=name)
         finally:
-            self._nodes = around
+            self._nodes, self._casts = around, casts  # what a subgraph has made is not seen from outside
 
     def call(self, function: Function, *inputs: ir.Value, **attributes: Attribute) -> tuple[ir.Value, ...]:
         """Write a node of a function, and the function where it is not there yet."""

@@ -11,21 +11,27 @@ from qconvert.core.role import Kind, Section
 from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.operator_set import OperatorSet
 from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, LOGITS, State, attention_states
-from qconvert.onnx_export.text_graph import head_of, place
+from qconvert.onnx_export.text_graph import head_of, inputs_of, place
 from qconvert.onnx_export.weight import Weights
 from reference_model.config import TextConfig
 
 
 def mtp_graph(
-    config: TextConfig, weights: Weights, operators: OperatorSet, *, layers: int, accuracy_level: int
+    config: TextConfig,
+    weights: Weights,
+    operators: OperatorSet,
+    *,
+    layers: int,
+    accuracy_level: int,
+    cache: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Model:
     """Drafts one token further than the decoder; embedding and head are the decoder's.
 
     ``norm(layers(fc [pre_fc_norm_embedding(e) ; pre_fc_norm_hidden(h)]))``, see ``reference_model.mtp``. Inputs:
     ``input_ids`` int64 [B, S], the tokens after those that ``hidden_states`` [B, S, D] are of; ``attention_mask`` int64
-    [B, A] and ``position_ids`` int64 [3, B, S] of the latter; ``past_key_values.{i}.key`` and ``.value``. Outputs:
-    ``logits`` [B, S, V], ``hidden_states_out`` [B, S, D] to draft on from, and ``present.{i}...``. Source: the contract
-    of onnxruntime-genai 0.18.
+    [B, A] and ``position_ids`` int64 [3, B, S] of the latter; ``past_key_values.{i}.key`` and ``.value`` of the type
+    ``cache``. Outputs: ``logits`` [B, S, V], ``hidden_states_out`` [B, S, D] to draft on from, and ``present.{i}...``.
+    Source: the contract of onnxruntime-genai 0.18.
     """
     graph = GraphWriter("prediction_head", opset=operators.opset)
     integer, real_number = ir.DataType.INT64, ir.DataType.FLOAT
@@ -35,7 +41,7 @@ def mtp_graph(
     positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
     own = replace(weights, section=Section.MTP)
     decoder = place(graph, operators, config, own, ids, mask, positions, accuracy_level=accuracy_level)
-    embedded = graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), ids, axis=0)
+    embedded = operators.look_up(graph, weights(Kind.EMBEDDING), ids)
     both = graph.op(
         "Concat", decoder.norm(embedded, Kind.MTP_EMBEDDING_NORM), decoder.norm(hidden, Kind.MTP_HIDDEN_NORM), axis=-1
     )
@@ -44,7 +50,7 @@ def mtp_graph(
     for layer in range(layers):
         with graph.scope(f"layers.{layer}"):
             states = attention_states(config, layer)
-            past = [graph.input(state.past, real_number, state.shape("past")) for state in states]
+            past = inputs_of(graph, states, [cache] * len(states))
             mixed, *after = decoder.attention(decoder.norm(x, Kind.INPUT_NORM, layer), layer, past[0], past[1])
             x = graph.op("Add", x, mixed)
             made, _ = decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer)
@@ -55,5 +61,5 @@ def mtp_graph(
     graph.output(logits, LOGITS, real_number, ("batch", "sequence", config.vocab_size))
     graph.output(normal, HIDDEN_OUT, real_number, ("batch", "sequence", config.hidden_size))
     for value, state in present:
-        graph.output(value, state.present, real_number, state.shape("total"))
+        graph.output(graph.cast(value, real_number, cache), state.present, cache, state.shape("total"))
     return graph.model(__version__)

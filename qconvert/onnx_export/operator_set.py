@@ -22,6 +22,7 @@ class OperatorSet(Protocol):
     Attributes:
         name: as in ``--ops``.
         opset: version of the standard operators.
+        unseen: see below.
     """
 
     @property
@@ -31,6 +32,16 @@ class OperatorSet(Protocol):
     @property
     def opset(self) -> int:
         """Version of the standard's operators that it is written in."""
+
+    @property
+    def unseen(self) -> float:
+        """What is added to scores of keys that are not seen: far below any score, and finite.
+
+        Where a padding token sees no key at all, infinities would make NaN of it.
+        """
+
+    def look_up(self, graph: GraphWriter, table: Weight, ids: ir.Value) -> ir.Value:
+        """Rows of a table [V, D], dense or in integer codes: ids int64 [B, S]; [B, S, D]."""
 
     def linear(self, graph: GraphWriter, x: ir.Value, weight: Weight, accuracy_level: int) -> ir.Value:
         """``x weight^T``: x [B, S, K], weight [N, K] dense or in integer codes; [B, S, N]."""

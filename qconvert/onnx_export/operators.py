@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qconvert.core.errors import PlanError, UsageError
 from qconvert.onnx_export.graph_writer import MICROSOFT
+from qconvert.onnx_export.precision import CPU, CUDA
 
 Version = tuple[int, int]
 
@@ -29,6 +30,7 @@ SINCE: Mapping[tuple[str, str], Version] = {
     (MICROSOFT, "FusedMatMul"): OLDEST,
     (MICROSOFT, "GatedAdd"): (1, 29),
     (MICROSOFT, "GatedRMSNorm"): (1, 29),
+    (MICROSOFT, "GatherBlockQuantized"): OLDEST,
     (MICROSOFT, "LinearAttention"): OLDEST,
     (MICROSOFT, "LinearAttentionGate"): (1, 29),
     (MICROSOFT, "MatMulNBits"): OLDEST,
@@ -41,8 +43,37 @@ SINCE: Mapping[tuple[str, str], Version] = {
 ATTRIBUTES_SINCE: Mapping[tuple[str, str, str], Version] = {
     (MICROSOFT, "GatedRMSNorm", "activation"): (1, 31),
     (MICROSOFT, "QMoE", "accuracy_level"): (1, 31),
+    (MICROSOFT, "QMoE", "weights_prepacked"): (1, 28),
 }
 """Attributes that came after their operators."""
+
+
+_BOTH = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_ALL = (ir.DataType.FLOAT, *_BOTH)
+
+CUDA_SINCE: Mapping[tuple[str, str], Mapping[ir.DataType, Version]] = {
+    ("", "Attention"): {**dict.fromkeys(_ALL, (1, 26))},
+    (MICROSOFT, "CausalConvWithState"): {
+        **dict.fromkeys((ir.DataType.FLOAT, ir.DataType.FLOAT16), OLDEST), ir.DataType.BFLOAT16: (1, 30)
+    },
+    (MICROSOFT, "FusedMatMul"): dict.fromkeys((ir.DataType.FLOAT, ir.DataType.FLOAT16), OLDEST),
+    (MICROSOFT, "GatedAdd"): dict.fromkeys(_ALL, (1, 29)),
+    (MICROSOFT, "GatedRMSNorm"): dict.fromkeys(_ALL, (1, 29)),
+    (MICROSOFT, "GatherBlockQuantized"): dict.fromkeys(_ALL, OLDEST),
+    (MICROSOFT, "LinearAttention"): {
+        **dict.fromkeys((ir.DataType.FLOAT, ir.DataType.FLOAT16), OLDEST), ir.DataType.BFLOAT16: (1, 30)
+    },
+    (MICROSOFT, "LinearAttentionGate"): dict.fromkeys(_ALL, (1, 29)),
+    (MICROSOFT, "MatMulNBits"): dict.fromkeys(_ALL, OLDEST),
+    (MICROSOFT, "MoE"): dict.fromkeys(_ALL, OLDEST),
+    (MICROSOFT, "MultiHeadAttention"): dict.fromkeys(_ALL, OLDEST),
+    (MICROSOFT, "QMoE"): dict.fromkeys(_BOTH, OLDEST),
+}  # fmt: skip
+"""Kernels of the CUDA provider by the narrowest type of their inputs, for all of ONNX Runtime's own operators.
+
+Read, not run: the classes of kernels that ``libonnxruntime_providers_cuda.so`` names in the wheels of onnxruntime-gpu
+1.25.1 to 1.31.1. Attention counts from the version that takes masks and several query heads a key head.
+"""
 
 
 OPSETS_SINCE: Mapping[int, Version] = {27: (1, 32)}
@@ -64,9 +95,12 @@ def version_named(text: str) -> Version:
     return version
 
 
-def refuse_newer(graph: ir.Graph, version: Version) -> None:
-    """Raise ``PlanError`` with every operator and attribute of ``graph`` that ONNX Runtime ``version`` lacks."""
-    lacking = sorted(newer_than(graph, version))
+def refuse_newer(graph: ir.Graph, version: Version, ep: str = CPU) -> None:
+    """Raise ``PlanError`` with every operator and attribute of ``graph`` that ONNX Runtime ``version`` lacks.
+
+    For the CUDA provider also with every kernel that is missing for the type that a node is given.
+    """
+    lacking = sorted(newer_than(graph, version) | (cuda_lacks(graph, version) if ep == CUDA else set()))
     if lacking:
         raise PlanError(
             f"ONNX Runtime {_text(version)} does not run this package, it lacks {', '.join(lacking)}: "
@@ -98,6 +132,22 @@ def newer_than(graph: ir.Graph, version: Version) -> set[str]:
             later = ATTRIBUTES_SINCE.get((node.domain, node.op_type, attribute), OLDEST)
             if later > version:
                 found.add(f"{name}'s {attribute} (since {_text(later)})")
+    return found
+
+
+def cuda_lacks(graph: ir.Graph, version: Version) -> set[str]:
+    """Kernels of ``CUDA_SINCE`` that came after ``version`` or never, with the version that has them."""
+    found = set()
+    for node in graph.all_nodes():
+        kernels = CUDA_SINCE.get((node.domain, node.op_type))
+        if kernels is None and node.domain != MICROSOFT:
+            continue
+        given = {value.dtype for value in node.inputs if value is not None}
+        kind = next((one for one in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) if one in given), ir.DataType.FLOAT)
+        since = (kernels or {}).get(kind)
+        if since is None or since > version:
+            told = "none so far" if since is None else f"since {_text(since)}"
+            found.add(f"the CUDA kernel of {node.domain or 'ai.onnx'}.{node.op_type} for {kind.name.lower()} ({told})")
     return found
 
 

@@ -12,10 +12,6 @@ import onnx_ir as ir
 
 from qconvert.onnx_export.graph_writer import GraphWriter
 
-UNSEEN = -1e30
-"""Added to scores of keys that are not seen. Not infinite: where a padding token sees no key at all, infinities would
-make NaN of it."""
-
 
 def new_tokens(graph: GraphWriter, tokens: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """How many tokens are new (S) and came before (P), int64 [1] both, and which new ones are real int64 [B, S].
@@ -28,15 +24,15 @@ def new_tokens(graph: GraphWriter, tokens: ir.Value, mask: ir.Value) -> tuple[ir
     return count, before, real
 
 
-def attention_bias(graph: GraphWriter, mask: ir.Value, count: ir.Value, before: ir.Value) -> ir.Value:
-    """0 where a real key is not later than the query, ``UNSEEN`` elsewhere: [B, 1, S, A]."""
+def attention_bias(graph: GraphWriter, mask: ir.Value, count: ir.Value, before: ir.Value, unseen: float) -> ir.Value:
+    """0 where a real key is not later than the query, ``unseen`` elsewhere: [B, 1, S, A]."""
     zero, one = graph.integer(0), graph.integer(1)
     first = graph.op("Squeeze", before)
     total = graph.op("Add", first, graph.op("Squeeze", count))
     queries = graph.op("Unsqueeze", graph.op("Range", first, total, one), graph.integers(1))
     earlier = graph.op("LessOrEqual", graph.op("Range", zero, total, one), queries)
     real = graph.op("Unsqueeze", graph.op("Cast", mask, to=ir.DataType.BOOL.value), graph.integers(1, 2))
-    return graph.op("Where", graph.op("And", real, earlier), graph.float(0.0), graph.float(UNSEEN))
+    return graph.op("Where", graph.op("And", real, earlier), graph.float(0.0), graph.float(unseen))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,59 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import xxhash
 
-from qconvert.arch.names import Naming, module_of, name_of
-from qconvert.arch.shapes import STACKED, is_linear_weight
-from qconvert.core.dtypes import DType
-from qconvert.core.errors import FormatError, PlanError, UsageError
-from qconvert.core.plan import Cast, Formula, Plan, Quantize, Reencode, Step
+from qconvert.arch.names import Naming, name_of
+from qconvert.arch.shapes import STACKED
+from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.plan import Cast, Plan, Quantize, Reencode, Step
 from qconvert.core.role import Kind, Section, TensorRole
-from qconvert.core.scheme import Channel, Group, Int, Scheme
-from qconvert.formats.matmul_nbits import MatMulNBits
+from qconvert.core.scheme import INT8, Scheme, int4
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.onnx_export.operator_sets import operator_set
+from qconvert.onnx_export.actions import NBITS, Wishes, action_for
+from qconvert.onnx_export.operator_sets import operators_for
 from qconvert.onnx_export.operators import DEFAULT, Version, version_named
 from qconvert.onnx_export.pictures import check_picture_tokens, unused_processors
+from qconvert.onnx_export.precision import CPU, DEFAULTS, Precision, precision_named
 from qconvert.onnx_export.sources import SourceMatrix, matrices_of
 from qconvert.onnx_export.weight import Weight
-from qconvert.plan.decided import refuse_by_nature
 from qconvert.plan.folding import folded_config
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES, OutputTensor, lay_out
 from qconvert.plan.policy import Policy
 from qconvert.plan.source import PlannedSource, look_at
 from reference_model.config import TextConfig
 
-NBITS = MatMulNBits()
-
-OFFSET_NORMS = frozenset(
-    {
-        Kind.NORM,
-        Kind.INPUT_NORM,
-        Kind.POST_ATTENTION_NORM,
-        Kind.ATTENTION_QUERY_NORM,
-        Kind.ATTENTION_KEY_NORM,
-        Kind.MTP_EMBEDDING_NORM,
-        Kind.MTP_HIDDEN_NORM,
-    }
-)
-"""Norms whose weights are stored as offsets from 1."""
-
 CONTRIB = "contrib"
 """The operators of ONNX Runtime's own."""
 
+EMBEDDINGS: Mapping[str, Scheme] = MappingProxyType({"int4": int4(32), "int8": INT8})
+"""Schemes for an embedding. Small groups cost nothing where rows are looked up and not multiplied."""
+
 ACCURACY_LEVELS = (0, 4)
 """Those of MatMulNBits that differ on a CPU."""
-
-STORED_ALIKE = (
-    "; a shared expert that is folded must be stored like the routed ones: `qconvert quantize --preset fusable`"
-)
-DECIDED_ALIKE = "; a shared expert that is folded must be decided like the routed ones: --preset fusable"
-
-GROUPS = (128, 64, 32, 16)
-"""Blocks that a row with one scale is cut into, for operators that know no such rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +58,10 @@ class PackageOptions:
         vision: export the vision tower where the checkpoint has one.
         taps: have the decoder give what happens in each layer, see ``states.TAPS``.
         last_logits: score the last token of a prompt alone, which is what generation asks for.
+        ep: execution provider that shall run it, as ``--ep`` names it.
+        dtype: of what is not in codes, as ``--dtype`` names it; ``None`` for what the provider does best.
+        embedding: a name of ``EMBEDDINGS``: what the embedding is rounded to where it is not quantized in the source.
+        allow_scale_rounding: round scales of the source that the type does not hold, instead of refusing them.
     """
 
     policy: Policy | None = None
@@ -91,13 +75,35 @@ class PackageOptions:
     vision: bool = True
     taps: bool = False
     last_logits: bool = False
+    ep: str = CPU
+    dtype: str | None = None
+    embedding: str | None = None
+    allow_scale_rounding: bool = False
 
     def __post_init__(self) -> None:
-        operator_set(self.ops)
+        operators_for(self.ops, self.precision)
+        if self.embedding is not None and self.embedding not in EMBEDDINGS:
+            raise UsageError(f"an embedding cannot be rounded to {self.embedding!r}; expected {', '.join(EMBEDDINGS)}")
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise UsageError(f"accuracy level {self.accuracy_level} is unknown; expected 0 or 4")
         if self.shard_bytes <= 0:
             raise UsageError(f"weight files of {self.shard_bytes} bytes hold nothing")
+
+    @property
+    def precision(self) -> Precision:
+        """In which types it stores and computes."""
+        return precision_named(self.ep, self.dtype)
+
+    @property
+    def wishes(self) -> Wishes:
+        """What concerns single weights."""
+        return Wishes(
+            policy=self.policy,
+            embedding=None if self.embedding is None else EMBEDDINGS[self.embedding],
+            dequantize=self.dequantize,
+            allow_scale_rounding=self.allow_scale_rounding,
+            precision=self.precision,
+        )
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -114,6 +120,10 @@ class PackageOptions:
             "vision": self.vision,
             "taps": self.taps,
             "last_logits": self.last_logits,
+            "ep": self.ep,
+            "dtype": self.dtype or DEFAULTS[self.ep],
+            "embedding": self.embedding or "",
+            "allow_scale_rounding": self.allow_scale_rounding,
         }
 
     @classmethod
@@ -126,7 +136,8 @@ class PackageOptions:
         expected = {name: type(value) for name, value in cls().entry.items()}
         if {name: type(value) for name, value in entry.items()} != expected:
             raise UsageError(f"package is {dict(entry)}, expected {', '.join(expected)}")
-        return cls(policy=policy, **{**entry, "ort_version": version_named(entry["ort_version"])})
+        told = {"ort_version": version_named(entry["ort_version"]), "embedding": entry["embedding"] or None}
+        return cls(policy=policy, **{**entry, **told})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +253,7 @@ def _decide(role: TensorRole, group: list[list[SourceMatrix]], options: PackageO
     name = name_of(role, Naming.TEXT)
     shape = (first.shape[0] * len(group[0]), *first.shape[1:])
     matrices = [one for halves in group for one in halves]
-    action = _action(role, name, matrices, options)
+    action = action_for(role, name, matrices, options.wishes)
     for one in matrices:
         one.check_cut(action.scheme if isinstance(action, Quantize | Reencode) else one.scheme, text)
     stack = tuple(tuple(one.matrix for one in halves) for halves in group) if stacked else ()
@@ -250,14 +261,16 @@ def _decide(role: TensorRole, group: list[list[SourceMatrix]], options: PackageO
     leading = (len(group),) if stacked else ()
     if isinstance(action, Cast):
         outputs: tuple[OutputTensor, ...] = (OutputTensor(name=name, dtype=action.dtype, shape=(*leading, *shape)),)
-        weight = Weight(name=name, shape=(*leading, *shape))
+        weight = Weight(name=name, shape=(*leading, *shape), dtype=action.dtype)
     else:
         matrix = (shape[0], shape[1])
         outputs = tuple(
             OutputTensor(name=f"{action.module}.{part.suffix}", dtype=part.dtype, shape=(*leading, *part.shape))
             for part in NBITS.parts(action.scheme, matrix)
         )
-        weight = Weight(name=action.module, shape=(*leading, *shape), scheme=action.scheme)
+        weight = Weight(
+            name=action.module, shape=(*leading, *shape), scheme=action.scheme, dtype=action.scheme.scale.dtype
+        )
     step = Step(
         inputs=inputs,
         role=role,
@@ -268,97 +281,3 @@ def _decide(role: TensorRole, group: list[list[SourceMatrix]], options: PackageO
         stack=stack,
     )
     return _Decided(step=step, weight=weight, outputs=outputs)
-
-
-def _action(
-    role: TensorRole, name: str, matrices: list[SourceMatrix], options: PackageOptions
-) -> Cast | Quantize | Reencode:
-    """What becomes of matrices that one operator reads.
-
-    Raises:
-        PlanError: they differ, or are quantized as no operator reads them.
-    """
-    if not is_linear_weight(role):
-        if options.policy is not None:
-            refuse_by_nature(options.policy.decide(role), role, name)
-        formula = Formula.SAME
-        if role.kind in OFFSET_NORMS:
-            formula = Formula.ONE_PLUS
-        elif role.kind is Kind.LINEAR_A_LOG:
-            formula = Formula.MINUS_EXP
-        return Cast(reason="no matrix with codes", name=name, dtype=DType.F32, formula=formula)
-    folded = any(one.share is not None for one in matrices)
-    stored = _one_of(
-        {one.scheme for one in matrices},
-        name,
-        "are quantized in different ways in the source",
-        STORED_ALIKE if folded else "",
-    )
-    if role.section is Section.VISION:
-        if stored is not None and not options.dequantize:
-            raise PlanError(
-                f"{name} is {stored} in the source, and the vision tower of a package is in float32: --dequantize "
-                "stores it so, --no-vision leaves the tower out"
-            )
-        return Cast(reason="the vision tower stays in full precision", name=name, dtype=DType.F32)
-    if stored is not None:
-        try:
-            scheme = held_scheme(stored, matrices[0].shape[-1], stacked=role.kind in STACKED)
-        except FormatError as reason:
-            if not options.dequantize:
-                raise PlanError(
-                    f"{name} is {stored} in the source, which no operator of ONNX Runtime's CPU provider reads: "
-                    f"{reason}. --dequantize stores it in float32"
-                ) from None
-            return Cast(reason=f"{stored} in the source, which no operator reads", name=name, dtype=DType.F32)
-        rounded = stored.activation.kind != "none"
-        why = "codes of the source" + ("; its rounding of activations is the operator's" if rounded else "")
-        return Reencode(reason=why, module=module_of(name), scheme=scheme, format=NBITS.name)
-    if options.policy is None:
-        return Cast(reason="not quantized in the source", name=name, dtype=DType.F32)
-    rules = [options.policy.decide(one.role) for one in matrices]
-    _one_of(
-        {(rule.scheme, rule.search) for rule in rules},
-        name,
-        "are decided in different ways",
-        DECIDED_ALIKE if folded else "",
-    )
-    rule = rules[0]
-    if rule.scheme is None:
-        return Cast(reason=rule.reason, name=name, dtype=DType.F32)
-    try:
-        scheme = held_scheme(rule.scheme, matrices[0].shape[-1], stacked=role.kind in STACKED)
-        for shape in {(one.rows_and_cols[0], one.rounded_cols) for one in matrices}:
-            NBITS.check(scheme, shape)
-    except FormatError as reason:
-        raise FormatError(f"{name} cannot be stored as {rule.scheme}: {reason}; keep it, or choose another") from None
-    return Quantize(reason=rule.reason, module=module_of(name), scheme=scheme, format=NBITS.name, search=rule.search)
-
-
-def _one_of(found: set[Any], name: str, problem: str, remedy: str) -> Any:
-    if len(found) > 1:
-        kinds = ", ".join(sorted(str(one[0] if isinstance(one, tuple) else one) for one in found))
-        raise PlanError(f"the matrices of {name} {problem}: {kinds}; one operator reads them all in one way{remedy}")
-    return next(iter(found))
-
-
-def held_scheme(scheme: Scheme, cols: int, *, stacked: bool) -> Scheme:
-    """``scheme`` as the operators hold it: float32 scales, and of single matrices none for a whole row.
-
-    A row's one scale is repeated for each of its blocks, which changes no number.
-
-    Raises:
-        FormatError: no operator holds these codes.
-    """
-    held = replace(scheme.weight_only(), scale=replace(scheme.scale, dtype=DType.F32, exact_in=None))
-    if (
-        isinstance(scheme.grid, Int)
-        and isinstance(scheme.blocking, Channel)
-        and not (stacked and scheme.grid.bits == 8)
-    ):
-        sizes = [size for size in GROUPS if not cols % size]
-        if not sizes:
-            raise FormatError(f"no block of 16 or more inputs divides {cols} columns")
-        held = replace(held, blocking=Group(size=sizes[0]))
-    NBITS.check_scheme(held)
-    return held

@@ -11,6 +11,8 @@ from qconvert.core.errors import SourceError, UsageError
 from qconvert.io.source_folder import CONFIG_FILE, MODEL_FILE, MTP_FILE, VISION_FILE
 from qconvert.onnx_export.embedder import Embedder, Pictures
 from qconvert.onnx_export.end_tokens import end_tokens, generation_config
+from qconvert.onnx_export.genai_config import provider_of
+from qconvert.onnx_export.precision import CPU
 from qconvert.onnx_export.session import Floats, Integers, PackageCache, Session
 from qconvert.onnx_export.states import HIDDEN_OUT, HIDDEN_STATES, INPUTS_EMBEDS, LOGITS
 from reference_model.config import ModelConfig
@@ -51,7 +53,7 @@ class Package:
         """Load the decoder and its weights; ``threads`` 0 leaves their number to ONNX Runtime.
 
         Raises:
-            SourceError: no package, or ONNX Runtime refuses it.
+            SourceError: no package, one for a GPU, or ONNX Runtime refuses it.
         """
         try:
             self.config = ModelConfig.from_file(folder / CONFIG_FILE)
@@ -59,6 +61,11 @@ class Package:
             raise SourceError(str(error)) from error
         if not (folder / MODEL_FILE).is_file():
             raise SourceError(f"{folder}: no {MODEL_FILE}, so no package; `qconvert export-onnx` makes one")
+        if (provider := provider_of(folder)) != CPU:
+            raise SourceError(
+                f"{folder} was exported for the provider {provider}: onnxruntime-genai runs it on such a machine; a "
+                "package that runs here is exported with --ep cpu"
+            )
         self.folder, self._threads = folder, threads
         self.end_tokens = end_tokens(self.config.text, generation_config(folder))
         self._decoder = self._session(MODEL_FILE)

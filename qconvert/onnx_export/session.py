@@ -37,6 +37,14 @@ _REFUSALS = (
 """What ONNX Runtime raises for a graph; they have no class of their own in common."""
 
 
+_NUMPY: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+}
+"""Types of inputs that numpy knows."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackageCache:
     """What the tokens so far have left behind. Never written to: a call makes a new one.
@@ -107,6 +115,7 @@ class Session:
         self._empty = {name: [0 if isinstance(n, str) else n for n in dims[1:]] for name, dims in inputs.items()}
         self.embedded = INPUTS_EMBEDS in inputs
         self._width = inputs[INPUTS_EMBEDS][-1] if self.embedded else 0
+        self._types = {given.name: _NUMPY[given.type] for given in self._session.get_inputs()}
         self._past = tuple(name for name in inputs if name.startswith(PAST))
         present = {present_of(name) for name in self._past}
         self.outputs = tuple(out.name for out in self._session.get_outputs() if out.name not in present)
@@ -144,7 +153,7 @@ class Session:
             feeds[INPUT_IDS] = input_ids
         for name in self._past:
             empty = (batch, *self._empty[name])
-            feeds[name] = np.zeros(empty, np.float32) if cache is None else cache.states[present_of(name)]
+            feeds[name] = np.zeros(empty, self._types[name]) if cache is None else cache.states[present_of(name)]
         states = [present_of(name) for name in self._past]
         found = self._session.run([*self.outputs, *states], feeds)
         largest = np.where(real.astype(bool), position_ids, -1).max(axis=(0, 2))

@@ -21,14 +21,20 @@ class Standard:
 
     name: str = "standard"
     opset: int = 27
+    unseen: float = -1e30
+
+    def look_up(self, graph: GraphWriter, table: Weight, ids: ir.Value) -> ir.Value:
+        """See ``OperatorSet``."""
+        if table.scheme is None:
+            found = graph.op("Gather", table.stored(graph), ids, axis=0)
+            return graph.cast(found, table.type, ir.DataType.FLOAT)
+        flat = dequantize.rows_of(graph, table, graph.op("Reshape", ids, graph.integers(-1)))
+        shape = graph.op("Concat", graph.op("Shape", ids), graph.integers(-1), axis=0)
+        return graph.op("Reshape", flat, shape)
 
     def linear(self, graph: GraphWriter, x: ir.Value, weight: Weight, accuracy_level: int) -> ir.Value:
         """See ``OperatorSet``. Gemm, because it takes the matrix as it is stored: MatMul would have it transposed."""
-        rows, cols = weight.shape
-        flat = graph.op("Reshape", x, graph.integers(-1, cols))
-        product = graph.op("Gemm", flat, dequantize.matrix(graph, weight), transB=1)
-        shape = graph.op("Concat", graph.op("Shape", x, start=0, end=2), graph.integers(rows), axis=0)
-        return graph.op("Reshape", product, shape)
+        return gemm(graph, x, dequantize.matrix(graph, weight), weight.shape)
 
     def rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """See ``OperatorSet``."""
@@ -120,6 +126,15 @@ class Standard:
     def gated_add(self, graph: GraphWriter, x: ir.Value, y: ir.Value, gate: ir.Value) -> ir.Value:
         """See ``OperatorSet``."""
         return graph.op("Add", x, graph.op("Mul", y, gate))
+
+
+def gemm(graph: GraphWriter, x: ir.Value, matrix: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """``x matrix^T``: x [B, S, K], matrix of ``shape`` [N, K]; [B, S, N]."""
+    rows, cols = shape
+    flat = graph.op("Reshape", x, graph.integers(-1, cols))
+    product = graph.op("Gemm", flat, matrix, transB=1)
+    after = graph.op("Concat", graph.op("Shape", x, start=0, end=2), graph.integers(rows), axis=0)
+    return graph.op("Reshape", product, after)
 
 
 def silu(graph: GraphWriter, x: ir.Value) -> ir.Value:

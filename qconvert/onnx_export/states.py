@@ -53,6 +53,11 @@ class State:
     present: str
     dims: tuple[int | str, ...]
 
+    @property
+    def grows(self) -> bool:
+        """Whether it holds something of every token: keys or values."""
+        return GROWS in self.dims
+
     def shape(self, tokens: str) -> tuple[int | str, ...]:
         """Of the whole tensor, with names for what varies: ``tokens`` for how many there are."""
         return ("batch", *(tokens if dim == GROWS else dim for dim in self.dims))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from qconvert import __version__
@@ -47,13 +49,19 @@ def place(
             config,
             weights,
             real=placing.spread_real(graph, real),
-            bias=placing.attention_bias(graph, mask, count, before),
+            bias=placing.attention_bias(graph, mask, count, before, operators.unseen),
             packing=placing.packing(graph, real, count, config.linear_conv_kernel_dim),
             rotation=placing.rotation(
                 graph, positions, frequencies.numpy(), factor, axis_of_planes(config.rope.mrope_section).numpy()
             ),
             accuracy_level=accuracy_level,
         )
+
+
+def inputs_of(graph: GraphWriter, states: Sequence[State], kinds: Sequence[ir.DataType]) -> list[ir.Value]:
+    """States that a call is given, stored in ``kinds``, as float32."""
+    given = [graph.input(state.past, kind, state.shape("past")) for state, kind in zip(states, kinds, strict=True)]
+    return [graph.cast(value, kind, ir.DataType.FLOAT) for value, kind in zip(given, kinds, strict=True)]
 
 
 def head_of(config: TextConfig, weights: Weights) -> Weight:
@@ -67,6 +75,7 @@ def text_graph(
     operators: OperatorSet,
     *,
     accuracy_level: int,
+    cache: ir.DataType = ir.DataType.FLOAT,
     hidden: bool = False,
     embedded: bool = False,
     taps: bool = False,
@@ -77,7 +86,8 @@ def text_graph(
     Inputs: ``input_ids`` int64 [B, S], or with ``embedded`` ``inputs_embeds`` [B, S, D]; ``attention_mask`` int64
     [B, A], zero at padding, which may be anywhere; ``position_ids`` int64 [3, B, S]; for every attention layer
     ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K], for every other ``past.{i}.conv`` [B, C, W - 1] and
-    ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first. Outputs: ``logits`` [B, S, V], or with
+    ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first. Keys and values are of the type ``cache``, all else
+    float32. Outputs: ``logits`` [B, S, V], or with
     ``last_logits`` [B, 1, V] of each row's last real token, with ``hidden`` also
     ``hidden_states`` [B, S, D], from which a prediction head drafts, all states as ``present...``, and with
     ``taps`` those ``TAPS`` of each layer. Source: the contract of onnxruntime-genai 0.18.
@@ -91,28 +101,29 @@ def text_graph(
     mask = graph.input("attention_mask", integer, ("batch", "total"))
     positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
     decoder = place(graph, operators, config, weights, tokens, mask, positions, accuracy_level=accuracy_level)
-    x = tokens if embedded else graph.op("Gather", weights(Kind.EMBEDDING).dense(graph), tokens, axis=0)
-    present: list[tuple[ir.Value, State]] = []
+    x = tokens if embedded else operators.look_up(graph, weights(Kind.EMBEDDING), tokens)
+    present: list[tuple[ir.Value, State, ir.DataType]] = []
     tapped: list[tuple[str, ir.Value]] = []
     for layer, kind in enumerate(config.layer_types):
         with graph.scope(f"layers.{layer}"):
             states = layer_states(config, layer)
-            past = [graph.input(state.past, real_number, state.shape("past")) for state in states]
+            kinds = [cache if state.grows else real_number for state in states]
+            past = inputs_of(graph, states, kinds)
             mix = decoder.attention if kind == "full_attention" else decoder.linear_attention
             mixed, *after = mix(decoder.norm(x, Kind.INPUT_NORM, layer), layer, past[0], past[1])
             x = graph.op("Add", x, mixed)
             made, router = decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer)
             x = graph.op("Add", x, made)
             tapped += [(tap_name(layer, tap), value) for tap, value in zip(TAPS, (mixed, made, router, x), strict=True)]
-            present += zip(after, states, strict=True)
+            present += zip(after, states, kinds, strict=True)
     normal = decoder.norm(x, Kind.NORM)
     scored = placing.last_real(graph, normal, decoder.real) if last_logits else normal
     logits = operators.linear(graph, scored, head_of(config, weights), accuracy_level)
     if hidden:
         graph.output(normal, HIDDEN_STATES, real_number, ("batch", "sequence", config.hidden_size))
     graph.output(logits, LOGITS, real_number, ("batch", 1 if last_logits else "sequence", config.vocab_size))
-    for value, state in present:
-        graph.output(value, state.present, real_number, state.shape("total"))
+    for value, state, stored in present:
+        graph.output(graph.cast(value, real_number, stored), state.present, stored, state.shape("total"))
     for name, value in tapped if taps else ():
         width = config.num_experts if name.endswith(ROUTER) else config.hidden_size
         graph.output(value, name, real_number, ("batch", "sequence", width))

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qconvert.core.dtypes import DType
 from qconvert.core.role import Kind, Part, Section, TensorRole
 from qconvert.core.scheme import Group, Scheme
 from qconvert.formats.matmul_nbits import CODES, SCALES, ZERO_POINTS
 from qconvert.onnx_export.graph_writer import GraphWriter
+from qconvert.onnx_export.precision import IR_TYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +22,14 @@ class Weight:
     Attributes:
         name: of its initializer, or what the names of its parts begin with.
         shape: what it means, not how it is stored.
-        scheme: of integer codes; ``None`` for dense float32.
+        scheme: of integer codes; ``None`` for dense numbers.
+        dtype: in which dense numbers, or the scales of codes, are stored.
     """
 
     name: str
     shape: tuple[int, ...]
     scheme: Scheme | None = None
+    dtype: DType = DType.F32
 
     @property
     def block_size(self) -> int:
@@ -42,9 +46,18 @@ class Weight:
         """Of a code."""
         return self.scheme.weight_bits if self.scheme else 32
 
+    @property
+    def type(self) -> ir.DataType:
+        """What ONNX calls ``dtype``."""
+        return IR_TYPES[self.dtype]
+
+    def stored(self, graph: GraphWriter) -> ir.Value:
+        """The initializer of dense numbers."""
+        return graph.weight(self.name, self.type, self.shape)
+
     def dense(self, graph: GraphWriter) -> ir.Value:
-        """The float32 initializer."""
-        return graph.weight(self.name, ir.DataType.FLOAT, self.shape)
+        """Dense numbers as float32, which a runtime computes from others when it loads the graph."""
+        return graph.cast(self.stored(graph), self.type, ir.DataType.FLOAT)
 
     def codes(self, graph: GraphWriter, shape: tuple[int, ...]) -> ir.Value:
         """Packed codes in the shape that the operator asks for."""
@@ -57,7 +70,7 @@ class Weight:
     def scales(self, graph: GraphWriter) -> ir.Value:
         """[..., N, G], or [..., N] where a row has one."""
         groups = (self.groups,) if self.block_size else ()
-        return graph.weight(f"{self.name}.{SCALES}", ir.DataType.FLOAT, (*self.shape[:-1], *groups))
+        return graph.weight(f"{self.name}.{SCALES}", self.type, (*self.shape[:-1], *groups))
 
     def zero_points(self, graph: GraphWriter) -> ir.Value | None:
         """Packed along the groups of a row [..., N, ceil(G bits / 8)]; ``None`` where all are the middle."""

@@ -58,13 +58,21 @@ def greedy(model: CausalLM, prompt: list[int], **pictures: Pictures) -> list[int
 
 
 @pytest.mark.parametrize(
-    ("ops", "fold", "last"), [*((one.name, False, False) for one in OPERATOR_SETS), ("contrib", True, True)]
+    ("ops", "fold", "last", "dtype"),
+    [
+        *((one.name, False, False, None) for one in OPERATOR_SETS),
+        ("contrib", True, True, None),
+        ("contrib", False, False, "float16"),
+        ("contrib", False, False, "bfloat16"),
+    ],
 )
-def test_genai_generates_the_references_tokens(tmp_path: Path, ops: str, fold: bool, last: bool) -> None:
+def test_genai_generates_the_references_tokens(
+    tmp_path: Path, ops: str, fold: bool, last: bool, dtype: str | None
+) -> None:
     # with its prediction head, which genai's own packages do not load with on a CPU
     rules = preset_rules("fusable", int4(32)) if fold else ()
     convert(CHECKPOINT, tmp_path / "int4", default_policy(int4(32), search=False, rules=rules))
-    options = PackageOptions(accuracy_level=0, ops=ops, fold_shared_expert=fold, last_logits=last)
+    options = PackageOptions(accuracy_level=0, ops=ops, fold_shared_expert=fold, last_logits=last, dtype=dtype)
     export_onnx(tmp_path / "int4", tmp_path / "package", options)
     model = reference(tmp_path / "int4")
     draw = torch.Generator().manual_seed(5)
