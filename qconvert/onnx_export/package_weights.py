@@ -29,9 +29,10 @@ from qconvert.formats.matmul_nbits import CODES, SCALES, ZERO_POINTS, MatMulNBit
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.manifest import MANIFEST_FILE
 from qconvert.manifest_reader import read_manifest
+from qconvert.onnx_export.actions import OFFSET_NORMS
 from qconvert.onnx_export.graph_file import read_graph
 from qconvert.onnx_export.pictures import PROCESSORS
-from qconvert.onnx_export.plan import CONTRIB, OFFSET_NORMS
+from qconvert.onnx_export.plan import CONTRIB
 from qconvert.quantized_view import Problem, ProblemKind, QuantizedView, Stored
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.unfolded import UnfoldedWeights
