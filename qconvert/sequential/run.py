@@ -135,7 +135,7 @@ def run_calibrated(
 
     stop = threading.Event()
     weights = CheckpointWeights(source)
-    left = memory - needed_bytes(weights.config.text, jobs)
+    left = check_room(weights.config.text, jobs, memory)
     with one_thread(), ThreadPoolExecutor(jobs, thread_name_prefix="layer") as pool, SpillStore(left // 2) as store:
         _warm_up(plan)
         rounder = Rounder(source, sink, stop, count)
@@ -166,6 +166,21 @@ def needed_bytes(config: TextConfig, jobs: int) -> int:
     layer = (mixer + config.query_dim + 3 * config.shared_expert_intermediate_size) * hidden
     expert = 6 * hidden**2 + 4 * 3 * width * hidden + 2 * ROWS * (hidden + 2 * width)
     return 4 * (layer + 2 * hidden**2 + jobs * expert)
+
+
+def check_room(config: TextConfig, jobs: int, memory: int) -> int:
+    """What of ``memory`` is left for what waits.
+
+    Raises:
+        PlanError: nothing is.
+    """
+    needed = needed_bytes(config, jobs)
+    if needed > memory:
+        raise PlanError(
+            f"a layer and {jobs} experts that are rounded at once need {needed / 2**20:.0f} MiB, but only "
+            f"{memory / 2**20:.0f} MiB are left of the memory limit: raise --max-memory, or give fewer --jobs"
+        )
+    return memory - needed
 
 
 @dataclass(frozen=True, slots=True)
