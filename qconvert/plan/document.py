@@ -60,6 +60,8 @@ def _step(step: Step) -> dict[str, Any]:
         stored["format"] = action.format
     if isinstance(action, Quantize):
         stored["search"] = action.search
+        if action.method is not None:
+            stored["method"] = action.method
     return {
         "inputs": [{"tensor": part.tensor, "rows": [part.begin, part.end]} for part in step.inputs],
         "role": str(step.role),
