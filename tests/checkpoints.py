@@ -48,6 +48,22 @@ _LARGE = {
 }
 """Every matrix's inputs are a multiple of 128."""
 
+_REAL = {
+    **_LARGE,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 256,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "shared_expert_intermediate_size": 640,
+}
+"""Heads as wide as those of the published models; 128 divides every matrix but in_proj_a and in_proj_b both ways."""
+
+_MROPE = {40: [2, 2, 1], 64: [3, 3, 2], 256: [11, 11, 10]}
+"""Sections by the width of a head."""
+
 
 def tiny_config(
     *,
@@ -59,12 +75,14 @@ def tiny_config(
     experts: int = 6,
     layers: int = 3,
     shared: int | None = None,
+    real_heads: bool = False,
 ) -> dict[str, Any]:
     """The ``config.json`` of a tiny checkpoint; ``group`` 32 or 128 divides every matrix's inputs.
 
-    ``shared`` is another width of the shared expert.
+    ``shared`` is another width of the shared expert. ``real_heads`` are those of the published models, for ``group``
+    128.
     """
-    sizes = {32: _SMALL, 128: _LARGE}[group]
+    sizes = _REAL if real_heads else {32: _SMALL, 128: _LARGE}[group]
     if shared is not None:
         sizes = sizes | {"shared_expert_intermediate_size": shared}
     text: dict[str, Any] = {
@@ -80,7 +98,7 @@ def tiny_config(
             "rope_type": "default",
             "rope_theta": 10_000_000.0,
             "partial_rotary_factor": 0.25,
-            "mrope_section": [2, 2, 1] if group == 32 else [3, 3, 2],
+            "mrope_section": _MROPE[sizes["head_dim"]],
             "mrope_interleaved": True,
         },
         "rms_norm_eps": 1e-6,
@@ -266,6 +284,7 @@ def make_tiny(
     experts: int = 6,
     layers: int = 3,
     shared: int | None = None,
+    real_heads: bool = False,
 ) -> ModelConfig:
     """Write a tiny random checkpoint into the folder ``path`` and return what its ``config.json`` says.
 
@@ -273,8 +292,9 @@ def make_tiny(
     """
     vision = vision and naming == "vl"
     config = tiny_config(
-        naming=naming, mtp=mtp, vision=vision, tie=tie, group=group, experts=experts, layers=layers, shared=shared
-    )
+        naming=naming, mtp=mtp, vision=vision, tie=tie, group=group, experts=experts, layers=layers, shared=shared,
+        real_heads=real_heads,
+    )  # fmt: skip
     config["dtype"] = str(dtype).removeprefix("torch.")
     tensors = tiny_tensors(config, layout=layout, seed=seed)
     save_checkpoint(path, config, {name: tensor.to(dtype) for name, tensor in tensors.items()}, shards=shards)

@@ -174,7 +174,10 @@ def test_the_names_and_the_configuration_say_what_is_folded(originals: Path, tmp
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_quantized_fold_is_the_fold_of_the_quantized(originals: Path, tmp_path: Path, name: str) -> None:
     policy, group = POLICIES[name]
-    for shared in (128, 256) if group == 128 else WIDTHS:
+    # one that is cut and filled up, and in turn one that is filled up, one that fits, and one that is cut
+    others = [width for width in WIDTHS if width != 96]
+    turn = list(POLICIES).index(name) % len(others)
+    for shared in (128, 256) if group == 128 else (96, others[turn]):
         source, out = originals / f"{group}-{shared}", tmp_path / str(shared)
         quantized, at_once, after, back = (out / part for part in ("quantized", "at-once", "after", "back"))
         out.mkdir()

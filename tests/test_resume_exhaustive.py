@@ -159,17 +159,14 @@ FULL_DISK = """
 set -e
 mount -t tmpfs -o size=$3 tmpfs "$2"
 status=0
-"$4" -c "$5" "$1" "$2/out" || status=$?
-test ! -e "$2/out"
-mount -o remount,size=8m "$2"
-"$4" -c "$5" "$1" "$2/out"
+"$4" -c "$5" "$1" "$2" || status=$?
 cp -r "$2/out" "$6"
 test "$(ls -A "$2")" = out
 exit $status
 """
 
 CONVERT = """
-import sys
+import subprocess, sys
 from pathlib import Path
 from qconvert.cli.console import guarded
 from qconvert.convert import convert
@@ -178,10 +175,14 @@ from qconvert.io import committer, shard_writer
 from qconvert.plan.policy import default_policy
 committer.GROUP_BYTES = 1 << 14
 shard_writer.shutil.disk_usage = lambda path: type("Usage", (), {"free": 1 << 40})  # it would be said before
+source, disk = map(Path, sys.argv[1:])
 def call():
-    convert(Path(sys.argv[1]), Path(sys.argv[2]), default_policy(int4(32)), shard_bytes=200_000)
+    convert(source, disk / "out", default_policy(int4(32)), shard_bytes=200_000)
     return 0
-sys.exit(guarded(call))
+full = guarded(call)
+left = (disk / "out").exists()
+subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+sys.exit(guarded(call) or left or full)
 """
 
 

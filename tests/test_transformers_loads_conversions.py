@@ -11,17 +11,19 @@ import transformers
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qconvert.convert import convert
-from qconvert.core.scheme import Scheme, int4
-from qconvert.plan.policy import default_policy, scheme_named
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.plan.policy import Rule, default_policy, scheme_named
 from qconvert.weights.source import CheckpointWeights
+from reference_model.config import ModelConfig
 from reference_model.load import load_weights
 from reference_model.model import CausalLM
-from tests.checkpoints import Layout, make_tiny
+from tests.checkpoints import make_tiny
 from tests.conftest import Prove
 from tests.edits import quantization_of
 from tests.tolerances import tolerances
 
 DEMO = Path(__file__).parents[1] / "reference_model" / "demo"
+LIMIT = tolerances("conversion")["kl_to_transformers"]
 SCHEMES: dict[str, Scheme] = {
     "int4-g32": int4(32),
     "int4-g128": int4(128),
@@ -46,7 +48,14 @@ def loaded(path: Path) -> Any:
         model = model.dequantize(torch.bfloat16)  # its integers would round activations as well
     with torch.no_grad():
         model(torch.arange(3, 12)[None])  # packed matrices become dense in the first forward
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.quantization_enabled = False  # weights alone; see formats/test_activations_in_transformers.py
     return torch.nn.Module.float(model)  # transformers' own refuses quantized models, though all is dense by now
+
+
+def some_ids(config: ModelConfig) -> torch.Tensor:
+    return torch.randint(config.text.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def kl_to_transformers(path: Path, ids: torch.Tensor) -> float:
@@ -59,14 +68,66 @@ def kl_to_transformers(path: Path, ids: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("layout", ["fused", "per-expert"])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_conversion_of_a_tiny_checkpoint(tmp_path: Path, name: str, layout: Layout) -> None:
-    naming: Any = "vl" if layout == "fused" else "text"
-    config = make_tiny(tmp_path / "src", layout=layout, naming=naming, vision=naming == "vl", group=128)
+def test_experts_of_a_tiny_checkpoint(tmp_path: Path, name: str) -> None:
+    config = make_tiny(tmp_path / "src", group=128)
     convert(tmp_path / "src", tmp_path / "out", default_policy(SCHEMES[name]))
-    ids = torch.randint(config.text.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
-    assert kl_to_transformers(tmp_path / "out", ids) < tolerances("conversion")["kl_to_transformers"]
+    assert kl_to_transformers(tmp_path / "out", some_ids(config)) < LIMIT
+
+
+ALWAYS_ACTIVE = (
+    "text.attention.query.output_gate",  # by name, or four-bit floats are refused
+    *(f"text.attention.{part}" for part in ("query", "key", "value", "output")),
+    *(f"text.linear_attention.{part}" for part in ("qkv", "z", "output")),
+    *(f"text.shared_expert.{part}" for part in ("gate", "up", "down")),
+)
+REAL_HEADS: dict[str, tuple[Scheme, str | None, bool]] = {
+    "int4-g128": (int4(128), None, True),
+    "int8": (INT8, None, True),
+    "fp8": (FP8, None, True),
+    "fp8-block": (FP8_BLOCK, None, True),
+    "mxfp4": (MXFP4, None, True),
+    "w8a8": (W8A8, None, False),
+    "nvfp4": (NVFP4, None, False),
+    "fp8-tiles": (FP8_BLOCK, "compressed-tensors", False),
+}
+"""Scheme and loader of all single matrices, and whether transformers reads experts in it too."""
+COMMANDS = {name: f"--scheme {name}" for name in REAL_HEADS} | {
+    "int4-g128": "--scheme int4",
+    "fp8-tiles": "--scheme fp8-block --format compressed-tensors",
+}
+
+
+@pytest.fixture(scope="module")
+def real_heads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    """A random text-only checkpoint whose heads are as wide as those of the published models."""
+    path = tmp_path_factory.mktemp("real") / "src"
+    return path, make_tiny(path, naming="text", group=128, real_heads=True)
+
+
+@pytest.mark.parametrize("name", REAL_HEADS)
+def test_all_matrices_of_a_model_with_real_heads(
+    real_heads: tuple[Path, ModelConfig], tmp_path: Path, name: str, prove: Prove
+) -> None:
+    source, config = real_heads
+    scheme, method, experts = REAL_HEADS[name]
+    rules = [Rule(match=match, scheme=scheme, reason="to see it loaded") for match in ALWAYS_ACTIVE]
+    if not experts:
+        rules.append(Rule(match="text.expert.*", scheme=None, reason="transformers does not read them"))
+    policy = default_policy(scheme, rules=tuple(rules))
+    convert(source, tmp_path / "out", policy if method is None else policy.stored_as(method))
+    assert kl_to_transformers(tmp_path / "out", some_ids(config)) < LIMIT
+    version = transformers.__version__
+    prove(written=COMMANDS[name], what="linears", engine="transformers", version=version, result="right")
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "llm-int8"])
+def test_bitsandbytes_reads_a_model_with_real_heads(
+    real_heads: tuple[Path, ModelConfig], tmp_path: Path, name: str
+) -> None:
+    source, config = real_heads
+    convert(source, tmp_path / "out", default_policy(SCHEMES[name]))
+    assert kl_to_transformers(tmp_path / "out", some_ids(config)) < LIMIT
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -75,7 +136,7 @@ def test_a_conversion_of_the_demo_checkpoint(tmp_path: Path, name: str, prove: P
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = (DEMO / "heldout" / "code.txt").read_text()
     ids = torch.tensor([tokenizer(text)["input_ids"][:256]])
-    assert kl_to_transformers(tmp_path / "out", ids) < tolerances("conversion")["kl_to_transformers"]
+    assert kl_to_transformers(tmp_path / "out", ids) < LIMIT
     if name in ("nf4", "fp4", "llm-int8"):
         version = transformers.__version__
         prove(written=f"--scheme {name}", what="linears", engine="transformers", version=version, result="right")

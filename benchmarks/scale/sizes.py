@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from qconvert.arch.shapes import expected_roles, expected_shape
@@ -30,6 +31,7 @@ class Inventory:
     kept: Shapes
 
     @classmethod
+    @cache
     def of(cls, config: ModelConfig) -> Inventory:
         """Count what ``config`` asks for."""
         rounded, kept = Shapes(), Shapes()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from qconvert.core.scheme import Block, Int, Scheme
+from qconvert.core.scheme import Block, Channel, Int, Scheme
 from qconvert.formats.awq import Awq
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.gptq import Gptq
@@ -111,6 +111,20 @@ LIMITS: tuple[Limit, ...] = (
         proof="run",
         source="tests/engine_check/test_transformers_is_silent.py",
         applies=lambda written: written.format == Nvfp4Packed().name and written.experts,
+    ),
+    Limit(
+        id="transformers-token-scales",
+        engine=TRANSFORMERS,
+        says="rounds what enters the shared expert in fp8 and w8a8 with one scale for all tokens of a batch, not one "
+        "each",
+        effect="restricted",
+        proof="run",
+        source="tests/formats/test_activations_in_transformers.py",
+        applies=lambda written: (
+            written.format in (FloatQuantized().name, IntQuantized().name)
+            and isinstance(written.scheme.blocking, Channel)
+            and not written.experts
+        ),
     ),
     Limit(
         id="transformers-gptq",

@@ -9,13 +9,15 @@ from typing import Any
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import SourceError
-from qconvert.core.scheme import NVFP4, Activation, Float, Group, PerTensor, ScaleSpec, Scheme
+from qconvert.core.scheme import FP8, FP8_BLOCK, NVFP4, Activation, Float, Group, PerTensor, ScaleSpec, Scheme
 from qconvert.formats.declaration import Declaration, Declared, plain_names_of
+from qconvert.formats.fp8_modelopt import MODELOPT_FLAT_TILES, MODELOPT_ROWS, MODELOPT_TILES
 from qconvert.formats.fp8_tensor import MODELOPT_FP8
 from qconvert.formats.nvfp4_modelopt import Nvfp4ModelOpt
 
 _WHERE = "quantization_config"
 _E4M3 = Float(kind="e4m3fn")
+_TILES = Declaration(format=MODELOPT_TILES, scheme=FP8_BLOCK, otherwise=(MODELOPT_FLAT_TILES,))
 _DECLARED: Mapping[str, Declaration] = {
     "FP8": Declaration(
         format=MODELOPT_FP8,
@@ -26,6 +28,9 @@ _DECLARED: Mapping[str, Declaration] = {
             activation=Activation(kind="static", grid=_E4M3),
         ),
     ),
+    "FP8_PER_CHANNEL_PER_TOKEN": Declaration(format=MODELOPT_ROWS, scheme=FP8),
+    "FP8_PB_WO": _TILES,
+    "FP8_PB_REAL": _TILES,
     "NVFP4": Declaration(
         format=Nvfp4ModelOpt(),
         scheme=replace(NVFP4, activation=Activation(kind="dynamic", grid=Float(kind="e2m1"), group=16)),
@@ -102,10 +107,11 @@ def _layer(name: str, said: object) -> Declaration | None:
 
 def _declaration(said: Mapping[str, Any], where: str) -> Declaration:
     algorithm = said.get("quant_algo")
-    if not isinstance(algorithm, str) or algorithm not in _DECLARED:
+    name = algorithm.upper() if isinstance(algorithm, str) else ""  # ModelOpt writes some in small letters
+    if name not in _DECLARED:
         known = (*_DECLARED, _MIXED) if where == _WHERE else tuple(_DECLARED)
         raise SourceError(f"config.json: {where}.quant_algo is {algorithm!r}; {', '.join(known)} can be read")
-    declaration, size = _DECLARED[algorithm], said.get("group_size")
+    declaration, size = _DECLARED[name], said.get("group_size")
     if isinstance(declaration.scheme.blocking, Group) and size not in (None, declaration.scheme.blocking.size):
         raise SourceError(
             f"config.json: {where}.group_size is {size!r}; {declaration.scheme.blocking.size} can be read"

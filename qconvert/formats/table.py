@@ -12,6 +12,7 @@ from qconvert.formats.base import Format
 from qconvert.formats.bitsandbytes_state import Bitsandbytes4, Bitsandbytes8
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.fp8_block import Fp8Block
+from qconvert.formats.fp8_modelopt import MODELOPT_FLAT_TILES, MODELOPT_ROWS, MODELOPT_TILES
 from qconvert.formats.fp8_tensor import MODELOPT_FP8, TENSOR_SCALED
 from qconvert.formats.gptq import AUTO_ROUND, AUTO_ROUND_GPTQ, GPTQ_V2, Gptq
 from qconvert.formats.int_quantized import IntQuantized
@@ -43,6 +44,9 @@ READ_ONLY: tuple[Format, ...] = (
     REORDERED,
     TENSOR_SCALED,
     MODELOPT_FP8,
+    MODELOPT_ROWS,
+    MODELOPT_TILES,
+    MODELOPT_FLAT_TILES,
     Nvfp4ModelOpt(),
 )
 """Those that only checkpoints of others have."""

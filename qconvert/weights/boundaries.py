@@ -99,9 +99,9 @@ class Boundaries:
             (self.folder / name).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """The same, and the folder if nothing else is in it."""
-        self.clear()
+        """The same, and the folder if nothing else is in it. What cannot be removed is nobody's, no fault of a run."""
         with suppress(OSError):
+            self.clear()
             self.folder.rmdir()
 
 

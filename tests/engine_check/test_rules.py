@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
-from qconvert.core.scheme import FP8_BLOCK, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
 from qconvert.engine_check.rule import Effect, Engine
 from qconvert.engine_check.run import RULES, check_checkpoint, describe
 from qconvert.plan.policy import Policy, Rule, default_policy
@@ -54,6 +53,7 @@ BASES: dict[str, Policy] = {
         ),
     ).stored_as("awq"),
     "w8a8": default_policy(W8A8),
+    "fp8 shared": default_policy(FP8, rules=preset_rules("fusable", FP8)),
     "mxfp4": default_policy(MXFP4),
     "nvfp4": default_policy(NVFP4),
     "llm-int8": default_policy(LLM_INT8),
@@ -140,7 +140,7 @@ class Case:
 
 
 UP = f"{TEXT}layers.0.mlp.experts.3.up_proj"
-K = f"{TEXT}layers.3.self_attn.k_proj"
+K = f"{TEXT}layers.1.self_attn.k_proj"
 A = f"{TEXT}layers.0.linear_attn.in_proj_a"
 EXPERTS = f"{TEXT}layers.0.mlp.experts"
 PLAIN = "stored plain, but the list does not keep it"
@@ -158,14 +158,14 @@ CASES = (
         )
     ),
     *(
-        Case(rule=f"{engine}-folded", base="folded", says="2 more hold the shared expert",
+        Case(rule=f"{engine}-folded", base="folded", says="6 more hold the shared expert",
              module="config.json qconvert.folded_shared_expert")
         for engine in ("vllm", "transformers", "sglang")
     ),
     Case(rule="vllm-ignore", base="int4", damage=without("ignore", "visual"), says=PLAIN,
          module="model.visual.blocks.0.attn.qkv"),
     Case(rule="transformers-ignore", base="int4", damage=without("ignore", "o_proj"), says=PLAIN,
-         module=f"{TEXT}layers.3.self_attn.o_proj"),
+         module=f"{TEXT}layers.1.self_attn.o_proj"),
     Case(rule="sglang-ignore", base="int4", damage=no_stacks_of_mtp, says=PLAIN,
          module="mtp.layers.0.self_attn.qkv_proj"),
     Case(rule="vllm-fp8-list", base="fp8-block", damage=without("modules_to_not_convert", A), says="some of its parts",
@@ -180,7 +180,7 @@ CASES = (
          module="mtp.layers.0.mlp.experts"),
     *(
         Case(rule=f"{engine}-stacks", base="int4-everywhere", damage=dense(K), says=K,
-             module=f"{TEXT}layers.3.self_attn.qkv_proj")
+             module=f"{TEXT}layers.1.self_attn.qkv_proj")
         for engine in ("vllm", "sglang")
     ),
     *(
@@ -200,7 +200,7 @@ CASES = (
          says="desc_act", module="quantization_config"),
     Case(rule="vllm-activation-order", base="int4", damage=reordered, says="actorder is 'group'",
          module="config_groups.group_0"),
-    Case(rule="vllm-tp-heads", base="int4", tp=2, says="9 is not divisible by 2",
+    Case(rule="vllm-tp-heads", base="int4", tp=4, says="10 is not divisible by 4",
          module="config.json num_attention_heads"),
     Case(rule="vllm-linear-groups", base="tiny fusable", tp=2, says="groups of 32 do not divide 16 inputs",
          module=f"{TEXT}layers.0.mlp.shared_expert.down_proj"),
@@ -211,6 +211,8 @@ CASES = (
     Case(rule="transformers-w8a8-experts", base="w8a8", says="int-quantized", module=EXPERTS),
     Case(rule="transformers-fp8-tiles", base="fp8-tiles", says="float-quantized", module=EXPERTS),
     Case(rule="transformers-nvfp4-experts", base="nvfp4", says="nvfp4-pack-quantized", module=EXPERTS),
+    Case(rule="transformers-token-scales", base="fp8 shared", says="float-quantized",
+         module=f"{TEXT}layers.0.mlp.shared_expert.up_proj"),
     Case(rule="transformers-gptq", base="gptq", says="in gptq", module=EXPERTS),
     Case(rule="transformers-awq-experts", base="awq", says="in awq", module=EXPERTS),
     Case(rule="transformers-awq", base="awq singles", says="in awq", module=f"{TEXT}layers.0.linear_attn.out_proj"),
@@ -222,6 +224,7 @@ CASES = (
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("bases")
+    make_tiny(root / "source", group=128)
 
     def made(name: str) -> Path:
         path = root / name.replace(" ", "-")
@@ -230,7 +233,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 choose = routed_experts(int4(32), "pack-quantized", layers=(0, 2))
                 write_quantized(path, choose, naming="vl", group=32, stack_kept=False)
             elif name == "folded":
-                convert(CHECKPOINT, path, BASES["fusable"], max_memory=4 << 30, fold=True)
+                convert(root / "source", path, BASES["fusable"], max_memory=4 << 30, fold=True)
             elif name == "tiny fusable":
                 make_tiny(root / "tiny")
                 convert(root / "tiny", path, BASES["fusable"], max_memory=4 << 30)
@@ -241,7 +244,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 save_checkpoint(root / "wide", config, tensors)
                 convert(root / "wide", path, BASES["int4"], max_memory=4 << 30)
             else:
-                convert(CHECKPOINT, path, BASES[name], max_memory=4 << 30)
+                convert(root / "source", path, BASES[name], max_memory=4 << 30)
         return path
 
     return made

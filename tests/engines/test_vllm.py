@@ -97,6 +97,34 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
 }
 """What is converted, and how many layers vLLM must have read as quantized, by the class that reads them."""
 
+ALWAYS = SHARED + LINEAR_ATTENTION + ATTENTION
+REAL_HEADS: dict[str, tuple[Policy, str, str]] = {
+    "gptq": (
+        default_policy(int4(128), rules=always_active(int4(128), ALWAYS)).stored_as("gptq"),
+        "AutoGPTQMoEMethod",
+        "AutoGPTQLinearMethod",
+    ),
+    "awq": (
+        default_policy(int4(128), rules=always_active(int4(128), ALWAYS)).stored_as("awq"),
+        "AutoAWQMoEMethod",
+        "AutoAWQMarlinLinearMethod",
+    ),
+    "nvfp4": (
+        default_policy(NVFP4, rules=always_active(NVFP4, GATE + ALWAYS)),
+        "CompressedTensorsW4A4Nvfp4MoEMethod",
+        "CompressedTensorsW4A4Fp4",
+    ),
+    "fp8-block": (
+        default_policy(FP8_BLOCK, rules=always_active(FP8_BLOCK, ALWAYS)),
+        "Fp8MoEMethod",
+        "Fp8LinearMethod",
+    ),
+}
+"""Everything of a random model whose heads are as wide as those of the published ones, and the classes that read it.
+
+It has three layers, the second with full attention.
+"""
+
 
 VLLM = "0.32.0"
 COMMANDS = {
@@ -162,9 +190,10 @@ DRAFTING = {*DRAFTS, "MTP not ignored"}
 """Where not the model but its MTP head is asked: vLLM reads it as a second model, only for drafts."""
 
 
-def text_only(path: Path) -> None:
+def text_only(path: Path, *, real_heads: bool = False) -> None:
     """A random checkpoint as people have them too: no vision tower, other names, experts one by one."""
-    config = tiny_config(naming="text", group=128) | {"linear_value_head_dim": 128, "dtype": "bfloat16"}
+    config = tiny_config(naming="text", group=128, real_heads=real_heads)
+    config |= {"linear_value_head_dim": 128, "dtype": "bfloat16"}
     tensors = tiny_tensors(config, layout="per-expert")
     save_checkpoint(path, config, {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()})
 
@@ -180,6 +209,11 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Loaded]:
     checkpoints["text-original"] = root / "text-original"
     text = convert(root / "text-original", root / "text-int4-g32", default_policy(int4(32)), max_memory=4 << 30)
     checkpoints["text-int4-g32"] = text.out
+    text_only(root / "real-original", real_heads=True)
+    checkpoints["real-original"] = root / "real-original"
+    for name, (policy, *_) in REAL_HEADS.items():
+        done = convert(root / "real-original", root / f"real-{name}", policy, max_memory=4 << 30)
+        checkpoints[f"real-{name}"] = done.out
     checkpoints |= {draft: checkpoints[name] for draft, name in DRAFTS.items()}
     intended = {}
     for number, (fault, (name, damage, _)) in enumerate(FAULTS.items()):
@@ -207,7 +241,8 @@ def check(loaded: Loaded, weights: str) -> None:
 def test_unquantized_weights_mean_the_same_to_both(loads: Mapping[str, Loaded]) -> None:
     check(loads["original"], "demo")
     check(loads["text-original"], "random")
-    assert not loads["original"].emulated and not loads["text-original"].emulated
+    check(loads["real-original"], "random")
+    assert not any(loads[name].emulated for name in ("original", "text-original", "real-original"))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -222,6 +257,13 @@ def test_a_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded], name:
 def test_a_text_only_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded]) -> None:
     check(loads["text-int4-g32"], "random")
     assert loads["text-int4-g32"].emulated == {"CompressedTensorsWNA16MoEMethod": 3}
+
+
+@pytest.mark.parametrize("name", REAL_HEADS)
+def test_heads_of_real_width_are_read_as_they_were_meant(loads: Mapping[str, Loaded], name: str) -> None:
+    _, experts, linear = REAL_HEADS[name]
+    check(loads[f"real-{name}"], "random")
+    assert loads[f"real-{name}"].emulated == {experts: 3, linear: 3 * 2 + 2 * 2 + 1 * 2}
 
 
 @pytest.mark.parametrize("draft", DRAFTS)

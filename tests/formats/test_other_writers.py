@@ -22,6 +22,7 @@ from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
 from tests.edits import edit_quantization, edit_tensors
 
 GROUP = 32
+TILE = 128
 Parts = dict[str, Tensor]
 Written = tuple[Parts, Tensor]
 """What is stored of a matrix by suffix, and what it means."""
@@ -65,6 +66,22 @@ def tensor_fp8(rank: tuple[int, ...]) -> Callable[[tuple[int, int], int], Writte
     def write(shape: tuple[int, int], seed: int) -> Written:
         codes, scale = fp8(shape, seed), scales(rank, seed)
         return {"weight": codes, "weight_scale": scale, "input_scale": scale * 3}, codes.float() * scale
+
+    return write
+
+
+def fp8_by_rows(shape: tuple[int, int], seed: int) -> Written:
+    codes, scale = fp8(shape, seed), scales(shape[:1], seed)
+    return {"weight": codes, "weight_scale": scale}, codes.float() * scale[:, None]
+
+
+def fp8_tiles(*, spread: bool) -> Callable[[tuple[int, int], int], Written]:
+    def write(shape: tuple[int, int], seed: int) -> Written:
+        rows, cols = shape
+        codes, scale = fp8(shape, seed), scales((rows // TILE, cols // TILE), seed)
+        stored = scale[:, None, :, None].contiguous() if spread else scale
+        meant = codes.float() * scale.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+        return {"weight": codes, "weight_scale": stored}, meant
 
     return write
 
@@ -158,6 +175,12 @@ CASES: dict[str, tuple[Callable[[tuple[int, int], int], Written], dict[str, Any]
         tensor_fp8(()),
         block("modelopt", quantization={"quant_algo": "FP8", "exclude_modules": ["mtp*"]}),
     ),
+    "ModelOpt FP8 by rows": (fp8_by_rows, block("modelopt", quant_algo="FP8_PER_CHANNEL_PER_TOKEN", ignore=["mtp*"])),
+    "ModelOpt FP8 in tiles": (fp8_tiles(spread=True), block("modelopt", quant_algo="fp8_pb_wo", ignore=["mtp*"])),
+    "ModelOpt FP8 in flat tiles": (
+        fp8_tiles(spread=False),
+        block("modelopt", quant_algo="FP8_PB_REAL", ignore=["mtp*"]),
+    ),
     "NVFP4 with 4-bit inputs": (w4a4_nvfp4, groups("nvfp4-pack-quantized", FP4, {**FP4, "dynamic": "local"})),
     "FP8 by the matrix": (tensor_fp8((1,)), groups("float-quantized", FP8, {**FP8, "dynamic": False})),
     "int4 in activation order": (
@@ -198,7 +221,7 @@ each = pytest.mark.parametrize("case", CASES)
 def write(path: Path, case: str) -> dict[str, Tensor]:
     """The folder; what each expert's matrix means by its module."""
     make, quantization = CASES[case]
-    config = tiny_config(naming="vl", group=GROUP, vision=False)
+    config = tiny_config(naming="vl", group=TILE if "tiles" in case else GROUP, vision=False)
     tensors = {name: one.bfloat16() for name, one in tiny_tensors(config, layout="per-expert").items()}
     meant = {}
     for seed, name in enumerate([name for name in tensors if ".mlp.experts." in name and not name.startswith("mtp.")]):
@@ -251,11 +274,11 @@ def mixed(layers: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     [
         (
             block("modelopt", quant_algo="INT4_AWQ"),
-            "quant_algo is 'INT4_AWQ'; FP8, NVFP4, W4A16_NVFP4, NVFP4_W4A16, MIXED_PRECISION can be read",
+            "quant_algo is 'INT4_AWQ'; FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, FP8_PB_REAL, .*, MIXED_PRECISION",
         ),
         (block("modelopt", quant_algo="MIXED_PRECISION"), "quantized_layers is None; expected an object"),
         (mixed({"a": "FP8"}), r"quantized_layers\['a'\] is 'FP8'"),
-        (mixed({"a": {"quant_algo": "MXFP8"}}), r"quantized_layers\['a'\].quant_algo is 'MXFP8'; FP8, NVFP4"),
+        (mixed({"a": {"quant_algo": "MXFP8"}}), r"quantized_layers\['a'\].quant_algo is 'MXFP8'; FP8, "),
         (mixed({"a": {"quant_algo": "NVFP4", "group_size": 32}}), r"\['a'\].group_size is 32; 16 can be read"),
         (auto_round(packing_format="auto_round:fp8_static"), "packing_format is 'auto_round:fp8_static'; auto_round:"),
         (auto_round(data_type="mx_fp"), "data_type is 'mx_fp'; int can be read"),

@@ -18,6 +18,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qconvert.cli import inspect as inspect_module
 from qconvert.cli.inspect import inspect
 from qconvert.convert import convert
 from qconvert.core.errors import QconvertError, SourceError
@@ -49,6 +50,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     convert(folder / "1", folder / "0", POLICY)
     assert compare(folder / "1", folder / "0", ParityOptions(run_model=False)).causes == ()
     return {int(path.name): path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_sizes() -> Iterator[None]:
+    """`inspect` plans for ten schemes, each time on the same way: two are enough to see what it does to a planner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect_module, "_OFFERED", (("int4", 32), ("fp8-block", None)))
+        yield
 
 
 @contextlib.contextmanager

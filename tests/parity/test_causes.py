@@ -30,6 +30,11 @@ EXPERT = f"{LAYER}experts.3."
 Tensors = dict[str, Tensor]
 
 
+def group_of(scheme: Scheme) -> int:
+    """The smaller checkpoint where its rows are whole groups."""
+    return 128 if "128" in str(scheme) else 32
+
+
 def compare(original: Path, converted: Path) -> WeightsComparison:
     with CheckpointWeights.open(original) as a, CheckpointWeights.open(converted, strict=False) as b:
         return compare_weights(a, b)
@@ -63,14 +68,14 @@ def first(comparison: WeightsComparison) -> tuple[CauseKind, str, str]:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("layout", ["fused", "per-expert"])
 def test_a_right_conversion_raises_none(scheme: Scheme, layout: str, conversions: Converted) -> None:
-    found = compare(*conversions(scheme, layout=layout))
+    found = compare(*conversions(scheme, layout=layout, group=group_of(scheme)))
     assert found.causes == ()
     assert found.complete
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_swapped_gate_and_up(scheme: Scheme, converted: Converted) -> None:
-    original, out = converted(scheme)
+    original, out = converted(scheme, group=group_of(scheme))
     edit_tensors(out, swap_gate_and_up)
     found = compare(original, out)
     kind, where, evidence = first(found)
@@ -82,7 +87,7 @@ def test_swapped_gate_and_up(scheme: Scheme, converted: Converted) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_one_doubled_scale_among_many(scheme: Scheme, converted: Converted) -> None:
-    original, out = converted(scheme)
+    original, out = converted(scheme, group=group_of(scheme))
     edit_tensors(out, lambda tensors: scale_of(tensors)[0, -1].mul_(2))
     found = compare(original, out)
     kind, where, evidence = first(found)
@@ -95,7 +100,7 @@ def test_one_doubled_scale_among_many(scheme: Scheme, converted: Converted) -> N
 @pytest.mark.parametrize("factor", [0.5, 4.0])
 @pytest.mark.parametrize("scheme", [int4(32), FP8], ids=str)
 def test_all_scales_of_a_matrix_off_by_a_factor(scheme: Scheme, factor: float, converted: Converted) -> None:
-    original, out = converted(scheme)
+    original, out = converted(scheme, group=group_of(scheme))
     edit_tensors(out, lambda tensors: scale_of(tensors).mul_(factor))
     found = compare(original, out)
     kind, _, evidence = first(found)
@@ -106,7 +111,7 @@ def test_all_scales_of_a_matrix_off_by_a_factor(scheme: Scheme, factor: float, c
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_an_expert_replaced_by_its_neighbour(scheme: Scheme, converted: Converted) -> None:
-    original, out = converted(scheme)
+    original, out = converted(scheme, group=group_of(scheme))
     edit_tensors(out, lambda tensors: copy(tensors, f"{LAYER}experts.4.", EXPERT))
     found = compare(original, out)
     kind, where, evidence = first(found)
@@ -116,7 +121,7 @@ def test_an_expert_replaced_by_its_neighbour(scheme: Scheme, converted: Converte
 
 
 def test_one_matrix_of_another_expert(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
     edit_tensors(out, lambda tensors: copy(tensors, f"{LAYER}experts.5.down_proj.", f"{EXPERT}down_proj."))
     kind, where, evidence = first(compare(original, out))
     assert (kind, where) == (CauseKind.REPLACED, "layer 2 expert 3")
@@ -124,7 +129,7 @@ def test_one_matrix_of_another_expert(converted: Converted) -> None:
 
 
 def test_a_gate_that_holds_the_up_is_no_swap_when_the_up_holds_another(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
 
     def change(tensors: Tensors) -> None:
         copy(tensors, f"{EXPERT}up_proj.", f"{EXPERT}gate_proj.")
@@ -139,7 +144,7 @@ def test_a_gate_that_holds_the_up_is_no_swap_when_the_up_holds_another(converted
 
 
 def test_many_swaps_of_a_layer_are_one_line(converted: Converted) -> None:
-    original, out = converted(INT8)
+    original, out = converted(INT8, group=32)
 
     def swap_all(tensors: Tensors) -> None:
         for expert in range(6):
@@ -158,7 +163,7 @@ def test_many_swaps_of_a_layer_are_one_line(converted: Converted) -> None:
     ids=str,
 )
 def test_scales_that_no_rounding_makes(scheme: Scheme, value: float, converted: Converted) -> None:
-    original, out = converted(scheme)
+    original, out = converted(scheme, group=group_of(scheme))
     edit_tensors(out, lambda tensors: scale_of(tensors)[0, 0].fill_(value))
     found = compare(original, out)
     kind, where, evidence = first(found)
@@ -170,26 +175,26 @@ def test_scales_that_no_rounding_makes(scheme: Scheme, value: float, converted: 
 @pytest.mark.parametrize("scheme", [int4(32), INT8], ids=str)
 def test_a_scale_of_integers_with_the_wrong_sign(scheme: Scheme, converted: Converted) -> None:
     """Some writers have negative ones: only the numbers tell."""
-    original, out = converted(scheme)
+    original, out = converted(scheme, group=group_of(scheme))
     edit_tensors(out, lambda tensors: scale_of(tensors)[0, 0].neg_())
     kind, where, _ = first(compare(original, out))
     assert (kind, where) == (CauseKind.DAMAGED, "layer 2 expert 3 up")
 
 
 def test_a_code_that_is_no_number(converted: Converted) -> None:
-    original, out = converted(FP8)
+    original, out = converted(FP8, group=32)
     edit_tensors(out, lambda t: t[f"{EXPERT}up_proj.weight"].view(torch.uint8)[3].fill_(0x7F))
     found = compare(original, out)
     kind, where, evidence = first(found)
     assert (kind, where) == (CauseKind.NOT_FINITE, "layer 2 expert 3 up")
-    assert evidence == "384 values are NaN or infinite, the first at [3, 0]"
+    assert evidence == "96 values are NaN or infinite, the first at [3, 0]"
 
 
 @pytest.mark.parametrize(
     "name", [f"{LAYER}shared_expert.up_proj.weight", "model.visual.pos_embed.weight", "mtp.norm.weight"]
 )
 def test_a_missing_tensor(name: str, converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
     edit_tensors(out, lambda tensors: tensors.pop(name))
     found = compare(original, out)
     kind, _, evidence = first(found)
@@ -200,7 +205,7 @@ def test_a_missing_tensor(name: str, converted: Converted) -> None:
 
 
 def test_a_missing_expert(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
 
     def drop(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.startswith(EXPERT)]:
@@ -213,7 +218,7 @@ def test_a_missing_expert(converted: Converted) -> None:
 
 
 def test_a_missing_part_of_a_quantized_matrix(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
     edit_tensors(out, lambda tensors: tensors.pop(f"{EXPERT}up_proj.weight_scale"))
     found = compare(original, out)
     assert [(c.kind, c.where, c.evidence) for c in found.causes] == [
@@ -223,7 +228,7 @@ def test_a_missing_part_of_a_quantized_matrix(converted: Converted) -> None:
 
 
 def test_a_dropped_prediction_head(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
 
     def drop(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.startswith("mtp.")]:
@@ -236,7 +241,7 @@ def test_a_dropped_prediction_head(converted: Converted) -> None:
 
 
 def test_an_offset_norm_stored_with_its_one(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
     edit_tensors(out, lambda t: t["model.language_model.layers.1.input_layernorm.weight"].add_(1))
     kind, where, evidence = first(compare(original, out))
     assert (kind, where) == (CauseKind.OFFSET_NORM, "layer 1 input_norm")
@@ -244,7 +249,7 @@ def test_an_offset_norm_stored_with_its_one(converted: Converted) -> None:
 
 
 def test_swapped_shared_expert(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
 
     def swap(tensors: Tensors) -> None:
         swap_gate_and_up(tensors, f"{LAYER}shared_expert.")
@@ -255,7 +260,7 @@ def test_swapped_shared_expert(converted: Converted) -> None:
 
 
 def test_keys_and_values_exchanged_are_told_by_name(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
     attention = "model.language_model.layers.1.self_attn."
 
     def exchange(tensors: Tensors) -> None:
@@ -272,7 +277,7 @@ def test_keys_and_values_exchanged_are_told_by_name(converted: Converted) -> Non
 
 
 def test_a_square_matrix_that_was_transposed(converted: Converted) -> None:
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
     # the only square matrix of the tiny model
     name = "model.visual.merger.linear_fc1.weight"
     edit_tensors(out, lambda t: t.update({name: t[name].T.contiguous()}))
@@ -334,7 +339,7 @@ def test_comparing_in_runs_of_rows_changes_nothing(
 
 def test_a_head_that_holds_the_embedding(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "RUN_ELEMENTS", 5000)
-    original, out = converted(int4(32))
+    original, out = converted(int4(32), group=32)
     edit_tensors(out, lambda t: t.update({"lm_head.weight": t["model.language_model.embed_tokens.weight"].clone()}))
     (cause,) = compare(original, out).causes
     assert (cause.kind, cause.where) == (CauseKind.MISPLACED, "head")
