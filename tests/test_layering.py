@@ -120,7 +120,7 @@ ALLOWED: dict[str, set[str]] = {
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
         "qconvert.texts", "qconvert.weights", "qconvert.memory", "reference_model",
-        "qconvert.onnx_export.runtime", "qconvert.onnx_export.states", "qconvert.onnx_export.package_weights",
+        "qconvert.onnx_export.runtime", "qconvert.onnx_export.session", "qconvert.onnx_export.package_weights",
     },
     "qconvert.pytest_plugin": {"qconvert.core", "qconvert.io", "qconvert.parity"},
     "qconvert.cli": {"qconvert", "reference_model", "calibration"},

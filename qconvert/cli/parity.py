@@ -110,6 +110,8 @@ def parity(
 
       qconvert parity ./int4 ./package
 
+      qconvert parity ./int4 engine-states.safetensors
+
       qconvert parity diff old/parity.json new/parity.json
     """
 

@@ -10,7 +10,8 @@ import torch
 from qconvert.core.errors import UsageError
 from qconvert.core.role import Section
 from qconvert.parity.causes import ranked
-from qconvert.parity.execution.localise import Precision, localise
+from qconvert.parity.execution.layer_blocks import Precision
+from qconvert.parity.execution.localise import localise
 from qconvert.parity.execution.recorded import HIDDEN, Recorded, holds_states, read_states
 from qconvert.parity.limits import in_force, judged
 from qconvert.parity.model import SERVED, served_rounding

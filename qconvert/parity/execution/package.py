@@ -11,7 +11,8 @@ from torch import Tensor
 from qconvert.core.role import EXPERT_KINDS, Kind, Section
 from qconvert.memory import available_bytes
 from qconvert.parity.causes import CauseKind, cause
-from qconvert.parity.execution.localise import HEAD, Findings, Precision, localise
+from qconvert.parity.execution.layer_blocks import Findings, Precision
+from qconvert.parity.execution.localise import HEAD, localise
 from qconvert.parity.execution.probes import alone, probe_package
 from qconvert.parity.execution.recorded import HIDDEN, Recorded
 from qconvert.parity.sides import of_package

@@ -79,7 +79,7 @@ def _run(
     taps: dict[str, list[Tensor]] = {}
     logits, embeddings = [], []
     last: dict[int, Tensor] = {}
-    for tokens, seen in zip(torch.split(ids, calls, dim=1), torch.split(mask, calls, dim=1), strict=True):
+    for tokens, seen in zip(*(torch.split(one, list(calls), dim=1) for one in (ids, mask)), strict=True):
         given = tokens.numpy()
         looked_up = package.look_up(given) if package.sees else None
         out = package.forward(given, attention_mask=seen.numpy().astype(np.int64), cache=cache, embeddings=looked_up)

@@ -15,7 +15,7 @@ from qconvert.core.scheme import INT8, int4
 from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.package_weights import PackageWeights
 from qconvert.parity.causes import CauseKind
-from qconvert.parity.execution.localise import Findings
+from qconvert.parity.execution.layer_blocks import Findings
 from qconvert.parity.execution.package import EXACT as LIMIT
 from qconvert.parity.execution.package import ROUNDED, check_package
 from qconvert.parity.outputs.folder import write_report
