@@ -150,14 +150,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--genai-python", type=Path, default=ROOT / ".venv-genai" / "bin" / "python")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="lines whose name has one of these words in it")
+    parser.add_argument("--prepare", action="store_true", help="make checkpoint and packages, and time nothing")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     prepare(options.work, options.genai_python)
+    if options.prepare:
+        return
     packages = [*OURS, GENAI]
     for name in packages:
         limit_threads(_folder(options.work, name), options.threads)
-    rates: dict[str, dict[str, float]] = {name: {} for name in (*packages, TRANSFORMERS, VLLM)}
+    everybody = (*packages, TRANSFORMERS, VLLM)
+    rates: dict[str, dict[str, float]] = {
+        name: {} for name in everybody if not options.only or any(word in name for word in options.only)
+    }
     for number in range(options.rounds):
         for prompt in PROMPTS:
             for name in rates:
