@@ -39,7 +39,7 @@ def test_far_positions_give_the_references_logits(ops: str, rope: dict[str, Any]
     source = made(tmp_path / "source", **rope)
     model = reference(source)
     package = exported(source, tmp_path / "package", replace(EXACT, ops=ops))
-    ids, near = prompt(model, 2, 40)
+    ids, _ = prompt(model, 2, 40)
     positions = np.broadcast_to(np.arange(40) + start, (3, 2, 40)).astype(np.int64)
     with torch.no_grad():
         expected = model(torch.from_numpy(ids), position_ids=torch.from_numpy(positions)).logits.numpy()
