@@ -94,6 +94,11 @@ def compare(
         experts: tuple[ExpertUse, ...] = ()
         if not any(one.name == "sqnr_min" for one in metrics):
             notes.append("Nothing is quantized: there is no SQNR to report.")
+        if weights.scaled:
+            notes.append(
+                f"{weights.scaled:,} experts have rows of up over factors that columns of down are times, as AWQ "
+                "leaves them: errors are of what both mean together."
+            )
         if not options.run_model:
             notes.append("The models were not run.")
         elif not weights.complete:

@@ -31,6 +31,7 @@ from qconvert.parity.halves import half_sums
 from qconvert.parity.identity import find_matches, name_matches
 from qconvert.parity.kept import changed_faults, row_sums
 from qconvert.parity.pairs import pair_sums, runs
+from qconvert.parity.scaled_pairs import ScaledPairs
 from qconvert.weights.source import CheckpointWeights
 
 Progress = Callable[[str, int, int], None]
@@ -109,11 +110,13 @@ class WeightsComparison:
         tensors: every tensor that both have, worst first.
         causes: named faults, worst first.
         complete: whether the converted checkpoint can be run: nothing is missing and everything can be read.
+        scaled: experts whose up and down are scaled against each other; errors are of what they mean together.
     """
 
     tensors: tuple[TensorComparison, ...]
     causes: tuple[Cause, ...]
     complete: bool
+    scaled: int = 0
 
     def roles(self) -> tuple[RoleSummary, ...]:
         """Summaries by role path and scheme, worst first; the halves of ``q_proj`` after the whole."""
@@ -140,9 +143,10 @@ def compare_weights(
         causes.append(cause(CauseKind.SHAPE, role, text, (converted.stored[role].name,)))
     tensors: list[TensorComparison] = []
     suspects: list[TensorRole] = []
+    scaled = ScaledPairs(original, converted)
     for done, role in enumerate(common):
         progress("weights", done, len(common))
-        found, faults = _compare(original, converted, role)
+        found, faults = _compare(original, converted, role, scaled)
         found = replace(found, stored_bytes=converted.stored_bytes(role))
         tensors.append(_with_halves(found, original, converted))
         causes.extend(faults)
@@ -154,11 +158,11 @@ def compare_weights(
     needed = [role for role in needed if role.section not in without]
     complete = set(needed) <= set(common) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
     tensors.sort(key=lambda one: (_badness(one.sums.sqnr_db), one.name))
-    return WeightsComparison(tensors=tuple(tensors), causes=ranked(causes), complete=complete)
+    return WeightsComparison(tensors=tuple(tensors), causes=ranked(causes), complete=complete, scaled=scaled.found)
 
 
 def _compare(
-    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole
+    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole, scaled: ScaledPairs
 ) -> tuple[TensorComparison, list[Cause]]:
     stored, scheme = converted.stored[role], converted.scheme(role)
 
@@ -185,6 +189,7 @@ def _compare(
                 quantized = converted.quantized(role, begin, end)
                 v = converted.meaning(quantized)
                 codes += count_codes(quantized, v)
+                v = scaled.undone(role, v, begin)
             found.append(block_sums(w, v, blocking))
             if not math.isfinite(found[-1].max_error):
                 return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
