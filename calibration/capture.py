@@ -138,7 +138,7 @@ def _run(
         run = _Capture(source, folder, windows, store, memory // 4, each, progress)
         run.decoder(boundaries)
         run.head()
-    boundaries.clear()
+    boundaries.remove()
     _describe(folder, identity, run.files)
 
 
