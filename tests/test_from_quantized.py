@@ -107,7 +107,6 @@ def test_the_numbers_are_those_of_dequantizing_first(sources: Path, tmp_path: Pa
         wanted = tensor.to(torch.bfloat16) if key in dequantized else tensor
         assert found[key].dtype == wanted.dtype, key
         assert torch.equal(bits(found[key]), bits(wanted)), key
-    assert verify(tmp_path / "out", sources / name).faults == ()
 
 
 def bits(tensor: Tensor) -> Tensor:

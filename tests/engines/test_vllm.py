@@ -260,10 +260,13 @@ def test_a_text_only_conversion_is_read_as_it_was_meant(loads: Mapping[str, Load
 
 
 @pytest.mark.parametrize("name", REAL_HEADS)
-def test_heads_of_real_width_are_read_as_they_were_meant(loads: Mapping[str, Loaded], name: str) -> None:
+def test_heads_of_real_width_are_read_as_they_were_meant(loads: Mapping[str, Loaded], name: str, prove: Prove) -> None:
     _, experts, linear = REAL_HEADS[name]
     check(loads[f"real-{name}"], "random")
     assert loads[f"real-{name}"].emulated == {experts: 3, linear: 3 * 2 + 2 * 2 + 1 * 2}
+    asked = f"--scheme int4 --format {name}" if name in ("gptq", "awq") else f"--scheme {name}"
+    for what in ("experts", "linears"):
+        prove(written=asked, what=what, engine="vLLM", version=VLLM, result="loads right")
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
