@@ -44,7 +44,11 @@ def parity(
         ),
     ],
     converted: Annotated[
-        str, typer.Argument(metavar="CONVERTED", help="Folder of what it became, or log-probabilities of it.")
+        str,
+        typer.Argument(
+            metavar="CONVERTED",
+            help="Folder of what it became, checkpoint or ONNX package, its log-probabilities, or states of an engine.",
+        ),
     ],
     text: Annotated[
         list[str] | None,

@@ -106,6 +106,11 @@ class PackageWeights(CheckpointWeights):
         return bool(scheme.weight_bits != 4 or self._asked.get("accuracy_level") != 0)
 
     @property
+    def keeps_halves(self) -> bool:
+        """Whether keys and values are float16 between calls."""
+        return self._asked.get("dtype") == "float16"
+
+    @property
     def left_out(self) -> frozenset[Section]:
         """Parts of the checkpoint that the package was asked to do without, by its manifest."""
         return frozenset(one for one in (Section.MTP, Section.VISION) if self._asked.get(one.value) is False)
@@ -151,7 +156,9 @@ class PackageWeights(CheckpointWeights):
         return self._original.checkpoint.tensors[found.plain.tensor].dtype.torch_dtype
 
     def _alike(self, role: TensorRole, held: Tensor) -> Tensor:
-        """The same numbers in the original's type, where that has them."""
+        """The same numbers in the original's type, where that has them; 16 bits are what they are."""
+        if held.dtype is not torch.float32:
+            return held
         narrow = held.to(self._known(role) or held.dtype)
         return narrow if torch.equal(narrow.to(held.dtype), held) else held
 

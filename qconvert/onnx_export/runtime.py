@@ -36,6 +36,15 @@ class PackageOutput:
     taps: Mapping[str, Floats] = field(default_factory=dict)
 
 
+def check_provider(folder: Path) -> None:
+    """Raise ``SourceError`` where the package in ``folder`` was not exported for the CPU."""
+    if (provider := provider_of(folder)) != CPU:
+        raise SourceError(
+            f"{folder} was exported for the provider {provider}: onnxruntime-genai runs it on such a machine; a "
+            "package that runs here is exported with --ep cpu. `qconvert parity --weights-only` compares its weights"
+        )
+
+
 class Package:
     """The decoder of a package on the CPU, and what else it has: a prediction head, a vision tower.
 
@@ -61,11 +70,7 @@ class Package:
             raise SourceError(str(error)) from error
         if not (folder / MODEL_FILE).is_file():
             raise SourceError(f"{folder}: no {MODEL_FILE}, so no package; `qconvert export-onnx` makes one")
-        if (provider := provider_of(folder)) != CPU:
-            raise SourceError(
-                f"{folder} was exported for the provider {provider}: onnxruntime-genai runs it on such a machine; a "
-                "package that runs here is exported with --ep cpu"
-            )
+        check_provider(folder)
         self.folder, self._threads = folder, threads
         self.end_tokens = end_tokens(self.config.text, generation_config(folder))
         self._decoder = self._session(MODEL_FILE)

@@ -91,6 +91,18 @@ class PackageRun:
                 yield row, first, min(HEAD_ROWS, total - row)
 
 
+def check_runs(folder: Path) -> None:
+    """Refuse a package that cannot run here, before anything takes time.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed.
+        SourceError: it was exported for another provider than the CPU.
+    """
+    from qconvert.onnx_export.runtime import check_provider
+
+    check_provider(folder)
+
+
 def run_package(
     folder: Path,
     config: TextConfig,

@@ -15,6 +15,7 @@ from qconvert import __version__
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
 from qconvert.core.role import Section
+from qconvert.io.source_folder import is_package
 from qconvert.memory import available_bytes
 from qconvert.numerics.error import ErrorSums
 from qconvert.parity.causes import ranked
@@ -25,6 +26,7 @@ from qconvert.parity.limits import in_force, judged, of_model
 from qconvert.parity.model import SERVED, compare_models
 from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
 from qconvert.parity.options import ParityOptions as ParityOptions
+from qconvert.parity.package_run import check_runs
 from qconvert.parity.report import ParityReport
 from qconvert.parity.run_saved import compare_saved
 from qconvert.parity.run_states import compare_states
@@ -73,6 +75,9 @@ def compare(
         raise UsageError(
             f"the limits {', '.join(useless)} are on the models, which are not to be run; run them, or drop the limits"
         )
+    for side in (original, converted):
+        if options.run_model and is_package(side):
+            check_runs(side)
     with (
         open_side(original) as ours,
         open_side(converted, round_to=options.round_to, strict=False) as theirs,

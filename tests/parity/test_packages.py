@@ -45,6 +45,10 @@ PACKAGES: dict[str, PackageOptions] = {
     "folded": replace(EXACT, fold_shared_expert=True),
     "text": replace(EXACT, mtp=False, vision=False, last_logits=True),
     "standard": replace(INT4, ops="standard"),
+    "halves": replace(EXACT, dtype="float16", taps=True, mtp=False),
+    "bfloat16": replace(EXACT, dtype="bfloat16", mtp=False),
+    "embedding": replace(INT4, embedding="int8"),
+    "cuda": replace(EXACT, ep="cuda", mtp=False),
 }
 
 
@@ -125,6 +129,23 @@ def test_as_served_tells_what_rounded_activations_cost(packages: Packages) -> No
     assert found.metric("kl_mean", "as served").low > 100 * LIMITS["kl_of_float32"]
     limited = replace(FEW, limits=bounds(kl_mean=found.metric("kl_mean", "as served").low / 2))
     assert compare(packages("int4"), packages("rounded"), limited).verdict is Verdict.FAIL
+
+
+def test_packages_in_16_bits_and_of_embeddings_in_codes_are_sides_too(packages: Packages) -> None:
+    assert compare(packages("original"), packages("bfloat16"), FEW).tensors == ()
+    halves = compare(packages("original"), packages("halves"), FEW)
+    assert {one.kind for one in halves.causes} == {CauseKind.CAST}
+    assert kl(halves, "as served") < 100 * LIMITS["kl_of_float32"]
+    embedding = compare(packages("original"), packages("embedding"), FEW)
+    assert embedding.verdict is Verdict.PASS
+    assert {one.scheme for one in embedding.roles if one.path == "text.embedding"} == {"int8-g32-sym"}
+
+
+def test_a_package_for_a_gpu_is_compared_by_its_weights(packages: Packages) -> None:
+    with pytest.raises(SourceError, match="--weights-only"):
+        compare(packages("original"), packages("cuda"), FEW)
+    found = compare(packages("original"), packages("cuda"), replace(FEW, run_model=False))
+    assert found.verdict is Verdict.PASS and found.tensors == ()
 
 
 def test_a_package_may_stand_for_the_original(packages: Packages) -> None:

@@ -25,6 +25,9 @@ from reference_model.norm import RMSNorm, rms_normalize
 
 SUM = "sum"
 
+TIE = 4.0
+"""So many roundings of the largest logit may lie between two experts that another rounding would exchange."""
+
 Precision = Callable[[int | None, str], float]
 """Relative error up to which a block agrees: by its layer, and its name."""
 
@@ -232,7 +235,7 @@ class LayerBlocks:
         logits = self._route(one, one.x + self._mix(one, RIGHT))
         k = self._config.num_experts_per_tok
         top = logits.topk(min(k + 1, logits.shape[-1]), dim=-1).values
-        near: Tensor = (top[..., k - 1] - top[..., -1]) < 64 * noise * top.abs().amax(-1).clamp(min=1.0)
+        near: Tensor = (top[..., k - 1] - top[..., -1]) < TIE * noise * top.abs().amax(-1).clamp(min=1.0)
         return near if top.shape[-1] > k else torch.zeros_like(near)
 
     def _mix(self, one: Input, broken: Broken) -> Tensor:

@@ -78,7 +78,10 @@ def test_a_right_engine_in_16_bits_has_none_either(checkpoint: Path, tmp_path: P
     runs = {"whole": record(narrow, IDS), "calls": record(narrow, IDS, calls=CALLS)}
     assert compared(checkpoint, tmp_path, **runs).causes == ()
     few = {name: without(run, "mixer", "moe", "router", "logits", "embeddings") for name, run in runs.items()}
-    assert compared(checkpoint, tmp_path, **few).causes == ()
+    report = compared(checkpoint, tmp_path, **few)
+    assert report.causes == ()
+    # tokens were judged, if not all: of some the engine's rounding decides which experts they visit
+    assert all(1e-3 < report.metric("execution_error", "as served", n).value < 0.05 for n in range(4))
 
 
 def forget_memory(layer: int) -> Callable[[Any], Any]:
