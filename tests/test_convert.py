@@ -203,7 +203,7 @@ def test_the_record_names_every_decision(tmp_path: Path) -> None:
 def test_a_source_that_shrinks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny(tmp_path / "src", shards=1)
     file = tmp_path / "src" / "model.safetensors"
-    from qconvert import carry_out as module
+    from qconvert import rounding_by as module
 
     def shrink_then_run(*args: object, **options: object) -> object:
         os.truncate(file, file.stat().st_size // 2)

@@ -292,10 +292,10 @@ def test_the_paths_that_inspect_lists_are_those_that_rules_match(source: Path, t
 
 def test_a_polite_request_to_end_leaves_nothing(source: Path, tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from qconvert import carry_out; from qconvert.cli.app import app\n"
-        "original = carry_out.run\n"
+        "import os, signal, sys; from qconvert import rounding_by; from qconvert.cli.app import app\n"
+        "original = rounding_by.run\n"
         "def run(*a, **k): os.kill(os.getpid(), signal.SIGTERM); return original(*a, **k)\n"
-        "carry_out.run = run; app(sys.argv[1:])"
+        "rounding_by.run = run; app(sys.argv[1:])"
     )
     arguments = ["quantize", str(source), str(tmp_path / "new" / "out"), "--group", "32"]
     ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)

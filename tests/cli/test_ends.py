@@ -91,10 +91,10 @@ sys.meta_path.insert(0, Slow())
 
 def test_what_was_to_be_ignored_is_ignored(source: Path, tmp_path: Path) -> None:
     script = (
-        "import os, signal; from qconvert import carry_out; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "original = carry_out.run\n"
+        "import os, signal; from qconvert import rounding_by; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "original = rounding_by.run\n"
         "def run(*a, **k): os.kill(os.getpid(), signal.SIGINT); return original(*a, **k)\n"
-        f"carry_out.run = run; {MAIN}"
+        f"rounding_by.run = run; {MAIN}"
     )
     code, said = end_of(
         subprocess.DEVNULL, "quantize", source, tmp_path / "out", "--group", "32", "--json", script=script
