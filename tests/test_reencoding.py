@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qconvert.arch.names import role_of
 from qconvert.convert import convert, move_codes, plan_codes
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import DataError, FormatError, Interrupted, PlanError, QconvertError, SourceError, UsageError
@@ -32,6 +33,7 @@ from qconvert.weights.source import CheckpointWeights
 from tests.checkpoints import make_tiny
 from tests.cli.test_commands import run
 from tests.edits import edit_quantization, edit_tensors, quantization_of
+from tests.formats.test_other_writers import write as write_as_others
 from tests.manifests import edit_manifest
 from tests.test_convert import digest, manifest_of, tensors
 from tests.test_from_quantized import bits, make_other_gptq
@@ -152,6 +154,16 @@ def test_activation_order_is_refused_before_anything_is_written(sources: Path, t
     assert os.listdir(tmp_path) == ["src"]
 
 
+def test_groups_that_are_no_permutation_are_named_for_what_they_are(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "gptq", tmp_path / "src")
+    edit_tensors(tmp_path / "src", lambda t: t[f"{UP}.g_idx"].zero_())
+    with pytest.raises(
+        DataError, match=rf"model\.safetensors: {UP}\.g_idx cannot be read: .*every group its 128 inputs"
+    ):
+        move_codes(tmp_path / "src", tmp_path / "out", to("compressed-tensors"))
+    assert os.listdir(tmp_path) == ["src"]
+
+
 def test_the_second_version_of_gptq_becomes_the_first(sources: Path, tmp_path: Path) -> None:
     make_other_gptq(sources / "gptq", tmp_path / "src")
     ordered = {name: tensor for name, tensor in tensors(sources / "gptq").items() if name.endswith(".g_idx")}
@@ -184,6 +196,24 @@ def test_scales_that_engines_would_round_are_refused_and_counted(sources: Path, 
     assert result.exit_code == 6
     assert UP in result.stderr
     assert os.listdir(tmp_path) == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("case", "methods"),
+    [
+        ("ModelOpt FP8 in tiles", ("fp8", "compressed-tensors")),
+        ("ModelOpt FP8 in flat tiles", ("fp8",)),
+        ("ModelOpt FP8 by rows", ("compressed-tensors",)),
+    ],
+)
+def test_modelopt_s_fp8_moves_to_what_more_engines_read(tmp_path: Path, case: str, methods: tuple[str, ...]) -> None:
+    meant = write_as_others(tmp_path / "src", case)
+    for method in methods:
+        move_codes(tmp_path / "src", tmp_path / method, to(method))
+        with CheckpointWeights.open(tmp_path / "src") as before, CheckpointWeights.open(tmp_path / method) as after:
+            for role in (role_of(f"{module}.weight") for module in meant):
+                assert torch.equal(before.matrix(role), after.matrix(role)), role
+        assert verify(tmp_path / method, tmp_path / "src").faults == ()
 
 
 def test_rounded_scales_are_reported_by_role(sources: Path, tmp_path: Path) -> None:
