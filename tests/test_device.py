@@ -40,7 +40,7 @@ OPTIONS: dict[str, list[str]] = {
 @pytest.fixture(autouse=True)
 def a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other tests left in memory does not count."""
-    monkeypatch.setattr("qconvert.carry_out.resident_bytes", lambda: 300 << 20)
+    monkeypatch.setattr("qconvert.memory.resident_bytes", lambda: 300 << 20)
 
 
 def refuse(*_: object, **__: object) -> Any:
