@@ -29,7 +29,7 @@ HALVES = 0.01
 """The same of attention whose keys and values are float16 between calls: 4e-4 on the demo."""
 
 ROUNDED = 0.1
-"""The same where kernels round what they multiply to eight bits, which costs a block 1 to 2% of its output."""
+"""The same where kernels round what they multiply to eight bits, which costs a block 1 to 3% of its output."""
 
 _OF_EXPERTS = (*EXPERT_KINDS, Kind.SHARED_GATE, Kind.SHARED_UP, Kind.SHARED_DOWN)
 
