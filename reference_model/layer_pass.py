@@ -1,7 +1,7 @@
 """One layer for many token batches: its weights are read once, its routed experts one at a time.
 
 Batches may pass in several lanes, each with inputs and a rounding of its own: the layer as it is and as an engine runs
-it, or fed by another model. All lanes share the weights.
+it, or fed by another model. All lanes share the routed experts, and the other weights unless they bring their own.
 
 Shapes: B batch, T tokens, D hidden, k experts a token, P marks, Hv heads, dk / dv their widths.
 """
@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D hidden, k experts a token, P marks, Hv heads, dk / 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference_model.attention import AttentionKind
+from reference_model.cache import LayerCache
 from reference_model.config import LayerType, TextConfig
 from reference_model.delta_net import DeltaNetCache
 from reference_model.layer import DecoderLayer
@@ -71,12 +73,13 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Token ids [B, T], and what ``run_layers`` may be given besides."""
+    """Token ids [B, T], and what ``run_layers`` may be given besides; ``starts`` [B] text tokens came before."""
 
     ids: Tensor
     mask: Tensor | None = None
     positions: Tensor | None = None
     embeddings: Tensor | None = None
+    starts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,9 @@ class Lane:
         take: gives the inputs [B, T, D] of a batch.
         give: takes what came of it; it is called in the order of the batches.
         rounding: of what enters the layer's matrices.
+        source: where the layer without its routed experts comes from, if not from where those do.
+        past: gives what the tokens before a batch have left behind in the layer, ``None`` for nothing.
+        give_cache: takes what they and those of the batch have.
         marks: so many states of a DeltaNet layer's memory are wanted, evenly over each window, the last at its end.
         give_states: takes them for a batch, [P, B, Hv, dk, dv]; never called of an attention layer.
         batches: the numbers of those that come this way; ``None`` is all.
@@ -95,6 +101,9 @@ class Lane:
     take: Callable[[int], Tensor]
     give: Callable[[LayerRecord], None]
     rounding: InputRounding = leave_inputs
+    source: WeightSource | None = None
+    past: Callable[[int], LayerCache | None] = lambda batch: None
+    give_cache: Callable[[int, LayerCache], None] = lambda batch, cache: None
     marks: int = 0
     give_states: Callable[[int, Tensor], None] = lambda batch, states: None
     batches: tuple[int, ...] | None = None
@@ -139,8 +148,13 @@ def pass_layer(
     """
     prefix = f"{block}.{n}."
     layer_type: LayerType = config.layer_types[n] if block == "layers" else "full_attention"
-    plain = load_layer(config, source, prefix, layer_type, dtype, attention)
-    layers = [_rounded(config, plain, prefix, lane.rounding, attention) for lane in lanes]
+    plain: dict[int, DecoderLayer] = {}
+    layers = []
+    for lane in lanes:
+        own = source if lane.source is None else lane.source
+        if id(own) not in plain:
+            plain[id(own)] = load_layer(config, own, prefix, layer_type, dtype, attention)
+        layers.append(_rounded(plain[id(own)], prefix, lane.rounding))
     for group in _groups(config, batches, lanes, dtype, rows_bytes):
         _pass_group(config, source, block, n, batches, [(b, lanes[way], layers[way]) for b, way in group], dtype, each)
 
@@ -181,17 +195,15 @@ def load_layer(
     return layer
 
 
-def _rounded(
-    config: TextConfig, layer: DecoderLayer, prefix: str, rounding: InputRounding, attention: AttentionKind
-) -> DecoderLayer:
-    """A layer with the same weights, of which what enters linear modules is rounded."""
-    with torch.device("meta"):
-        own = DecoderLayer(config, layer.layer_type, attention)
-    own.load_state_dict(layer.state_dict(), assign=True)
-    for name, module in own.named_modules():
-        before = rounding(f"{prefix}{name}") if isinstance(module, nn.Linear) else None
-        if before is not None:
-            module.register_forward_pre_hook(partial(_replace_input, before))
+def _rounded(layer: DecoderLayer, prefix: str, rounding: InputRounding) -> DecoderLayer:
+    """A layer with the same weights, of which what enters linear modules is rounded; itself where nothing is."""
+    linear = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    before = {name: round_input for name in linear if (round_input := rounding(f"{prefix}{name}")) is not None}
+    if not before:
+        return layer
+    own = deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})  # all but the weights
+    for name, round_input in before.items():
+        own.get_submodule(name).register_forward_pre_hook(partial(_replace_input, round_input))
     return own
 
 
@@ -224,8 +236,17 @@ def _groups(
 def _enter(config: TextConfig, layer: DecoderLayer, lane: Lane, batch: Batch, number: int) -> _Visit:
     """The first half of a layer for one batch, and where its tokens go."""
     x = lane.take(number)
-    span = place_tokens(config, x, attention_mask=batch.mask, position_ids=batch.positions, rewindable=lane.marks > 0)
-    hidden, cache = layer.mix(x, span)
+    span = place_tokens(
+        config,
+        x,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        starts=batch.starts,
+        next_position=batch.starts,
+        rewindable=lane.marks > 0,
+    )
+    hidden, cache = layer.mix(x, span, lane.past(number))
+    lane.give_cache(number, cache)
     if lane.marks and isinstance(cache, DeltaNetCache) and cache.replay is not None:
         tokens = x.shape[1]
         ends = [-(-tokens * mark // lane.marks) for mark in range(1, lane.marks + 1)]

@@ -32,9 +32,12 @@ from reference_model.layer_pass import (
     pass_layer,
 )
 from reference_model.load import ActivationStore, MemoryStore, WeightSource, check_weights, fill_weights
-from reference_model.model import HEAD_ROWS, CausalLM, row_logits, vocabulary_blocks
+from reference_model.model import HEAD_COLUMNS, HEAD_ROWS, CausalLM, row_logits, vocabulary_blocks
 from reference_model.norm import RMSNorm
 from reference_model.span import check_ids, check_places
+
+NEAR_ROWS = 8
+"""How far apart rows of the embedding may be that are read with what lies between them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,11 +215,12 @@ def _check_decoder(config: TextConfig, source: WeightSource) -> None:
 
 
 def look_up(source: WeightSource, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Look ids [B, T] up: each row of the table is read once, consecutive ones together; [B, T, D]."""
+    """Look ids [B, T] up: each row of the table is read once, those that lie close together at one go; [B, T, D]."""
     wanted, places = torch.unique(ids, return_inverse=True)
-    ends = (wanted.diff() != 1).nonzero().flatten() + 1
+    apart = (wanted.diff() > NEAR_ROWS) | ((wanted // HEAD_COLUMNS).diff() != 0)
+    ends = apart.nonzero().flatten() + 1
     table = [
-        source.rows("embed_tokens.weight", int(run[0]), int(run[-1]) + 1).to(dtype, copy=True)
+        source.rows("embed_tokens.weight", int(run[0]), int(run[-1]) + 1)[run - run[0]].to(dtype, copy=True)
         for run in torch.tensor_split(wanted, ends.tolist())
     ]
     return functional.embedding(places, torch.cat(table))

@@ -105,7 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.weights": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.transform", "qconvert.formats",
-        "qconvert.quantized_view",
+        "qconvert.quantized_view", "qconvert.numerics.rounding",
         "reference_model.load", "reference_model.config",
     },
     "qconvert.engine_check": {
@@ -119,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
-        "qconvert.texts", "qconvert.weights", "qconvert.memory", "reference_model",
+        "qconvert.plan.policy", "qconvert.texts", "qconvert.weights", "qconvert.memory", "reference_model",
         "qconvert.onnx_export.runtime", "qconvert.onnx_export.session", "qconvert.onnx_export.package_weights",
     },
     "qconvert.pytest_plugin": {"qconvert.core", "qconvert.io", "qconvert.parity"},

@@ -68,6 +68,10 @@ def say(text: str, style: str = "") -> None:
         _out.print(text, style=style, soft_wrap=True)
 
 
+def unsaid(text: str) -> None:
+    """What ``say`` is where ``--json`` or ``--quiet`` asks for silence."""
+
+
 def plain_table(*columns: str) -> Table:
     """A table without frames; a column that begins with ``>`` is of numbers."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

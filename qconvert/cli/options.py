@@ -82,3 +82,18 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise UsageError(f"size {text!r} is not positive")
     return size
+
+
+_SECONDS = {"": 1, "S": 1, "M": 60, "MIN": 60, "H": 3600}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a text like ``30m``, ``2h`` or ``90``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _SECONDS:
+        raise UsageError(f"time {text!r} is not understood; write for example 30m, 2h or a number of seconds")
+    return float(match[1]) * _SECONDS[match[2].upper()]

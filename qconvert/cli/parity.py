@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qconvert.cli import console
-from qconvert.cli.options import Json
+from qconvert.cli.options import Json, parse_duration
+from qconvert.cli.parity_attribution import show_attribution
 from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, Verdict
 from qconvert.io.hub import resolve
@@ -30,6 +31,8 @@ _HEADLINES = (
     ("kl_median", "median"),
     ("kl_p99", "99th percentile"),
     ("top1_agreement", "same most likely token"),
+    ("greedy_common_mean", "tokens in common, mean"),
+    ("greedy_never_parted", "prompts that never part"),
     ("perplexity_original", "perplexity, original"),
     ("perplexity_converted", "perplexity, converted"),
 )
@@ -62,7 +65,8 @@ def parity(
     window: Annotated[int, typer.Option(min=2, help="Tokens that see each other.")] = 512,
     seed: Annotated[int, typer.Option(help="Of random tokens and of bootstrap intervals.")] = 0,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for parity.json, parity.md, report.html, junit.xml and model-card.md.")
+        Path | None,
+        typer.Option(help="Folder for parity.json, parity.md, report.html, junit.xml and model-card.md."),
     ] = None,
     layers: Annotated[
         bool,
@@ -71,6 +75,28 @@ def parity(
     drafts: Annotated[
         bool, typer.Option("--drafts", help="How often the prediction head guesses right, before and after.")
     ] = False,
+    greedy: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="PROMPTS",
+            help="So many prompts from the texts are continued greedily: how long both models say the same. The "
+            "original is read once for each token.",
+        ),
+    ] = 0,
+    greedy_tokens: Annotated[int, typer.Option(min=1, help="Tokens by which --greedy continues at most.")] = 32,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Restore the original by groups of roles, at most 8, and those that matter by layer: what each is "
+            "worth, and policy.toml for `quantize` in the report. Says first how long that takes.",
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="For --explain, such as 30m: fewer layers where that does not suffice."),
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for states after each layer: a run that was killed goes on from there.")
     ] = None,
@@ -116,12 +142,19 @@ def parity(
 
       qconvert parity ./int4 engine-states.safetensors
 
+      qconvert parity ./Qwen3.5-35B-A3B ./int4 --explain --budget 30m --work ./states --report ./report
+
       qconvert parity diff old/parity.json new/parity.json
     """
 
     def call() -> int:
-        if weights_only and (text or tokens is not None or layers or drafts or work is not None):
-            raise UsageError("--weights-only runs no model: drop --text, --tokens, --layers, --drafts and --work")
+        if weights_only and (text or tokens is not None or layers or drafts or greedy or explain or work is not None):
+            raise UsageError(
+                "--weights-only runs no model: drop --text, --tokens, --layers, --drafts, --greedy, --explain and "
+                "--work"
+            )
+        if budget is not None and not explain:
+            raise UsageError("--budget is for --explain, which is not given")
         asked = bounds(
             "given on the command line",
             kl_mean=max_kl_mean,
@@ -136,11 +169,15 @@ def parity(
             texts=tuple(Text.parse(one) for one in text or ()),
             tokens=tokens or ParityOptions().tokens, window=window, seed=seed,
             limits=overridden(named_limits(limits), asked),
-            run_model=not weights_only, layers=layers, drafts=drafts, work=work,
+            run_model=not weights_only, layers=layers, drafts=drafts,
+            greedy=greedy, greedy_tokens=greedy_tokens,
+            explain=explain, budget=None if budget is None else parse_duration(budget), work=work,
             save_logprobs=save_logprobs, kept=top_k,
         )  # fmt: skip
         with console.progress(in_bytes=False, quiet=json) as advance:
-            result = compare(resolve(original), resolve(converted), options, advance)
+            result = compare(
+                resolve(original), resolve(converted), options, advance, (lambda line: None) if json else console.say
+            )
         written = write_report(result, report) if report is not None else ()
         if json:
             console.show_json(as_document(result))
@@ -169,6 +206,8 @@ def show(result: ParityReport) -> None:
                 f"{role.sqnr_db:.2f}", f"{role.worst_db:.2f}", f"{role.cosine:.6f}",
             )  # fmt: skip
         console.show(table)
+    if result.attribution is not None:
+        show_attribution(result.attribution)
     console.say(f"{result.identical:,} tensors are identical")
     for note in result.notes:
         console.say(note)

@@ -124,3 +124,11 @@ class TensorRole:
 
 EXPERT_KINDS = frozenset({Kind.EXPERT_GATE_UP, Kind.EXPERT_GATE, Kind.EXPERT_UP, Kind.EXPERT_DOWN})
 """Kinds of routed experts' weights, stacked or not."""
+
+STACKED_KINDS = (
+    (Kind.EXPERT_GATE, Kind.EXPERT_UP),
+    (Kind.SHARED_GATE, Kind.SHARED_UP),
+    (Kind.ATTENTION_QUERY, Kind.ATTENTION_KEY, Kind.ATTENTION_VALUE),
+    (Kind.LINEAR_QKV, Kind.LINEAR_Z),
+)
+"""Matrices of a layer, or of an expert, that engines stack into one product and that share a second scale."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
@@ -103,3 +104,13 @@ def scheme_for(scheme: Scheme, method: str | None) -> Scheme:
             raise reason from None
         return half
     return scheme
+
+
+def stored_bytes(scheme: Scheme, shape: tuple[int, int], method: str | None = None) -> int:
+    """Bytes of a [N, K] matrix in ``scheme``, as the loader ``method`` has it, with all its parts.
+
+    Raises:
+        FormatError: no format holds it.
+    """
+    parts = format_for(scheme, method).parts(scheme, shape)
+    return sum(prod(part.shape) * part.dtype.itemsize for part in parts)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qconvert.core.role import Kind, Section, TensorRole
+from qconvert.weights.overlay import OverlaidWeights
 from qconvert.weights.source import CheckpointWeights
 from reference_model.layer_pass import InputRounding, leave_inputs
 from reference_model.layerwise import HiddenStates
@@ -27,7 +28,7 @@ HEAD_ROWS = 1024
 class Side:
     """Whose logits: final hidden states of all batches, and the checkpoint that holds the output matrix."""
 
-    source: CheckpointWeights
+    source: CheckpointWeights | OverlaidWeights
     hidden: HiddenStates
     rounding: InputRounding = leave_inputs
 
@@ -53,7 +54,7 @@ def scan_heads(
     # a matrix that several sides share is dequantized once
     sources = list({id(side.source): side.source for side in sides}.values())
     place = {id(source): n for n, source in enumerate(sources)}
-    for slabs in zip(*(_slabs(source) for source in sources), strict=True):
+    for slabs in zip(*(head_slabs(source) for source in sources), strict=True):
         first = slabs[0][0]
         progress(first, vocabulary)
         row = 0
@@ -76,7 +77,7 @@ def _scored(side: Side, batch: int) -> Tensor:
     return state if before is None else before(state)
 
 
-def _slabs(source: CheckpointWeights) -> Iterator[tuple[int, Tensor]]:
+def head_slabs(source: CheckpointWeights | OverlaidWeights) -> Iterator[tuple[int, Tensor]]:
     """Slabs of the output matrix in float32 with their first entry: [v, D] each."""
     kind = Kind.EMBEDDING if source.config.text.tie_word_embeddings else Kind.HEAD
     role = TensorRole(section=Section.TEXT, kind=kind)

@@ -9,20 +9,23 @@ Shapes: B windows, T tokens, D hidden, E experts, k experts a token, L layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from qconvert.core.role import Section
+from qconvert.arch.names import Naming, module_of, name_of
+from qconvert.core.role import Section, TensorRole
 from qconvert.core.scheme import Activation
 from qconvert.memory import available_bytes
 from qconvert.numerics.activations import quantize_activations
 from qconvert.parity.drafts import DraftScores, accepted, has_drafts
 from qconvert.parity.heads import Scan, Side, scan_heads
+from qconvert.parity.kept_states import KeptStates
 from qconvert.parity.layers import MARKS, LayerScores, LayerSums, Passed
 from qconvert.parity.logits import TokenScores, VocabularyScan
 from qconvert.parity.tensors import Progress
@@ -57,16 +60,26 @@ class ModelComparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Seconds that one pass through each of the ``layers`` took, weights read and all, and one through the head."""
+
+    layers: tuple[float, ...]
+    head: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Both ways of running the converted model; they are one run where engines round no activation.
 
     Attributes:
         visits: tokens that the original's router sent to each expert, int64 [L, E].
+        cost: what one way of running the converted model took.
     """
 
     plain: ModelComparison
     served: ModelComparison
     visits: Tensor
+    cost: Cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +104,7 @@ def compare_models(
     scan_original: Scan | None = None,
     scan_served: Scan | None = None,
     on_original: Callable[[LayerRecord], None] | None = None,
+    kept: KeptStates | None = None,
 ) -> Comparison:
     """Run both in float32 over token windows [B, T] and score every position that has a next token.
 
@@ -107,6 +121,7 @@ def compare_models(
         scan_original: sees the original's logits too.
         scan_served: sees those of the converted model as served too.
         on_original: is told what each of the original's layers did to each batch.
+        kept: takes the states that other runs begin from, see there.
 
     Raises:
         OutputError: hidden states cannot be written to disk.
@@ -119,7 +134,7 @@ def compare_models(
             _Way(rounding=of, hidden=HiddenStates(store=store, count=len(batches), name=f"way.{n}"))
             for n, of in enumerate(roundings)
         ]
-        run = _Run(original, converted, batches, ways, store, quarter, layers, on_original)
+        run = _Run(original, converted, batches, ways, store, quarter, layers, on_original, kept)
         run.start(boundaries)
         total = run.depth * len(batches) * run.lanes
         done = count(run.next_layer * len(batches) * run.lanes + 1)
@@ -132,20 +147,24 @@ def compare_models(
         sides += [Side(source=converted, hidden=way.hidden, rounding=way.rounding) for way in ways]
         for side in sides:
             finish(side.source.config.text, side.source, side.hidden, torch.float32)
+        if kept is not None:
+            kept.keep(ours, kept.original)
         scans = [VocabularyScan(torch.cat([ids[:, 1:].flatten() for ids in batches])) for _ in ways]
         watched: list[tuple[Scan, Sequence[int]]] = [(scan.add, (0, n)) for n, scan in enumerate(scans, start=1)]
         if scan_original is not None:
             watched.append((scan_original, (0,)))
         if scan_served is not None:
             watched.append((scan_served, (len(ways),)))
+        before = perf_counter()
         scan_heads(sides, watched, partial(progress, "logits"))
+        cost = Cost(layers=tuple(run.seconds.tolist()), head=(perf_counter() - before) / len(sides))
         guesses: list[DraftScores | None] = [None] * len(ways)
         if drafts and has_drafts(original) and has_drafts(converted):
             first, *rest = sides
-            before = accepted(original, batches, first.hidden, scans[0].likeliest[0], quarter)
+            by_original = accepted(original, batches, first.hidden, scans[0].likeliest[0], quarter)
             guesses = [
                 DraftScores(
-                    original=before,
+                    original=by_original,
                     converted=accepted(converted, batches, side.hidden, scan.likeliest[1], quarter),
                 )
                 for side, scan in zip(rest, scans, strict=True)
@@ -159,7 +178,7 @@ def compare_models(
         forced = tuple(one.scores() for one in run.forced)
         plain, last = results[0], results[-1]
         served = replace(last, mode=SERVED, forced=forced)
-        return Comparison(plain=plain, served=served, visits=run.visits)
+        return Comparison(plain=plain, served=served, visits=run.visits, cost=cost)
 
 
 class _Run:
@@ -175,16 +194,19 @@ class _Run:
         rows_bytes: int,
         layers: bool,
         on_original: Callable[[LayerRecord], None] | None = None,
+        kept: KeptStates | None = None,
     ) -> None:
         self._on_original = on_original
         self._original, self._converted = original, converted
         self._batches = [Batch(ids=ids) for ids in batches]
         self._ways, self._store, self._rows_bytes, self._layers = ways, store, rows_bytes, layers
+        self._states = kept
         config = original.config.text
         self.depth, self.lanes = config.num_hidden_layers, 1 + len(ways) + layers
         self.next_layer = 0
         self.forced: list[LayerSums] = []
         self.visits = torch.zeros(self.depth, config.num_experts, dtype=torch.int64)
+        self.seconds = torch.zeros(self.depth, dtype=torch.float64)
 
     def ours(self, layer: int) -> HiddenStates:
         """The original's inputs of ``layer``; its outputs must not take their place while they are needed."""
@@ -192,10 +214,17 @@ class _Run:
 
     def start(self, boundaries: Boundaries | None) -> None:
         """Embed the tokens, or go on from where an earlier run has stopped."""
-        for source, hidden in self._hidden():
+        first, *others = (way.hidden for way in self._ways)
+        for source, hidden in ((self._original, self.ours(self.next_layer)), (self._converted, first)):
             embed(source.config.text, source, self._batches, hidden, torch.float32)
+        for hidden in others:
+            for b in range(len(self._batches)):
+                hidden.put(b, first[b])
         found = None if boundaries is None else boundaries.load()
+        if boundaries is not None and self._states is not None:
+            boundaries.claim()
         if found is None:
+            self._keep_inputs()
             return
         self.next_layer, kept = found
         if self.next_layer % 2:
@@ -209,7 +238,7 @@ class _Run:
             wholes = kept(f"sums.{n}")
             states = kept(f"states.{n}")
             sums.extend(LayerSums(experts, *pair) for pair in zip(wholes, states, strict=True))
-        self.visits = kept("visits")
+        self.visits, self.seconds = kept("visits"), kept("seconds")
 
     def kept(self) -> Iterator[tuple[str, Tensor]]:
         """All that a later run has to know, by name."""
@@ -220,6 +249,7 @@ class _Run:
             yield f"sums.{n}", torch.stack([one.sums for one in sums])
             yield f"states.{n}", torch.stack([one.states for one in sums])
         yield "visits", self.visits
+        yield "seconds", self.seconds
 
     def pass_layer(self, tick: Callable[[], None]) -> None:
         """Let all batches pass the next layer, in the original and in each way of the converted model."""
@@ -273,7 +303,9 @@ class _Run:
         lanes = [lane(way.hidden.__getitem__, way.rounding, way.hidden) for way in self._ways]
         if self._layers:
             lanes.append(lane(before.__getitem__, self._ways[-1].rounding, None))
+        start = perf_counter()
         self._pass(self._converted, lanes)
+        self.seconds[n] = (perf_counter() - start) / len(lanes)
         for sums, one in zip(self._sums(), found, strict=True):
             sums.append(one)
         for b in range(len(self._batches)):
@@ -284,6 +316,11 @@ class _Run:
         for b in remembered:
             self._store.drop(f"memory.{b}")
         self.next_layer += 1
+        self._keep_inputs()
+
+    def _keep_inputs(self) -> None:
+        if self._states is not None:
+            self._states.keep(self._ways[-1].hidden, self._states.before(self.next_layer))
 
     def _pass(self, source: CheckpointWeights, lanes: Sequence[Lane]) -> None:
         pass_layer(
@@ -305,26 +342,35 @@ class _Run:
         return [*(way.sums for way in self._ways), *([self.forced] if self._layers else [])]
 
 
-def served_rounding(source: CheckpointWeights) -> InputRounding | None:
+def served_rounding(source: CheckpointWeights, restored: Container[TensorRole] = ()) -> InputRounding | None:
     """What engines do to the inputs of each quantized matrix; ``None`` when they leave all of them alone.
 
-    The experts of a layer share one scheme in every engine: that of the first.
+    Matrices that are ``restored`` are not quantized any more; of a ``q_proj`` both halves have to be. The experts of a
+    layer share one scheme in every engine: that of the first.
     """
+    return rounding_of(
+        {
+            role: scheme.activation
+            for role in source.stored
+            if role.section is Section.TEXT
+            and (scheme := source.scheme(role)) is not None
+            and not all(one in restored for one in role.halves or (role,))
+        }
+    )
+
+
+def rounding_of(activations: Mapping[TensorRole, Activation]) -> InputRounding | None:
+    """The same for matrices of which it is known what engines do to their inputs."""
     rounded = {
-        source.stored[role].name: scheme.activation
-        for role in source.stored
-        if role.section is Section.TEXT
-        and (scheme := source.scheme(role)) is not None
-        and scheme.activation != Activation()
-        and role.expert in (None, 0)
+        module_of(name_of(role, Naming.TEXT)).removeprefix(Naming.TEXT.value): activation
+        for role, activation in activations.items()
+        if activation != Activation() and role.expert in (None, 0)
     }
     if not rounded:
         return None
-    prefix = source.view.naming.value
 
     def of(module: str) -> Callable[[Tensor], Tensor] | None:
-        name = module if module == "lm_head" else prefix + module
-        activation = rounded.get(_EXPERT.sub(r"mlp.experts.0.\1_proj", name))
+        activation = rounded.get(_EXPERT.sub(r"mlp.experts.0.\1_proj", module))
         return None if activation is None else partial(quantize_activations, activation=activation)
 
     return of

@@ -26,6 +26,10 @@ class ParityOptions:
         run_model: whether the models are run at all.
         layers: also compare each layer by itself, fed the original's inputs, and the states of DeltaNet layers.
         drafts: also run the prediction heads, where both models have one.
+        greedy: prompts that both models continue greedily, 0 for none.
+        greedy_tokens: tokens by which each is continued at most.
+        explain: restore parts of the original, and tell what each is worth.
+        budget: seconds for that; fewer layers are restored where they do not suffice.
         work: folder for the states after each layer, from which a run that was killed goes on.
         save_logprobs: file that takes the original's likeliest tokens, to be given instead of it later, see ``saved``.
         kept: how many of them for each position.
@@ -40,6 +44,10 @@ class ParityOptions:
     run_model: bool = True
     layers: bool = False
     drafts: bool = False
+    greedy: int = 0
+    greedy_tokens: int = 32
+    explain: bool = False
+    budget: float | None = None
     work: Path | None = None
     save_logprobs: Path | None = None
     kept: int = KEPT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qconvert.core.metric import Metric, Verdict
+from qconvert.parity.attribution import Attribution
 from qconvert.parity.because import because
 from qconvert.parity.causes import Cause, Severity
 from qconvert.parity.limits import Limit, of_model
@@ -31,6 +32,7 @@ class ParityReport:
         unjudged: limits that bound no number of this report.
         curves: pictures of the model metrics.
         experts: how often each was used, and what rounding cost it.
+        attribution: what each part is worth; ``None`` where it was not asked for.
     """
 
     original: str
@@ -48,6 +50,7 @@ class ParityReport:
     unjudged: tuple[Limit, ...] = ()
     curves: tuple[Curve, ...] = ()
     experts: tuple[ExpertUse, ...] = ()
+    attribution: Attribution | None = None
 
     @property
     def verdict(self) -> Verdict:

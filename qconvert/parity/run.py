@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,14 @@ from qconvert.core.role import Section
 from qconvert.io.source_folder import is_package
 from qconvert.memory import available_bytes
 from qconvert.numerics.error import ErrorSums
+from qconvert.parity.attribution import Attribution
 from qconvert.parity.causes import ranked
 from qconvert.parity.codes import code_metrics
+from qconvert.parity.continuation import continue_both
 from qconvert.parity.execution.package import check_package
 from qconvert.parity.execution.recorded import holds_states
+from qconvert.parity.explain import SAID, Explaining, attribution_notes, explain, forget, states_for
+from qconvert.parity.kept_states import StateFolder
 from qconvert.parity.limits import in_force, judged, of_model
 from qconvert.parity.model import SERVED, compare_models
 from qconvert.parity.model_metrics import expert_use, model_curves, model_metrics
@@ -47,6 +51,7 @@ def compare(
     converted: Path,
     options: ParityOptions | None = None,
     progress: Progress = lambda phase, done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> ParityReport:
     """Compare the checkpoint in ``converted`` with the one that it was made from.
 
@@ -57,6 +62,7 @@ def compare(
 
     Memory: one matrix of each for the weights; one layer without its experts, one expert, and what there is of every
     token within half of the available memory, the rest on disk, for the models; for the logits one slab of both heads.
+    ``tell`` is told what is about to take long, and how long.
 
     Raises:
         SourceError: one of the folders is no checkpoint that can be read, or the original contradicts itself.
@@ -64,6 +70,7 @@ def compare(
         OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
+    _check_extras(original, converted, options)
     if any(side.is_file() and holds_states(side) for side in (original, converted)):
         return compare_states(original, converted, options, progress)
     if original.is_file() or converted.is_file():
@@ -78,7 +85,9 @@ def compare(
     for side in (original, converted):
         if options.run_model and is_package(side):
             check_runs(side)
+    spare = available_bytes() // 8
     with (
+        SpillStore(spare) as kept_store,
         open_side(original) as ours,
         open_side(converted, round_to=options.round_to, strict=False) as theirs,
     ):
@@ -95,6 +104,7 @@ def compare(
         )
         metrics = [*_weight_metrics(weights), *code_metrics(weights.tensors)]
         notes, text, scored = [_left_out(one) for one in Section if one in sections], "", 0
+        attribution: Attribution | None = None
         curves: tuple[Curve, ...] = ()
         experts: tuple[ExpertUse, ...] = ()
         if not any(one.name == "sqnr_min" for one in metrics):
@@ -119,6 +129,7 @@ def compare(
                 seed=options.seed,
             )
             boundaries = _boundaries(ours, theirs, windows.batches, options)
+            kept = states_for(len(windows.batches), kept_store, options.work) if options.explain else None
             scan = None if options.save_logprobs is None else LikeliestScan(windows.targets, options.kept, vocabulary)
             watching = None if scan is None else scan.add
             with SpillStore(available_bytes() // 4) as store:
@@ -134,6 +145,7 @@ def compare(
                     scan_original=engines.watch_original(watching),
                     scan_served=engines.watch_converted(),
                     on_original=engines.watch_layers(),
+                    kept=kept,
                 )
                 engines.scan_own(watching)
                 found = engines.into(found)
@@ -150,8 +162,25 @@ def compare(
                 metrics += [*faults.metrics(SERVED)]
             curves = tuple(model_curves(found))
             experts = expert_use(found.visits, weights.tensors)
-            if boundaries is not None:
+            if options.greedy:
+                said = None if options.work is None else StateFolder(folder=options.work / SAID)
+                both = continue_both(
+                    ours, theirs, windows.batches, options.greedy, options.greedy_tokens, kept_store, spare,
+                    folder=said, progress=progress,
+                )  # fmt: skip
+                metrics += [*both.metrics(options.seed)]
+                curves += tuple(both.curves())
+                notes.append(str(both))
+            if kept is not None:
+                how = Explaining(
+                    states=kept, store=kept_store, rows_bytes=spare, work=options.work, budget=options.budget,
+                    identity="" if boundaries is None else boundaries.identity, seed=options.seed, tell=tell,
+                )  # fmt: skip
+                attribution = explain(plain_ours, plain_theirs, windows.batches, weights.tensors, found, how, progress)
+                notes += attribution_notes(attribution, options.work)
+            if boundaries is not None and (attribution is None or not attribution.left_out):
                 boundaries.clear()
+                forget(boundaries.folder)
             folded = theirs.config.text.folded_experts
             if folded:
                 notes.append(
@@ -180,7 +209,23 @@ def compare(
             notes=tuple(notes),
             curves=curves,
             experts=experts,
+            attribution=attribution,
         )
+
+
+def _check_extras(original: Path, converted: Path, options: ParityOptions) -> None:
+    """Refuse what only two checkpoints can be asked, of which the reference model runs both."""
+    extras = [name for name, asked in (("--explain", options.explain), ("--greedy", options.greedy)) if asked]
+    if not extras:
+        return
+    if not options.run_model:
+        raise UsageError(f"no model is run, which {' and '.join(extras)} need")
+    for side in (original, converted):
+        if side.is_file() or is_package(side):
+            raise UsageError(
+                f"{' and '.join(extras)} need two checkpoints, and {side} is none: for a package or the states of an "
+                "engine give the checkpoint that they were made from"
+            )
 
 
 def _weight_metrics(weights: WeightsComparison) -> Iterator[Metric]:
@@ -212,7 +257,8 @@ def _boundaries(
     """Where states are kept, and what makes them those of this run: both checkpoints, the tokens, what is computed."""
     if options.work is None:
         return None
-    identity = hashlib.sha256(f"{__version__} {torch.__version__} {options.layers} {options.round_to}".encode())
+    asked = f"{options.layers} {options.greedy} {options.greedy_tokens} {options.explain} {options.round_to}"
+    identity = hashlib.sha256(f"{__version__} {torch.__version__} {asked}".encode())
     for source in (ours, theirs):
         folder = source.checkpoint.path
         for path in sorted(folder.iterdir()):

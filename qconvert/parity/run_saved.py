@@ -49,12 +49,14 @@ def compare_saved(original: Path, converted: Path, options: ParityOptions, progr
         not options.run_model
         or options.layers
         or options.drafts
+        or options.explain
+        or options.greedy
         or options.work is not None
         or options.save_logprobs is not None
     ):
         raise UsageError(
             "a file of log-probabilities has neither weights nor layers: drop --weights-only, --layers, --drafts, "
-            "--work and --save-logprobs"
+            "--explain, --greedy, --work and --save-logprobs"
         )
     ours, theirs = (read_logprobs(path) if path.is_file() else None for path in (original, converted))
     schemes: set[str] = set()

@@ -134,8 +134,9 @@ def _metric(name: str, where: str, value: float, sampled: Floats, unit: str, hig
 class Draws:
     """Which blocks of consecutive tokens each resample holds, and how often; short texts use smaller blocks."""
 
-    def __init__(self, tokens: int, seed: int) -> None:
-        self.size = max(1, min(BLOCK_TOKENS, tokens // 8))
+    def __init__(self, tokens: int, seed: int, block: int = BLOCK_TOKENS) -> None:
+        """So many ``tokens``, or anything else in an order, of which ``block`` together are not independent."""
+        self.size = max(1, min(block, tokens // 8))
         blocks = -(-tokens // self.size)
         self.lengths = np.minimum(self.size, tokens - self.size * np.arange(blocks))
         generator = np.random.default_rng(seed)
@@ -144,6 +145,10 @@ class Draws:
     def mean(self, name: str, where: str, values: Floats, unit: str, high: bool = False) -> Metric:
         """The mean and its interval."""
         return _metric(name, where, float(values.mean()), self.means(values), unit, high)
+
+    def median(self, name: str, where: str, values: Floats, unit: str, high: bool = False) -> Metric:
+        """The median and its interval."""
+        return _metric(name, where, float(np.median(values)), self.quantiles(values, (0.5,))[:, 0], unit, high)
 
     def perplexity(self, name: str, where: str, nll: Floats) -> Metric:
         """``exp`` of the mean and its interval."""

@@ -7,15 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from qconvert.core.plan import Quantize, Reading, Step
-from qconvert.core.role import Kind, Section
+from qconvert.core.role import STACKED_KINDS, Kind, Section
 
-_TOGETHER = (
-    (Kind.EXPERT_GATE, Kind.EXPERT_UP),
-    (Kind.SHARED_GATE, Kind.SHARED_UP),
-    (Kind.ATTENTION_QUERY, Kind.ATTENTION_KEY, Kind.ATTENTION_VALUE),
-    (Kind.LINEAR_QKV, Kind.LINEAR_Z),
-)
-_FIRST = {kind: kinds[0] for kinds in _TOGETHER for kind in kinds}
+_FIRST = {kind: kinds[0] for kinds in STACKED_KINDS for kind in kinds}
 
 _Stack = tuple[Section, Kind, int | None, int | None]
 

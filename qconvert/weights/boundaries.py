@@ -64,6 +64,17 @@ class Boundaries:
         last = max(layers)
         return int(last.name.removeprefix(_PREFIX)), lambda name: _read(last / name)
 
+    def claim(self) -> None:
+        """Mark the folder as this run's, before anything but layers is kept in it.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        try:
+            self._write_name()
+        except OSError as error:
+            raise OutputError(f"cannot keep states in {self.folder}: {error}") from error
+
     def save(self, layer: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Keep what comes before ``layer``, in place of what was kept: one file a tensor, durable and visible at once.
 
@@ -73,10 +84,7 @@ class Boundaries:
         place = self.folder / f"{_PREFIX}{layer:05}"
         partial = place.with_suffix(".partial")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / _PARTIAL
-            beside.write_text(json.dumps({"identity": self.identity}), encoding="utf-8")
-            beside.replace(self.folder / _RUN)
+            self._write_name()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             for name, tensor in tensors:
@@ -90,6 +98,12 @@ class Boundaries:
                     shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot keep the states before layer {layer} in {self.folder}: {error}") from error
+
+    def _write_name(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / _PARTIAL
+        beside.write_text(json.dumps({"identity": self.identity}), encoding="utf-8")
+        beside.replace(self.folder / _RUN)
 
     def clear(self) -> None:
         """Remove what was kept: the run is over."""

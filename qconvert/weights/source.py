@@ -224,7 +224,8 @@ class CheckpointWeights:
             KeyError: one of its matrices is not stored.
         """
         gate, up, down = (
-            self.matrix(_role(f"{experts}.{index}.{part}.weight")) for part in ("gate_proj", "up_proj", "down_proj")
+            self.matrix(model_role(f"{experts}.{index}.{part}.weight"))
+            for part in ("gate_proj", "up_proj", "down_proj")
         )
         return ExpertWeights(gate=gate, up=up, down=down)
 
@@ -247,7 +248,7 @@ class CheckpointWeights:
             raise KeyError(f"{self.checkpoint.path} holds no {role}") from None
 
     def _model_role(self, name: str) -> TensorRole:
-        role = _role(name)
+        role = model_role(name)
         if role not in self.stored or not self._of_model(role):
             raise KeyError(name)
         return role
@@ -263,9 +264,23 @@ class CheckpointWeights:
         return self._vision or role.section is not Section.VISION
 
 
-def _role(name: str) -> TensorRole:
+def model_role(name: str) -> TensorRole:
+    """The role of a tensor by the name that the reference model has for it.
+
+    Raises:
+        KeyError: the architecture has no such tensor.
+    """
     own = name.startswith(("lm_head.", "mtp."))
     try:
         return role_of(name if own else Naming.TEXT.value + name)
     except SourceError:
         raise KeyError(name) from None
+
+
+def expert_roles(experts: str, index: int) -> tuple[TensorRole, ...]:
+    """Gate, up and down of expert ``index`` of a block of the reference model such as ``layers.0.mlp.experts``.
+
+    Raises:
+        KeyError: the architecture has no such block.
+    """
+    return tuple(model_role(f"{experts}.{index}.{part}_proj.weight") for part in ("gate", "up", "down"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from qconvert import __version__
 from qconvert.core.metric import Metric
+from qconvert.parity.attribution import Attribution, Worth
 from qconvert.parity.causes import Cause
 from qconvert.parity.limits import Limit
 from qconvert.parity.report import ParityReport
@@ -37,6 +38,7 @@ def as_document(report: ParityReport) -> dict[str, Any]:
         "tensors": [_tensor(one) for one in report.tensors],
         "curves": [_curve(one) for one in report.curves],
         "experts": [_expert(one) for one in report.experts],
+        "attribution": None if report.attribution is None else _attribution(report.attribution),
     }
 
 
@@ -112,6 +114,31 @@ def _curve(one: Curve) -> dict[str, Any]:
 
 def _expert(one: ExpertUse) -> dict[str, Any]:
     return {"layer": one.layer, "expert": one.expert, "tokens": one.tokens, "sqnr_db": _json(one.sqnr_db)}
+
+
+def _attribution(found: Attribution) -> dict[str, Any]:
+    return {
+        "kl": _json(found.kl),
+        "groups": [_worth(one) for one in found.groups],
+        "layers": [_worth(one) for one in found.layers],
+        "left_out": [{"group": group, "layer": layer} for group, layer in found.left_out],
+        "predicted_seconds": round(found.predicted, 3),
+        "seconds": round(found.seconds, 3),
+        "policy": found.policy,
+        "advice": found.advice,
+    }
+
+
+def _worth(one: Worth) -> dict[str, Any]:
+    return {
+        "group": one.group,
+        "layer": one.layer,
+        "kl": _json(one.kl),
+        "worth": _json(one.worth),
+        "low": _json(one.low),
+        "high": _json(one.high),
+        "bytes": {"original": one.bytes_original, "converted": one.bytes_converted},
+    }
 
 
 def _json(value: float) -> float | str | None:

@@ -19,6 +19,7 @@ MARKDOWN_NAME = "parity.md"
 PAGE_NAME = "report.html"
 JUNIT_NAME = "junit.xml"
 CARD_NAME = "model-card.md"
+POLICY_NAME = "policy.toml"
 
 
 def write_report(report: ParityReport, folder: Path) -> tuple[Path, ...]:
@@ -34,6 +35,8 @@ def write_report(report: ParityReport, folder: Path) -> tuple[Path, ...]:
         JUNIT_NAME: as_junit(report),
         CARD_NAME: as_model_card(report, Path(report.converted).name or report.converted),
     }
+    if report.attribution is not None and report.attribution.policy:
+        texts[POLICY_NAME] = report.attribution.policy
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return tuple(replace_text(folder / name, text) for name, text in texts.items())

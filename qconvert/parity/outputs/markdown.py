@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from qconvert.core.metric import Verdict
+from qconvert.parity.attribution import Worth
 from qconvert.parity.because import bound, interval, number
 from qconvert.parity.outputs.sections import (
     MODES,
@@ -44,6 +45,7 @@ def as_markdown(report: ParityReport) -> str:
         _limits(report),
         _summary(report),
         "\n".join(f"- {prose(note)}" for note in report.notes),
+        _attribution(report),
         _parts(report),
         _worst(report),
         _roles(report),
@@ -125,6 +127,34 @@ def _parts(report: ParityReport) -> str:
     ]
     head = ("part", *map(prose, names))
     return _folded("By position and domain", table(head, rows)) if rows else ""
+
+
+def _attribution(report: ParityReport) -> str:
+    found = report.attribution
+    if found is None:
+        return ""
+    head = ("restored", "layer", "KL less, nats", "of all", "KL left, nats", "stored", "original")
+
+    def rows(worths: Iterable[Worth]) -> str:
+        return table(
+            head,
+            [
+                (prose(one.group), "all" if one.layer is None else str(one.layer),
+                 f"{number(one.worth)} [{number(one.low)}, {number(one.high)}]",
+                 f"{one.worth / found.kl:.1%}" if found.kl else "", number(one.kl), size(one.bytes_converted),
+                 size(one.bytes_original))
+                for one in worths
+            ],
+        )  # fmt: skip
+
+    parts = [
+        "## Attribution",
+        f"The KL as served is {number(found.kl)} nats; with tensors of the original put back it is less.",
+        rows(found.groups) if found.groups else "",
+        _folded("By layer", rows(found.layers)) if found.layers else "",
+        prose(found.advice) + (" It is in policy.toml and parity.json." if found.policy else ""),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _worst(report: ParityReport) -> str:

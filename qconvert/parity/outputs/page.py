@@ -20,8 +20,19 @@ from qconvert import __version__
 from qconvert.numerics.error import ErrorSums
 from qconvert.parity.because import bound, interval, number
 from qconvert.parity.outputs import pictures
-from qconvert.parity.outputs.pictures import Chart, chart
-from qconvert.parity.outputs.sections import MODES, by_layer, columns, deciding, headlines, parts, size, whole, words
+from qconvert.parity.outputs.pictures import BarChart, Chart, bar_chart, chart
+from qconvert.parity.outputs.sections import (
+    MODES,
+    LayerTable,
+    by_layer,
+    columns,
+    deciding,
+    headlines,
+    parts,
+    size,
+    whole,
+    words,
+)
 from qconvert.parity.report import ParityReport
 
 SHOWN = 500
@@ -73,6 +84,8 @@ def as_page(report: ParityReport) -> str:
             :FEW
         ],
         curves=curve_charts(report),
+        worths=worth_bars(report),
+        worth_layers=worth_chart(report),
         tensors=report.tensors[:SHOWN],
         causes=report.causes[:CAUSES],
         steps=STEPS,
@@ -120,11 +133,20 @@ def layer_charts(report: ParityReport) -> tuple[Chart, ...]:
                         if (where, layer) in table.found
                     ],
                 )
-                for where in table.wheres
+                for where in _seen(table)
             ],
         )
         for table in by_layer(report)
     )
+
+
+def _seen(table: LayerTable) -> tuple[str, ...]:
+    """The places whose lines can be seen: of several that are the same, the last."""
+    lines = {
+        where: [table.found[where, layer].value for layer in table.layers if (where, layer) in table.found]
+        for where in table.wheres
+    }
+    return tuple(where for n, where in enumerate(lines) if lines[where] not in list(lines.values())[n + 1 :])
 
 
 def curve_charts(report: ParityReport) -> tuple[Chart, ...]:
@@ -145,6 +167,27 @@ def expert_chart(report: ParityReport) -> Chart | None:
     return chart(
         "Experts: use against error", "tokens that visited the expert", "SQNR, dB", [("experts", points)], joined=False
     )
+
+
+def worth_bars(report: ParityReport) -> BarChart | None:
+    """What each group of roles is worth."""
+    found = report.attribution
+    if found is None or not found.groups:
+        return None
+    rows = [(one.group, one.worth, one.low, one.high) for one in found.groups]
+    return bar_chart("What groups of roles are worth", "KL less with the tensors of the original, nats", rows)
+
+
+def worth_chart(report: ParityReport) -> Chart | None:
+    """What the layers of groups that matter are worth."""
+    found = report.attribution
+    if found is None or not found.layers:
+        return None
+    lines = {
+        name: [(float(one.layer or 0), one.worth) for one in found.layers if one.group == name]
+        for name in dict.fromkeys(one.group for one in found.layers)
+    }
+    return chart("What layers are worth", "layer", "KL less, nats", list(lines.items()))
 
 
 def heat_map(report: ParityReport) -> HeatMap | None:

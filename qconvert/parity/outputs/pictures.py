@@ -11,6 +11,9 @@ from qconvert.parity.because import number
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 70, 16, 12, 44
 
+NAMES, BAR = 200, 26
+"""Room for the names beside bars, and from one bar to the next."""
+
 WIDE = 50.0
 """Largest over smallest from which an axis of positive numbers is logarithmic."""
 
@@ -96,11 +99,65 @@ def chart(
     )
 
 
-def axis(label: str, values: Iterable[float]) -> Axis:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A named bar from zero to its value, [x, width] in units of the view box, and the ends of its interval."""
+
+    label: str
+    text: str
+    y: float
+    x: float
+    width: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BarChart:
+    """Bars below each other over one axis; ``height`` is that of the view box."""
+
+    title: str
+    description: str
+    label: str
+    height: float
+    zero: float
+    ticks: tuple[tuple[float, str], ...]
+    bars: tuple[Bar, ...]
+
+
+def bar_chart(title: str, label: str, rows: Sequence[tuple[str, float, float, float]]) -> BarChart:
+    """A bar for each finite (name, value, low, high), with a line from low to high."""
+    drawn = [row for row in rows if all(map(math.isfinite, row[1:]))]
+    x = axis(label, [0.0, *(value for row in drawn for value in row[1:])], may_be_log=False)
+
+    def across(value: float) -> float:
+        return round(NAMES + x.share(value) * (WIDTH - NAMES - 2 * RIGHT), 1)
+
+    zero = across(0.0)
+    bars = tuple(
+        Bar(
+            label=name, text=number(value), y=TOP + BAR * n, x=min(zero, across(value)),
+            width=round(abs(across(value) - zero), 1), low=across(low), high=across(high),
+        )
+        for n, (name, value, low, high) in enumerate(drawn)
+    )  # fmt: skip
+    said = "; ".join(f"{name}: {number(value)}" for name, value, _, _ in drawn)
+    return BarChart(
+        title=title,
+        description=f"{label}. {said}." if said else f"{label}: nothing finite to draw.",
+        label=label,
+        height=TOP + BAR * len(bars) + BOTTOM,
+        zero=zero,
+        ticks=tuple((across(value), text) for value, text in x.ticks),
+        bars=bars,
+    )
+
+
+def axis(label: str, values: Iterable[float], *, may_be_log: bool = True) -> Axis:
     """An axis over finite ``values``: logarithmic where they are positive, but for zeros, and far apart."""
     values = list(values)
     positive = [value for value in values if value > 0]
-    if positive and min(values) >= 0 and max(positive) > WIDE * min(positive):
+    if may_be_log and positive and min(values) >= 0 and max(positive) > WIDE * min(positive):
         first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
         stride = max(1, (last - first) // 6)
         ticks = tuple((10.0**power, f"{10.0**power:g}") for power in range(first, last + 1, stride))

@@ -13,7 +13,8 @@ MODES = ("weights only", "as served")
 """The ways in which the models are run, the one that limits judge last."""
 
 HEADLINES = (
-    "kl_mean", "kl_median", "kl_p99", "kl_max", "top1_agreement", "top5_agreement", "perplexity_original",
+    "kl_mean", "kl_median", "kl_p99", "kl_max", "top1_agreement", "top5_agreement",
+    "greedy_common_mean", "greedy_never_parted", "perplexity_original",
     "perplexity_converted", "perplexity_ratio",
 )  # fmt: skip
 """What most readers want to know of the models."""

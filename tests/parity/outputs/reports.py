@@ -9,6 +9,7 @@ from qconvert.core.metric import Metric, exact
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import int4
 from qconvert.numerics.error import ErrorSums
+from qconvert.parity.attribution import Attribution, Worth
 from qconvert.parity.causes import CauseKind, cause
 from qconvert.parity.limits import Limit
 from qconvert.parity.report import ParityReport
@@ -95,7 +96,29 @@ def full_report() -> ParityReport:
             for at in layers
             for expert in range(3)
         ),
+        attribution=attribution(),
     )  # fmt: skip
+
+
+def attribution() -> Attribution:
+    """Two groups, one of them by layer, and a policy."""
+
+    def worth(group: str, layer: int | None, value: float) -> Worth:
+        return Worth(
+            group=group, layer=layer, kl=0.004 - value, worth=value, low=value - 2e-4, high=value + 2e-4,
+            bytes_converted=300_000_000, bytes_original=1_000_000_000,
+        )  # fmt: skip
+
+    return Attribution(
+        kl=0.004,
+        groups=(worth("expert down", None, 0.0031), worth("attention output", None, -0.0001)),
+        layers=tuple(worth("expert down", layer, 0.0012 / (layer + 1)) for layer in range(3)),
+        left_out=(("expert down", 3),),
+        predicted=12.5,
+        seconds=11.0,
+        policy='[[rule]]\nmatch = "text.expert.*"\nscheme = "int4"\ngroup = 32\n',
+        advice="The policy puts text.expert of 4 layers to int4-g32-sym for +94.00 MB.",
+    )
 
 
 def hostile_report() -> ParityReport:
@@ -139,11 +162,23 @@ def hostile_report() -> ParityReport:
             ),
         ),
         experts=tuple(ExpertUse(layer=0, expert=i, tokens=i, sqnr_db=value) for i, value in enumerate(odd)),
+        attribution=replace(
+            attribution(),
+            kl=math.nan,
+            groups=tuple(
+                replace(one, group=name, worth=value, low=value)
+                for one in attribution().groups
+                for name, value in zip(HOSTILE, odd, strict=False)
+            ),
+            policy="".join(HOSTILE),
+            advice=" ".join(HOSTILE),
+        ),
     )  # fmt: skip
 
 
 def bare_report() -> ParityReport:
     """Weights that are all the same, models not run."""
     return replace(
-        full_report(), metrics=(), tensors=(), roles=(), text="", tokens=0, notes=(), curves=(), experts=()
+        full_report(), metrics=(), tensors=(), roles=(), text="", tokens=0, notes=(), curves=(), experts=(),
+        attribution=None,
     )  # fmt: skip

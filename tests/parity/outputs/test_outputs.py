@@ -55,7 +55,15 @@ def test_what_is_written_fits_the_schema(name: str, schema: dict[str, Any], tmp_
 def test_the_schema_knows_every_key_and_lets_no_other_in(schema: dict[str, Any]) -> None:
     document = as_document(REPORTS["full"])
     assert set(document) == set(schema["properties"]) == set(schema["required"])
-    for path in ((), ("metrics", 0), ("tensors", 0), ("curves", 0), ("experts", 0), ("roles", 0)):
+    for path in (
+        (),
+        ("metrics", 0),
+        ("tensors", 0),
+        ("curves", 0),
+        ("experts", 0),
+        ("roles", 0),
+        ("attribution", "layers", 0),
+    ):
         broken = json.loads(json.dumps(document))
         at = broken
         for key in path:
@@ -67,7 +75,7 @@ def test_the_schema_knows_every_key_and_lets_no_other_in(schema: dict[str, Any])
 def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(REPORTS["full"], tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(before) == ["junit.xml", "model-card.md", "parity.json", "parity.md", "report.html"]
+    assert sorted(before) == ["junit.xml", "model-card.md", "parity.json", "parity.md", "policy.toml", "report.html"]
     renamed: list[str] = []
 
     def fail(self: Path, target: Path) -> None:
@@ -151,9 +159,11 @@ def test_the_page_can_be_read_without_eyes_and_without_a_mouse(name: str) -> Non
 def test_the_summary_comes_first_and_everything_is_there() -> None:
     page = Page(as_page(REPORTS["full"]))
     sections = [one["id"] for one in page.all("section")]
-    assert sections == ["summary", "causes", "layers", "heat", "experts", "curves", "parts", "tensors"]
+    assert sections == [
+        "summary", "causes", "layers", "attribution", "heat", "experts", "curves", "parts", "tensors",
+    ]  # fmt: skip
     assert REPORTS["full"].because in page.said
-    assert len(page.all("svg")) == 4
+    assert len(page.all("svg")) == 6
     assert [one["id"] for one in Page(as_page(REPORTS["bare"])).all("section")] == ["summary", "causes"]
 
 
