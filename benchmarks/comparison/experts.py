@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 WIDE = frozenset({"BF16", "F16", "F32", "F64"})
 _BESIDE_WEIGHTS = ("scale", "zero", "shape", "g_idx")
+NO_EXPERTS = "the source has no routed experts (tensors named *.mlp.experts.*)"
 _WEIGHTS_A_BYTE = 4
 """No scheme here has fewer than two bits a weight."""
 
@@ -89,6 +90,39 @@ def routed_expert_weights(tensors: Iterable[Stored]) -> list[Stored]:
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How large an output is.
+
+    Attributes:
+        bytes: of all tensors.
+        text_bytes: of those without MTP head and vision tower, which some tools drop.
+        expert_bits: a weight of a routed expert of the decoder, scales and all.
+    """
+
+    bytes: int
+    text_bytes: int
+    expert_bits: float
+
+
+def sizes(source: Iterable[Stored], output: Sequence[Stored]) -> Sizes:
+    """Compare what the source has with what the output has.
+
+    Raises:
+        ValueError: the source has no routed experts.
+    """
+    weights = sum(each.numel for each in routed_expert_weights(source))
+    if not weights:
+        raise ValueError(NO_EXPERTS)
+    text = [each for each in output if not each.name.startswith("mtp.") and "visual." not in each.name]
+    experts = sum(each.nbytes for each in text if ".mlp.experts." in each.name)
+    return Sizes(
+        bytes=sum(each.nbytes for each in output),
+        text_bytes=sum(each.nbytes for each in text),
+        expert_bits=8 * experts / weights,
+    )
+
+
 def experts_found(source: Iterable[Stored], output: Iterable[Stored]) -> ExpertsFound:
     """Compare what the source has with what the output has.
 
@@ -97,7 +131,7 @@ def experts_found(source: Iterable[Stored], output: Iterable[Stored]) -> Experts
     """
     total = sum(each.numel for each in routed_expert_weights(source))
     if not total:
-        raise ValueError("the source has no routed experts (tensors named *.mlp.experts.*)")
+        raise ValueError(NO_EXPERTS)
     held = routed_expert_weights(output)
     wide = sum(each.numel for each in held if each.dtype in WIDE)
     narrow = sum(each.nbytes for each in held if each.dtype not in WIDE)

@@ -1,0 +1,45 @@
+"""Round the routed experts of a checkpoint with AutoRound's learned rounding, calibrated on given token windows.
+
+python auto_round_tuned.py SRC OUT SCHEME IDS, in the environment that ``setup.sh`` makes. IDS is int64 [W, T] in .npy.
+
+Its 200 steps a layer on eight windows each, learning rates and learned ranges are left as they are by default; the
+layers to ignore leave what qconvert rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from auto_round import AutoRound
+from text_copy import text_copy
+
+SCHEMES = {
+    "int4-g128": {"scheme": "W4A16"},
+    "int4-g32": {"scheme": "W4A16", "group_size": 32},
+    "int8": {"scheme": "W8A16", "group_size": -1},
+}
+KEPT = "self_attn,linear_attn,shared_expert,shared_expert_gate,mlp.gate,mtp,visual,lm_head"
+
+
+def main() -> None:
+    """Convert what the command line names."""
+    source, out, scheme, ids = sys.argv[1:]
+    windows = torch.from_numpy(np.load(ids))
+    with text_copy(source, out) as text:
+        AutoRound(
+            text,
+            dataset=list(windows.split(8)),
+            seqlen=windows.shape[1],
+            nsamples=len(windows),
+            batch_size=8,
+            ignore_layers=KEPT,
+            enable_torch_compile=False,
+            device_map="cpu",
+            **SCHEMES[scheme],
+        ).quantize_and_save(out, format="auto_round")
+
+
+if __name__ == "__main__":
+    main()

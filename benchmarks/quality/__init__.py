@@ -1,0 +1,1 @@
+"""What rounding costs on held-out text, by method and tool: candidates, their scores, and the table of them."""
