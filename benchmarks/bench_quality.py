@@ -131,7 +131,7 @@ def score(stand: Stand, method: Method, scheme: str, found: Measured) -> Measure
     """Run the output on the held-out text, in a process of its own: this one stays small."""
     out = stand.file(method, scheme, "")
     command = [sys.executable, str(HERE / "quality" / "score.py"), str(stand.source), str(out)]
-    command += [str(stand.file(method, scheme, ".npz")), "--tokens", str(stand.held_out)]
+    command += [str(stand.file(method, scheme, ".scores")), "--tokens", str(stand.held_out)]
     command += ["--original-logits", str(stand.work / "original.safetensors")]
     if method.logits:
         command += ["--logits", str(out / "logits.safetensors")]
@@ -209,16 +209,15 @@ def main() -> int:
 
 def report(asked: argparse.Namespace, work: Path, measured: Sequence[Mapping[str, Any]]) -> int:
     """Print the tables; 1 if a method of qconvert failed or a peer is better at equal bytes."""
-    import numpy as np  # nothing that is measured is started from so large a process
-    from quality.picture import draw
+    from quality.picture import draw  # torch comes with it: nothing that is measured is started from so large a process
     from quality.table import markdown, rows
+    from safetensors.numpy import load_file
 
     scores = {}
     for one in measured:
-        path = work / f"{one['key']}.{one['scheme']}.npz"
+        path = work / f"{one['key']}.{one['scheme']}.scores"
         if one["failure"] is None:
-            with np.load(path) as found:
-                scores[one["key"], one["scheme"]] = dict(found)
+            scores[one["key"], one["scheme"]] = load_file(path)
     table = rows(measured, scores, BASELINE, MEASURE)
     positions = len(next(iter(scores.values()))["kl"]) if scores else 0
     print(f"{positions:,} held-out positions, {asked.calibration_tokens:,} tokens of calibration\n\n{markdown(table)}")

@@ -9,13 +9,14 @@ layers to ignore leave what qconvert rounds.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 from auto_round import AutoRound
 from text_copy import text_copy
 
-SCHEMES = {
+SCHEMES: dict[str, dict[str, Any]] = {
     "int4-g128": {"scheme": "W4A16"},
     "int4-g32": {"scheme": "W4A16", "group_size": 32},
     "int8": {"scheme": "W8A16", "group_size": -1},
@@ -30,7 +31,7 @@ def main() -> None:
     with text_copy(source, out) as text:
         AutoRound(
             text,
-            dataset=list(windows.split(8)),
+            dataset=list(torch.split(windows, 8)),
             seqlen=windows.shape[1],
             nsamples=len(windows),
             batch_size=8,

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 def main() -> None:
     """Convert what the command line names."""
     source, out, _, _ = sys.argv[1:]
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]  # theirs
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="cpu", quantization_config=config)
     model.save_pretrained(out)
 

@@ -15,7 +15,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCHEMES = {
@@ -27,20 +28,33 @@ SEARCHED = "-mse"
 EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
 
+class Rows(Dataset[dict[str, Tensor]]):
+    """Windows as transformers takes them."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        ids = self._windows[row]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def main() -> None:
     """Convert what the command line names."""
     source, out, scheme, ids = sys.argv[1:]
     windows = torch.from_numpy(np.load(ids))
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="cpu")
     observer = {"observer": "memoryless_mse"} if scheme.endswith(SEARCHED) else {}
     weights = QuantizationArgs(type="int", symmetric=True, **SCHEMES[scheme.removesuffix(SEARCHED)], **observer)
     oneshot(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(source),
-        dataset=DataLoader(rows, batch_size=4),
+        dataset=DataLoader(Rows(windows), batch_size=4),
         recipe=GPTQModifier(config_groups={"experts": QuantizationScheme(targets=[EXPERTS], weights=weights)}),
-        num_calibration_samples=len(rows),
+        num_calibration_samples=len(windows),
         max_seq_length=windows.shape[1],
         output_dir=out,
     )

@@ -37,7 +37,7 @@ def main() -> None:
     )
     model.save_pretrained(out)
     given = np.load(ids)
-    windows = torch.from_numpy(given["ids"]).split(given["lengths"].tolist())
+    windows = torch.split(torch.from_numpy(given["ids"]), given["lengths"].tolist())
     logits = [model(input_ids=row[None], use_cache=False).logits[0, :-1].float() for row in windows]
     save_file({"logits": torch.cat(logits)}, Path(out) / "logits.safetensors")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/quality/score.py ORIGINAL OUTPUT SCORES --tokens N [--logits FILE] [--original FILE]
 
-Both models run in float32 with the reference model's layers. SCORES, in .npz, gets ``kl`` and the negative
+Both models run in float32 with the reference model's layers. SCORES, a safetensors file, gets ``kl`` and the negative
 log-likelihoods ``nll_original`` and ``nll_converted`` [T], and, where an output has other tensors changed beside
 rounded experts, ``kl_experts`` of its experts between the original's other tensors. One JSON object on the output
 tells which.
@@ -20,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file as save_scores
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qconvert.cli.calibrate import WINDOW
 from qconvert.core.role import EXPERT_KINDS, Section
 from qconvert.parity.logits import score
 from qconvert.parity.windows import Windows, choose_windows
@@ -30,14 +32,12 @@ from qconvert.weights.source import CheckpointWeights
 from reference_model.layerwise import run_layerwise
 from reference_model.load import ExpertWeights, WeightSource, WeightSpec
 
-LENGTH = 512
-
 
 def held_out(original: Path, tokens: int) -> Windows:
     """Windows of the texts that come along and neither training nor calibration has seen."""
     with CheckpointWeights.open(original) as source:
         vocabulary = source.config.text.vocab_size
-    return choose_windows(original, vocabulary, texts=(), tokens=tokens, length=LENGTH, seed=0)
+    return choose_windows(original, vocabulary, texts=(), tokens=tokens, length=WINDOW, seed=0)
 
 
 class ExpertsBetween:
@@ -126,7 +126,7 @@ def main() -> None:
                     found["kl_experts"] = score(ours, alone, windows.targets).kl
     scores = score(ours, theirs, windows.targets)
     found |= {"kl": scores.kl, "nll_original": scores.nll_original, "nll_converted": scores.nll_converted}
-    np.savez(asked.scores, **found)
+    save_scores(found, asked.scores)
     print(json.dumps(said))
 
 

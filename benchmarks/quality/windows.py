@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from score import held_out
 
 from calibration.data import calibration_windows
 from qconvert.cli.calibrate import WINDOW
+from qconvert.parity.windows import choose_windows
 from qconvert.weights.source import CheckpointWeights
 
 
@@ -28,7 +28,8 @@ def main() -> None:
         vocabulary = source.config.text.vocab_size
     seen = calibration_windows(checkpoint, vocabulary, texts=(), tokens=tokens, window=WINDOW, seed=0)
     np.save(work / "calibration.npy", torch.cat(seen.batches).numpy())
-    rows = [row.numpy() for batch in held_out(checkpoint, scored).batches for row in batch]
+    unseen = choose_windows(checkpoint, vocabulary, texts=(), tokens=scored, length=WINDOW, seed=0)
+    rows = [row.numpy() for batch in unseen.batches for row in batch]
     np.savez(work / "held-out.npz", ids=np.concatenate(rows), lengths=[len(row) for row in rows])
 
 
