@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qconvert.budget.knapsack import Option, lightest, solve
+from qconvert.budget.knapsack import STATES, Option, lightest, solve
 from qconvert.budget.parts import Part
 from qconvert.budget.sizes import Size
+
+_QUICK = 4096
+"""Partial selections that a point of the frontier is worth."""
 
 _UNIT = 1 << 60
 """Losses are whole numbers of 1 / this of a nat: sums and comparisons are exact."""
@@ -83,12 +86,12 @@ class Choices:
             raise ValueError("the fewest bytes do not suffice")
         return found
 
-    def decide(self, budget: int, counted: Counted) -> Decision | None:
+    def decide(self, budget: int, counted: Counted, *, states: int = STATES) -> Decision | None:
         """The decision that costs least of those that take at most ``budget`` bytes; ``None`` if none does."""
         best: tuple[int, int, Decision] | None = None
         bound: int | None = None
         for items in self._problems():
-            found = solve(_options(items, counted), budget)
+            found = solve(_options(items, counted), budget, states=states)
             if found is None:
                 continue
             bound = found.bound if bound is None else min(bound, found.bound)
@@ -150,12 +153,16 @@ class Point:
 
 
 def frontier(choices: Choices, counted: Counted, points: int) -> tuple[Point, ...]:
-    """The least cost at so many budgets, evenly from the fewest bytes to all that can be used; equal ones once."""
+    """The least cost at so many budgets, closer together where there are few bytes to share; equal ones once.
+
+    Less is looked at for each than for a decision: a point that is not proven to be best says so.
+    """
     low = choices.least(counted)
     high = sum(max(counted(way.size) for way in ways) for ways in choices.ways)
     found: list[Point] = []
     for n in range(points):
-        decision = choices.decide(low + (high - low) * n // max(1, points - 1), counted)
+        budget = low + (high - low) * n * n // max(1, points - 1) ** 2
+        decision = choices.decide(budget, counted, states=_QUICK)
         if decision is not None:
             point = Point(size=decision.size, kl=decision.kl, proven=decision.proven)
             if not found or found[-1] != point:

@@ -21,6 +21,8 @@ from itertools import pairwise
 STATES = 200_000
 """Partial selections that are kept at most; beyond it the most promising go on and the gap is reported."""
 
+_FEW = (64, 2048)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
@@ -78,7 +80,7 @@ def lightest(items: Sequence[Sequence[Option]]) -> int:
 
 
 def solve(items: Sequence[Sequence[Option]], budget: int, *, states: int = STATES) -> Solution | None:
-    """The selection with the least loss that weighs at most ``budget``, of those the lightest; ``None`` if none does.
+    """The selection with the least loss within ``budget``, of equal ones a light one; ``None`` if nothing fits.
 
     Args:
         items: the options of each.
@@ -97,7 +99,22 @@ def solve(items: Sequence[Sequence[Option]], budget: int, *, states: int = STATE
         key=lambda step: (-step.slope, step.item),
     )
     greedy, relaxed, price = _relax(items, start, steps, budget)
-    return _enumerate(items, budget, greedy, relaxed, price, states)
+    chosen: Sequence[int] = greedy
+    bound = -(-relaxed.numerator // relaxed.denominator)
+    # a few partial selections find a better one, which leaves fewer of them to look at
+    for kept in sorted({min(few, states) for few in (*_FEW, states)}):
+        chosen, proves = _enumerate(items, budget, chosen, price, kept)
+        loss = sum(options[n].loss for options, n in zip(items, chosen, strict=True))
+        bound = max(bound, proves)
+        if bound == loss:
+            break
+    return Solution(
+        chosen=tuple(chosen),
+        weight=sum(options[n].weight for options, n in zip(items, chosen, strict=True)),
+        loss=loss,
+        bound=bound,
+        price=price,
+    )
 
 
 def relaxation(items: Sequence[Sequence[Option]], budget: int) -> Fraction | None:
@@ -174,21 +191,17 @@ class _Partial:
 
 
 def _enumerate(
-    items: Sequence[Sequence[Option]],
-    budget: int,
-    greedy: Sequence[int],
-    relaxed: Fraction,
-    price: Fraction,
-    states: int,
-) -> Solution:
+    items: Sequence[Sequence[Option]], budget: int, known: Sequence[int], price: Fraction, states: int
+) -> tuple[Sequence[int], int]:
+    """A selection that is no worse than ``known``, and what no selection has less loss than."""
     p, q = price.numerator, price.denominator
     costs = [[q * option.loss + p * option.weight for option in options] for options in items]
     least = [min(of_item) for of_item in costs]
     # no selection has less than q * loss >= floor, and a partial one adds the reduced costs that it has so far
     floor = sum(least) - p * budget
-    best_weight = sum(items[i][n].weight for i, n in enumerate(greedy))
-    best_loss = sum(items[i][n].loss for i, n in enumerate(greedy))
-    best: Sequence[int] = greedy
+    best_weight = sum(items[i][n].weight for i, n in enumerate(known))
+    best_loss = sum(items[i][n].loss for i, n in enumerate(known))
+    best = known
     # items of which one option alone can be taken come first: nothing branches there
     order = sorted(range(len(items)), key=lambda i: (least[i] - _second(costs[i]), i))
     spare = [0]
@@ -219,8 +232,7 @@ def _enumerate(
         if (partial.loss, weight) < (best_loss, best_weight):
             best_loss, best_weight = partial.loss, weight
             best = _unwound(partial, order)
-    bound = best_loss if dropped is None else max(min(dropped, best_loss), -(-relaxed.numerator // relaxed.denominator))
-    return Solution(chosen=tuple(best), weight=best_weight, loss=best_loss, bound=bound, price=price)
+    return best, best_loss if dropped is None else min(dropped, best_loss)
 
 
 def _second(costs: Sequence[int]) -> int:
