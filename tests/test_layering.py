@@ -122,6 +122,11 @@ ALLOWED: dict[str, set[str]] = {
         "qconvert.plan.policy", "qconvert.texts", "qconvert.weights", "qconvert.memory", "reference_model",
         "qconvert.onnx_export.runtime", "qconvert.onnx_export.session", "qconvert.onnx_export.package_weights",
     },
+    "qconvert.budget": {
+        "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.formats", "qconvert.plan", "qconvert.weights",
+        "qconvert.memory", "qconvert.parity",
+    },
+    "qconvert.budget.knapsack": set(),
     "qconvert.pytest_plugin": {"qconvert.core", "qconvert.io", "qconvert.parity"},
     "qconvert.cli": {"qconvert", "reference_model", "calibration"},
     "qconvert": set(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,8 @@ CalibrationData = Annotated[
     typer.Option(
         "--calibration-data",
         metavar="[NAME=]FILE",
-        help="What --method gptq and awq read, again for each domain: text, .jsonl or .npy as in `qconvert calibrate`. "
-        f"Default, or {DEFAULT!r}: the texts that come along.",
+        help="What --method gptq and awq read, and a budget, again for each domain: text, .jsonl or .npy as in "
+        f"`qconvert calibrate`. Default, or {DEFAULT!r}: the texts that come along.",
     ),
 ]
 CalibrationTokens = Annotated[
@@ -60,13 +60,33 @@ class TextOptions:
     damping: float = DAMPING
     propagate: bool = True
 
-    def check_unused(self, method: str) -> None:
-        """Refuse options that a method without text does not read.
+    @property
+    def named(self) -> bool:
+        """Whether another text than the usual one is asked for."""
+        return bool(self.data) or (self.window, self.seed) != (WINDOW, 0)
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """Those that were named; none for the ones that come along.
+
+        Raises:
+            UsageError: see ``Text.parse``.
+        """
+        return tuple(Text.parse(one) for one in self.data if one != DEFAULT)
+
+    def check_unused(self, method: str, *, budget: bool = False) -> None:
+        """Refuse options that a method without text does not read; a ``budget`` reads text, whatever the method.
 
         Raises:
             UsageError: one was given.
         """
-        if self != TextOptions():
+        if budget:
+            if replace(self, data=(), window=WINDOW, seed=0) != TextOptions():
+                raise UsageError(
+                    "--calibration-tokens, --damping and --no-propagate are for --method gptq and awq; parts are "
+                    "measured on --sensitivity-tokens"
+                )
+        elif self != TextOptions():
             raise UsageError(
                 "--calibration-data, --calibration-tokens, --calibration-window, --calibration-seed, --damping and "
                 f"--no-propagate are for --method gptq and awq; --method {method} runs no text"
@@ -78,11 +98,10 @@ class TextOptions:
         Raises:
             UsageError, SourceError: see ``calibration_windows`` and ``Calibration``.
         """
-        texts = tuple(Text.parse(one) for one in self.data if one != DEFAULT)
         with CheckpointWeights.open(source) as weights:
             vocabulary = weights.config.text.vocab_size
         windows = calibration_windows(
-            source, vocabulary, texts=texts, tokens=self.tokens, window=self.window, seed=self.seed
+            source, vocabulary, texts=self.texts, tokens=self.tokens, window=self.window, seed=self.seed
         )
         return Calibration(
             method=method_named(method),

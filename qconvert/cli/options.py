@@ -42,6 +42,16 @@ FoldEngine = Annotated[
 ]
 
 
+QuantizeEngine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help=f"Who alone shall read the output: {FOLD_ENGINE} a folded shared expert; vllm what a budget decides, "
+        "which then may give each layer's experts a scheme of their own.",
+    ),
+]
+
+
 def check_fold_engine(engine: str | None) -> None:
     """Refuse to fold for an engine that does not run it.
 

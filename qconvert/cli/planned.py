@@ -10,6 +10,7 @@ from qconvert.core.errors import OutputError
 from qconvert.core.plan import Plan, Quantize, Reencode
 from qconvert.core.role import EXPERT_KINDS
 from qconvert.formats.engine_limits import Written, engine_limits
+from qconvert.formats.engine_rules import FOR_ENGINE
 from qconvert.plan.document import plan_text
 from reference_model.config_fold import FOLD, note_of
 
@@ -70,9 +71,15 @@ def limits(plan: Plan) -> list[str]:
         for step in plan.steps
         if isinstance(step.action, Quantize | Reencode)
     }
-    folded = [FOLDED_LIMIT] if note_of(plan.config).get(FOLD) else []
-    return folded + [str(limit) for limit in engine_limits(written)]
+    note = note_of(plan.config)
+    own = ([FOLDED_LIMIT] if note.get(FOLD) else []) + ([ALONE_LIMIT] if note.get(FOR_ENGINE) else [])
+    return own + [str(limit) for limit in engine_limits(written)]
 
+
+ALONE_LIMIT = (
+    "it is for vLLM alone: routed experts of its layers may have several schemes, which transformers refuses; hold it "
+    "to `qconvert check --engine vllm`"
+)
 
 FOLDED_LIMIT = (
     "transformers, vLLM and SGLang do not load it: its shared expert is folded into routed ones, for `qconvert "

@@ -12,6 +12,16 @@ import typer
 
 from qconvert.carry_out import Conversion
 from qconvert.cli import console
+from qconvert.cli.budget import TOKENS as SENSITIVITY_TOKENS
+from qconvert.cli.budget import (
+    Bits,
+    BudgetedPolicy,
+    BudgetOptions,
+    Candidates,
+    Sensitivities,
+    SensitivityTokens,
+    TargetSize,
+)
 from qconvert.cli.calibrate import TOKENS, WINDOW
 from qconvert.cli.calibrated import (
     CalibrationData,
@@ -27,12 +37,12 @@ from qconvert.cli.options import (
     PROCESSORS,
     Device,
     DryRun,
-    FoldEngine,
     Fresh,
     HashName,
     Jobs,
     Json,
     MaxShardSize,
+    QuantizeEngine,
     check_fold_engine,
     parse_hash,
     parse_size,
@@ -96,7 +106,12 @@ def quantize(
             help="Store the shared expert as routed ones, see `qconvert fold`; with --preset fusable.",
         ),
     ] = False,
-    engine: FoldEngine = None,
+    target_size: TargetSize = None,
+    bits: Bits = None,
+    sensitivities: Sensitivities = None,
+    candidates: Candidates = None,
+    sensitivity_tokens: SensitivityTokens = SENSITIVITY_TOKENS,
+    engine: QuantizeEngine = None,
     dry_run: DryRun = False,
     jobs: Jobs = PROCESSORS,
     max_memory: Annotated[
@@ -118,6 +133,10 @@ def quantize(
     goes on when the same command is given again. What engines would misread, by the rules of `qconvert check`, is
     refused.
 
+    With --target-size or --bits each part of the model gets the scheme with which all fit and the predicted KL is
+    least: parts are measured one by one on the calibration text, once for all budgets, and --dry-run shows what got
+    what. Beside OUT are then the decision as a policy file, to change it, and what other budgets would buy.
+
     Examples:
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --scheme int4 --group 128
 
@@ -129,41 +148,60 @@ def quantize(
 
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --method imatrix --stats ./stats
 
+      qconvert quantize ./Qwen3.5-35B-A3B ./mixed --target-size 20GiB --dry-run
+
+      qconvert quantize ./Qwen3.5-35B-A3B ./b5 --bits 5 --sensitivities mixed.sensitivities.json --method gptq
+
       qconvert quantize ./Qwen3.5-35B-A3B-FP8 ./int4 --from-quantized
 
       qconvert quantize ./Qwen3.5-35B-A3B ./fp8 --scheme fp8 --hash sha256 --device cuda:0
     """
+    budget = BudgetOptions(
+        target_size=target_size, bits=bits, sensitivities=sensitivities, candidates=candidates,
+        tokens=sensitivity_tokens,
+    )  # fmt: skip
 
     def call() -> int:
         if fold:
             check_fold_engine(engine)
-        elif engine is not None:
-            raise UsageError("--engine is for --fold-shared-expert; --format chooses the loader of what is rounded")
+        elif engine is not None and not budget.given:
+            raise UsageError(
+                "--engine is for --fold-shared-expert and for budgets; --format chooses the loader of what is rounded"
+            )
         check_method(method, stats)
+        decided_else = (
+            ("--scheme", scheme != "int4"), ("--group", group is not None), ("--asymmetric", asymmetric),
+            ("--preset", preset is not None), ("--format", stored_as not in (None, "compressed-tensors")),
+            ("--fold-shared-expert", fold),
+        )  # fmt: skip
+        budget.check(decided_else, engine)
         text = TextOptions(
             data=tuple(calibration_data or ()), tokens=calibration_tokens, window=calibration_window,
             seed=calibration_seed, damping=damping, propagate=propagate,
         )  # fmt: skip
         if method not in BY_TEXT:
-            text.check_unused(method)
+            text.check_unused(method, budget=budget.given)
         elif device_named(device).type != "cpu":
             raise UsageError(f"--method {method} runs on the CPU: drop --device {device}")
         chosen = scheme_named(scheme, group=group, symmetric=not asymmetric)
         searched = search or method == IMATRIX
-        rules = default_policy(
-            chosen,
-            search=searched,
-            rules=(
-                *(() if policy is None else read_rules(policy, search=searched)),
-                *(() if preset is None else preset_rules(preset, chosen)),
-            ),
-        )
-        if stored_as is not None:
-            rules = rules.stored_as(stored_as)
+        own = () if policy is None else read_rules(policy, search=searched)
         limit = parse_size(max_memory or ("3GiB" if method in BY_TEXT else "1GiB"))
         shard_bytes = parse_size(max_shard_size)
         hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)
+        budgeted = None
+        if budget.given:
+            budgeted = budget.decide(
+                folder, out, text, rules=own, search=searched, engine=engine, from_quantized=from_quantized,
+                shard_bytes=shard_bytes, quiet=json,
+            )  # fmt: skip
+            rules = budgeted.policy
+        else:
+            named = () if preset is None else preset_rules(preset, chosen)
+            rules = default_policy(chosen, search=searched, rules=(*own, *named))
+        if stored_as is not None:
+            rules = rules.stored_as(stored_as)
         with statistics_of(stats, folder) as (statistics, warnings):
             calibration = text.calibration(method, folder) if method in BY_TEXT else statistics
             if dry_run:
@@ -172,6 +210,8 @@ def quantize(
                     from_quantized=from_quantized, fold=fold, calibration=calibration,
                 )  # fmt: skip
                 preview(plan, out, json=json)
+                if budgeted is not None and not json:
+                    budgeted.show()
                 _warn(warnings, json=json)
                 return 0
             start = time.perf_counter()
@@ -182,7 +222,7 @@ def quantize(
                     device=place, progress=lambda now, total: advance("rounding", now, total),
                 )  # fmt: skip
             warnings = (*warnings, *coverage_warnings(done.record.get(CALIBRATION)))
-        _report(done, folder, warnings, time.perf_counter() - start, json=json)
+        _report(done, folder, warnings, time.perf_counter() - start, budgeted, json=json)
         return 0
 
     raise typer.Exit(console.guarded(call))
@@ -194,7 +234,15 @@ def _warn(warnings: Sequence[str], *, json: bool) -> None:
         console.say(f"warning: {warning}", style="yellow")
 
 
-def _report(done: Conversion, source: Path, warnings: Sequence[str], seconds: float, *, json: bool) -> None:
+def _report(
+    done: Conversion,
+    source: Path,
+    warnings: Sequence[str],
+    seconds: float,
+    budgeted: BudgetedPolicy | None,
+    *,
+    json: bool,
+) -> None:
     if json:
         console.show_json(
             {
@@ -206,11 +254,14 @@ def _report(done: Conversion, source: Path, warnings: Sequence[str], seconds: fl
                 "source_quantization": done.plan.source_quantization,
                 "engine_limits": limits(done.plan),
                 "calibration": done.record.get(CALIBRATION),
+                "budget": None if budgeted is None else budgeted.document(),
                 "warnings": list(warnings),
             }
         )
         return
     show_plan(done.plan)
+    if budgeted is not None:
+        budgeted.show()
     _warn(warnings, json=json)
     for path, value in done.record.get(CALIBRATION, {}).get(LOSS_OVER_NEAREST, {}).items():
         if value is not None:

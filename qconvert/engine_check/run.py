@@ -21,10 +21,12 @@ from qconvert.engine_check.rule import Effect, Engine, Rule, Violation, violatio
 from qconvert.engine_check.scheme_rules import SCHEME_RULES
 from qconvert.engine_check.size_rules import SIZE_RULES
 from qconvert.engine_check.view import build_view
+from qconvert.formats.engine_rules import FOR_ENGINE
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.shard_file import open_shard
 from qconvert.io.source_folder import CONFIG_FILE, WEIGHTS_SUFFIX, read_whole
 from qconvert.io.strict_json import parse_object
+from reference_model.config_fold import note_of
 
 RULES: tuple[Rule, ...] = (*COMPLETENESS_RULES, *FOLD_RULES, *LIST_RULES, *SCHEME_RULES, *SIZE_RULES, *LIMIT_RULES)
 """Every rule, those about the whole checkpoint first."""
@@ -32,7 +34,7 @@ RULES: tuple[Rule, ...] = (*COMPLETENESS_RULES, *FOLD_RULES, *LIST_RULES, *SCHEM
 _SHOWN = 10
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _OWN = (Engine.VLLM, Engine.TRANSFORMERS)
-"""What is written is held to engines that the tests run."""
+"""What is written is held to engines that the tests run, or to the one that alone it is for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +127,9 @@ def refuse_unreadable(folder: Path) -> None:
 
 def _unreadable(raw: Mapping[str, Any], tensors: Iterable[TensorInfo], where: Path) -> str:
     view = build_view(read_config(raw, where), raw, tensors)
-    chosen = [rule for rule in RULES if rule.engine in _OWN and not rule.announced]
+    named = note_of(raw).get(FOR_ENGINE)
+    engines = [engine for engine in _OWN if engine.value == named] or _OWN
+    chosen = [rule for rule in RULES if rule.engine in engines and not rule.announced]
     return "\n".join(describe(one) for rule in chosen for one in violations(rule, view))
 
 

@@ -25,6 +25,12 @@ STACKED: tuple[tuple[str, tuple[str, ...]], ...] = (
 EXPERT_TARGET = r"re:.*\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
 """Matches every routed expert, in the names of all engines."""
 
+FOR_ENGINE = "engine"
+"""Where the block of ``config.json`` about a conversion says which engine alone it is for."""
+
+ALONE = ("vllm",)
+"""Engines that a conversion can be for alone; then what others demand need not hold."""
+
 _LAYER = re.compile(r"^(?P<layer>.*\blayers\.\d+)\.(?P<rest>.+)$")
 _EXPERT = re.compile(r"^(?P<layer>.*)\.mlp\.experts\.(?:(?P<index>\d+)\.)?(?P<part>[a-z_]+)$")
 _NEVER = (
@@ -213,16 +219,21 @@ def module_patterns(decisions: Sequence[ModuleDecision], chosen: Sequence[Module
     targets: dict[str, None] = {}
     suffices: dict[str, bool] = {}
     for decision in chosen:
-        patterns = [EXPERT_TARGET] if _EXPERT.match(decision.name) else list(_patterns(decision.name))
-        pattern = next((pattern for pattern in patterns if pattern.endswith("$")), "")
-        if pattern not in suffices:
-            suffices[pattern] = bool(pattern) and not any(re.match(pattern[3:], name) for name in others)
-        targets[pattern if suffices[pattern] else decision.name] = None
+        expert = _EXPERT.match(decision.name)
+        if expert is not None:
+            layer = re.escape(expert["layer"].rpartition("layers.")[2])
+            patterns = [EXPERT_TARGET, EXPERT_TARGET.replace(r"\.mlp", rf"\.layers\.{layer}\.mlp", 1)]
+        else:
+            patterns = [pattern for pattern in _patterns(decision.name) if pattern.endswith("$")][:1]
+        for pattern in patterns:
+            if pattern not in suffices:
+                suffices[pattern] = not any(re.match(pattern[3:], name) for name in others)
+        targets[next((pattern for pattern in patterns if suffices[pattern]), decision.name)] = None
     return list(targets)
 
 
-def verify(decisions: Sequence[ModuleDecision]) -> None:
-    """Refuse what an engine would reject, or load wrongly.
+def verify(decisions: Sequence[ModuleDecision], engine: str | None = None) -> None:
+    """Refuse what an engine would reject, or load wrongly; with ``engine``, one of ``ALONE``, what that one would.
 
     Raises:
         PlanError: names the modules and the rule.
@@ -232,7 +243,7 @@ def verify(decisions: Sequence[ModuleDecision]) -> None:
     for decision in quantized:
         _check_alone(decision)
     _check_stacks(decisions)
-    _check_experts(decisions)
+    _check_experts(decisions, engine)
     methods = {format_named(decision.format or "").quant_method: decision.name for decision in quantized}
     if len(methods) > 1:
         listed = ", ".join(f"{method} ({name})" for method, name in sorted(methods.items()))
@@ -280,7 +291,7 @@ def _check_stacks(decisions: Sequence[ModuleDecision]) -> None:
             _agree(members, f"engines stack them into {stem}{stack}, which has one scheme")
 
 
-def _check_experts(decisions: Sequence[ModuleDecision]) -> None:
+def _check_experts(decisions: Sequence[ModuleDecision], engine: str | None) -> None:
     layers: dict[str, list[ModuleDecision]] = defaultdict(list)
     for decision in decisions:
         expert = _EXPERT.match(decision.name)
@@ -288,8 +299,9 @@ def _check_experts(decisions: Sequence[ModuleDecision]) -> None:
             layers[expert["layer"]].append(decision)
     for layer, members in layers.items():
         _agree(members, f"vLLM reads the scheme of all experts of {layer} at expert 0's three matrices")
-    first = [members[0] for members in layers.values() if members[0].scheme is not None]
-    _agree(first, "transformers reads one scheme for the experts of all layers")
+    if engine != "vllm":
+        first = [members[0] for members in layers.values() if members[0].scheme is not None]
+        _agree(first, "transformers reads one scheme for the experts of all layers")
 
 
 def _agree(members: Sequence[ModuleDecision], rule: str) -> None:

@@ -20,17 +20,18 @@ from qconvert.formats.engine_rules import (
 from qconvert.formats.table import format_named
 
 
-def quantization_config(decisions: Sequence[ModuleDecision]) -> dict[str, Any]:
+def quantization_config(decisions: Sequence[ModuleDecision], engine: str | None = None) -> dict[str, Any]:
     """What engines need to know of a checkpoint, from the decisions about all its linear modules.
 
     The block lists what stays as every engine reads it. One scheme becomes one group that targets ``Linear``;
-    several become ``mixed-precision`` with a format per group, routed experts first.
+    several become ``mixed-precision`` with a format per group, routed experts first. ``engine`` is the one that alone
+    shall read it.
 
     Raises:
         PlanError: an engine would refuse the checkpoint or load it wrongly, or nothing is quantized.
         FormatError: a format cannot hold one of the matrices.
     """
-    verify(decisions)
+    verify(decisions, engine)
     groups = _groups(decisions)
     if not groups:
         raise PlanError("nothing is quantized: no module has a scheme")

@@ -18,7 +18,7 @@ from qconvert.core.tensor_info import TensorInfo
 from qconvert.formats.engine_rules import ModuleDecision
 from qconvert.formats.table import format_for
 from qconvert.io.checkpoint import Checkpoint
-from qconvert.plan.decided import Decided, StoredAs, assemble, keep, kept_module, noted, refuse_by_nature
+from qconvert.plan.decided import Decided, StoredAs, assemble, for_engine, keep, kept_module, noted, refuse_by_nature
 from qconvert.plan.folding import fold_shared_experts, folded_config, folding_hash
 from qconvert.plan.halves import decide
 from qconvert.plan.layout import DEFAULT_SHARD_BYTES
@@ -99,7 +99,7 @@ def build_plan(
     _check_rules(policy, used)
     if not any(isinstance(one.step.action, Quantize) for one in decided):
         raise PlanError("the policy quantizes nothing: no rule with a scheme matches a tensor")
-    config, decided_by = noted(checkpoint.config, source), policy.hash
+    config, decided_by = for_engine(noted(checkpoint.config, source), policy.engine), policy.hash
     if fold:
         decided = fold_shared_experts(decided, census, checkpoint.path)
         config, decided_by = folded_config(config), folding_hash(Folding.FOLDED, policy.hash)

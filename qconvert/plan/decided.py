@@ -13,7 +13,7 @@ from qconvert.core.errors import PlanError
 from qconvert.core.plan import Keep, Plan, Slice, Step
 from qconvert.core.role import Kind, TensorRole
 from qconvert.core.tensor_info import TensorInfo
-from qconvert.formats.engine_rules import ModuleDecision
+from qconvert.formats.engine_rules import FOR_ENGINE, ModuleDecision
 from qconvert.formats.quantization_config import quantization_config
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.layout import OutputTensor, lay_out
@@ -106,7 +106,7 @@ def assemble(
     decided.sort(key=lambda one: _order(one.step, words))
     modules = [one.module for one in decided if one.module is not None]
     if any(module.scheme is not None for module in modules):
-        config = {**config, QUANTIZATION: quantization_config(modules)}
+        config = {**config, QUANTIZATION: quantization_config(modules, note_of(config).get(FOR_ENGINE))}
     return Plan(
         steps=tuple(share_second_scales(one.step for one in decided)),
         layout=lay_out((one.outputs for one in decided), shard_bytes),
@@ -138,9 +138,17 @@ def declared_once(config: Mapping[str, Any], source: PlannedSource) -> dict[str,
 
 
 def _note(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is noted already, of a shared expert that is folded."""
+    """What is noted already and still holds: a shared expert that is folded, and the engine that alone reads it."""
     note = note_of(config)
-    return {FOLD: note[FOLD]} if note.get(FOLD) else {}
+    return {key: note[key] for key in (FOLD, FOR_ENGINE) if note.get(key)}
+
+
+def for_engine(config: Mapping[str, Any], engine: str | None) -> dict[str, Any]:
+    """A ``config.json`` that says which engine alone it is for, or that says of none."""
+    note = {key: value for key, value in note_of(config).items() if key != FOR_ENGINE}
+    note |= {} if engine is None else {FOR_ENGINE: engine}
+    written = {key: value for key, value in config.items() if key != NOTE or not isinstance(value, Mapping)}
+    return {**written, NOTE: note} if note else written
 
 
 _Words = list[tuple[int, str]]

@@ -8,15 +8,16 @@ A policy file is TOML::
     layers = "0-3,39"                # optional
     reason = "always active"         # optional
 
-``group``, ``symmetric`` and ``search`` refine ``scheme``; ``format`` names the loader that shall read it. Rules of a
-file are tried before the default ones. The halves of ``q_proj`` have paths of their own beside that of the whole,
+``group``, ``symmetric`` and ``search`` refine ``scheme``; ``format`` names the loader that shall read it, ``engine``
+the engine that alone shall (``vllm``), whose rules are then the only ones that must hold. Rules of a file are tried
+before the default ones. The halves of ``q_proj`` have paths of their own beside that of the whole,
 ``text.attention.query.query`` and ``text.attention.query.output_gate``; see ``halves.py`` for what decides both.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tomlkit.exceptions import TOMLKitError
 from qconvert.core.errors import FormatError, PlanError, UsageError
 from qconvert.core.role import HALVES, TensorRole
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Codebook, Scheme, bnb4, int4
+from qconvert.formats.engine_rules import ALONE
 from qconvert.formats.table import METHODS, scheme_for
 from qconvert.io.strict_table import Types, check_table
 
@@ -46,6 +48,7 @@ class Rule:
         search: choose scales by mean squared error.
         method: the loader that shall read what is rounded, as ``quantization_config`` names it; ``None`` is the usual
             one of the scheme.
+        engine: the engine that alone shall read what is rounded, one of ``engine_rules.ALONE``.
         default: one of the built-in rules, which need not decide anything.
     """
 
@@ -55,6 +58,7 @@ class Rule:
     layers: frozenset[int] | None = None
     search: bool = False
     method: str | None = None
+    engine: str | None = None
     default: bool = False
 
     def matches(self, role: TensorRole) -> bool:
@@ -84,9 +88,13 @@ class Policy:
     @property
     def hash(self) -> str:
         """xxh3-128 of the rules."""
-        return xxhash.xxh3_128_hexdigest(
-            repr([(r.match, r.scheme, sorted(r.layers or ()), r.search, r.method) for r in self.rules]).encode()
-        )
+        rules = [(r.match, r.scheme, sorted(r.layers or ()), r.search, r.method) for r in self.rules]
+        return xxhash.xxh3_128_hexdigest(repr((rules, self.engine) if self.engine else rules).encode())
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that alone shall read the output, if a rule names one."""
+        return next((rule.engine for rule in self.rules if rule.engine is not None), None)
 
     def stored_as(self, method: str) -> Policy:
         """The same rules with ``method`` for the loader wherever none is named.
@@ -239,6 +247,7 @@ _TYPES: Types = {
     "symmetric": (bool,),
     "search": (bool,),
     "format": (str,),
+    "engine": (str,),
     "layers": (str,),
     "reason": (str,),
 }
@@ -251,8 +260,10 @@ def _rule(entry: Any, where: str, search: bool) -> Rule:
     keep = entry.get("keep", False)
     if keep == ("scheme" in entry):
         raise UsageError(f"{where}: give either 'scheme' or 'keep = true'")
-    if keep and {"group", "symmetric", "search", "format"} & set(entry):
-        raise UsageError(f"{where}: 'keep' takes no group, symmetric, search or format")
+    if keep and {"group", "symmetric", "search", "format", "engine"} & set(entry):
+        raise UsageError(f"{where}: 'keep' takes no group, symmetric, search, format or engine")
+    if entry.get("engine", ALONE[0]) not in ALONE:
+        raise UsageError(f"{where}: engine is {entry['engine']!r}; expected {' or '.join(ALONE)}")
     try:
         scheme = (
             None
@@ -269,6 +280,7 @@ def _rule(entry: Any, where: str, search: bool) -> Rule:
         reason=entry.get("reason", where.rpartition(", ")[2] + " of the policy file"),
         layers=_layers(entry["layers"], where) if "layers" in entry else None,
         search=entry.get("search", search and scheme not in _DENSE_ONLY),
+        engine=entry.get("engine"),
     )
     try:
         return _stored_as(rule, entry["format"]) if "format" in entry else rule
@@ -291,8 +303,9 @@ def _entry(rule: Rule) -> dict[str, Any]:
     else:
         entry |= _named(rule.scheme, rule.method)
         entry["search"] = rule.search
+        entry |= {} if rule.engine is None else {"engine": rule.engine}
     if rule.layers is not None:
-        entry["layers"] = _ranges(rule.layers)
+        entry["layers"] = layer_ranges(rule.layers)
     return {**entry, "reason": rule.reason}
 
 
@@ -321,8 +334,8 @@ def _named(scheme: Scheme, method: str | None) -> dict[str, Any]:
 _LAST_LAYER = 9999
 
 
-def _ranges(layers: frozenset[int]) -> str:
-    """The inverse of ``_layers``."""
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Layers as a policy file names them: ``0-3,39``."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and runs[-1][1] == layer - 1:

@@ -1,0 +1,279 @@
+"""A whole decision: what is measured already, what is not, what fits, and what other budgets would buy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qconvert.budget.decide import Choices, Decision, Point, Way, frontier, uniform
+from qconvert.budget.losses import Losses, read_losses
+from qconvert.budget.measure import measure
+from qconvert.budget.parts import Part, parts_of
+from qconvert.budget.policy_file import rules_of
+from qconvert.budget.sizes import Size, file_bytes, size_of
+from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.scheme import int4
+from qconvert.io.fingerprint import fingerprint
+from qconvert.parity.tensors import Progress
+from qconvert.plan.builder import build_plan
+from qconvert.plan.layout import DEFAULT_SHARD_BYTES
+from qconvert.plan.policy import Policy, Rule, default_policy
+from qconvert.weights.source import CheckpointWeights
+
+POINTS = 64
+"""Budgets whose least cost is told beside the one that was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """What parts are measured on.
+
+    Attributes:
+        batches: int64 [B, T] each.
+        record: where they come from, see ``CalibrationWindows``.
+    """
+
+    batches: Sequence[Tensor]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is wanted.
+
+    Attributes:
+        target: bytes of all files with weights, headers included; ``None`` where ``bits`` are given.
+        bits: of the tensors that the budget decides, for each of their weights, scales included.
+        schemes: names in ``parts.SCHEMES``.
+        layers_apart: routed experts of each layer may have a scheme of their own.
+        search: scales are searched, in what is measured and in what is written.
+        rules: of the user; what they decide, the budget does not.
+        text_named: the user says which text; measurements on another one are refused.
+    """
+
+    losses: Path
+    target: int | None = None
+    bits: float | None = None
+    schemes: tuple[str, ...]
+    layers_apart: bool = False
+    search: bool = False
+    rules: tuple[Rule, ...] = ()
+    text_named: bool = False
+    from_quantized: bool = False
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgeted:
+    """What came of it.
+
+    Attributes:
+        rules: those of the user, then those of the decision.
+        own: those of the decision alone.
+        beside: bytes of the files that no budget changes.
+        weights: numbers in all parts.
+        points: what other budgets buy.
+        uniform: what every part, or the routed experts alone, in one scheme takes and costs, by a name.
+    """
+
+    decision: Decision
+    rules: tuple[Rule, ...]
+    own: tuple[Rule, ...]
+    losses: Losses
+    beside: int
+    weights: int
+    points: tuple[Point, ...]
+    uniform: tuple[tuple[str, Point], ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Of all files with weights, but for the digits of offsets."""
+        return self.beside + self.decision.size.both
+
+    def bits(self, size: Size) -> float:
+        """Of each weight of all parts together."""
+        return 8 * size.tensors / self.weights
+
+
+def decide(
+    source: Path,
+    asked: Asked,
+    text: Callable[[], Text],
+    *,
+    progress: Progress = lambda phase, done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Budgeted:
+    """Measure what is not known of the checkpoint ``source``, and choose.
+
+    Args:
+        source: folder of the original.
+        asked: what is wanted.
+        text: makes what parts are measured on; not called where all is known.
+        progress: of measuring.
+        tell: is told how long it will take.
+
+    Raises:
+        SourceError: no checkpoint that can be read, or a damaged file of sensitivities.
+        UsageError: sensitivities of other weights or on another text, or nothing to decide.
+        PlanError: the bytes do not suffice; says which do.
+        DataError, FormatError, OutputError: see ``measure``.
+    """
+    with CheckpointWeights.open(source) as weights:
+        parts = parts_of(weights, asked.schemes, rules=asked.rules)
+        if not any(part.schemes for part in parts):
+            raise UsageError(
+                "there is nothing that a budget could decide: the rules of the policy decide everything, or no matrix "
+                f"can be stored in {', '.join(asked.schemes)}"
+            )
+        losses = _losses(weights, asked, parts, text, progress, tell)
+        choices = Choices(
+            ways=tuple(
+                tuple(
+                    Way(part=part, scheme=name, size=size_of(weights, part, name), kl=losses.of(part, name))
+                    for name in (None, *part.schemes)
+                )
+                for part in parts
+            ),
+            layers_apart=asked.layers_apart,
+        )
+        count = sum(math.prod(weights.stored[role].shape) for part in parts for role in part.roles)
+        written = _Written(weights, asked)
+        decision, beside = _fitting(choices, asked, count, written)
+    own = _own(decision, asked)
+    return Budgeted(
+        decision=decision,
+        rules=(*asked.rules, *own),
+        own=own,
+        losses=losses,
+        beside=beside,
+        weights=count,
+        points=frontier(choices, _both, POINTS),
+        uniform=tuple(_uniform(choices, asked.schemes)),
+    )
+
+
+def policy_of(rules: Sequence[Rule]) -> Policy:
+    """``rules`` before the default ones, which keep everything that no budget decides."""
+    return default_policy(int4(), rules=tuple(rules))
+
+
+def _losses(
+    weights: CheckpointWeights,
+    asked: Asked,
+    parts: Sequence[Part],
+    text: Callable[[], Text],
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> Losses:
+    mark = fingerprint(weights.checkpoint)
+    known = read_losses(asked.losses, mark, search=asked.search)
+    if known is not None and not known.missing(parts) and not asked.text_named:
+        return known
+    found = text()
+    if known is None:
+        known = Losses(path=asked.losses, fingerprint=mark, text=found.record, search=asked.search)
+    elif any(known.text.get(key) != found.record[key] for key in ("ids_sha256", "window")):
+        raise UsageError(
+            f"{known.path} was measured on {_said(known.text)}, now it is {_said(found.record)}: give the same text "
+            "and numbers, or name another file with --sensitivities"
+        )
+    measure(weights, found.batches, known, parts, progress=progress, tell=tell)
+    return known
+
+
+def _said(record: Mapping[str, Any]) -> str:
+    domains = record.get("domains")
+    names = ", ".join(map(str, domains)) if isinstance(domains, Mapping) else "a text"
+    return f"{record.get('tokens')} tokens of {names} in windows of {record.get('window')}, seed {record.get('seed')}"
+
+
+class _Written:
+    """What the files of a decision take, from its plan."""
+
+    def __init__(self, weights: CheckpointWeights, asked: Asked) -> None:
+        self._weights, self._asked = weights, asked
+
+    def __call__(self, decision: Decision) -> int:
+        plan = build_plan(
+            self._weights.checkpoint,
+            policy_of((*self._asked.rules, *_own(decision, self._asked))),
+            shard_bytes=self._asked.shard_bytes,
+            from_quantized=self._asked.from_quantized,
+        )
+        return file_bytes(plan)
+
+
+def _own(decision: Decision, asked: Asked) -> tuple[Rule, ...]:
+    return rules_of(decision, search=asked.search, whole=not asked.rules, budget=said(asked))
+
+
+def said(asked: Asked) -> str:
+    """The budget in words."""
+    return f"{asked.target:,} bytes" if asked.bits is None else f"{asked.bits:g} bits per weight"
+
+
+def _both(size: Size) -> int:
+    return size.both
+
+
+def _tensors(size: Size) -> int:
+    return size.tensors
+
+
+def _fitting(choices: Choices, asked: Asked, count: int, written: Callable[[Decision], int]) -> tuple[Decision, int]:
+    """The decision, and the bytes of files that no decision changes."""
+    least = choices.lightest(_both if asked.bits is None else _tensors)
+    smallest = written(least)
+    beside = smallest - least.size.both
+    if asked.bits is not None:
+        found = choices.decide(math.floor(asked.bits * count / 8), _tensors)
+        if found is None:
+            raise PlanError(
+                f"{said(asked)} are impossible: with every part at its fewest bits there are "
+                f"{8 * least.size.tensors / count:.5g}, scales included, and the files take {smallest:,} bytes; ask "
+                "for as many, or name schemes with fewer"
+            )
+    elif asked.target is None:
+        raise UsageError("no budget: give bytes or bits")
+    elif smallest > asked.target:
+        raise PlanError(
+            f"{said(asked)} are impossible: with every part at its fewest bits the files take {smallest:,} bytes, of "
+            f"which {beside:,} are what no budget changes; ask for as many, or name schemes with fewer bits"
+        )
+    else:
+        found = _within(choices, asked.target, least, beside, written)
+    if not asked.rules and all(way.scheme is None for way in found.ways):
+        raise PlanError(f"{said(asked)} hold the model as it is: there is nothing to round, copy it")
+    return found, beside
+
+
+def _within(
+    choices: Choices, target: int, least: Decision, beside: int, written: Callable[[Decision], int]
+) -> Decision:
+    """The best whose plan fits: headers are known from it alone, so what they take too much is taken off."""
+    budget = target - beside
+    while True:
+        found = choices.decide(budget, _both)
+        if found is None:
+            return least
+        if all(way.scheme is None for way in found.ways):
+            return found
+        over = written(found) - target
+        if over <= 0:
+            return found
+        budget = min(budget, found.size.both) - over
+
+
+def _uniform(choices: Choices, schemes: Sequence[str]) -> list[tuple[str, Point]]:
+    found = []
+    for experts_only in (False, True):
+        for name in schemes:
+            one = uniform(choices, name, experts_only=experts_only)
+            label = f"routed experts {name}" if experts_only else f"all {name}"
+            found.append((label, Point(size=one.size, kl=one.kl, proven=True)))
+    return found
