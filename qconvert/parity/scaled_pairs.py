@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qconvert.core.errors import FormatError
 from qconvert.core.role import Kind, TensorRole
 from qconvert.weights.source import CheckpointWeights
 
@@ -80,8 +81,11 @@ class ScaledPairs:
             return None
         if any(self._converted.scheme(one) is None for one in pair):
             return None
-        rows = _ratio(self._original.matrix(up), self._converted.matrix(up), 1)
-        columns = _ratio(self._original.matrix(down), self._converted.matrix(down), 0)
+        try:
+            rows = _ratio(self._original.matrix(up), self._converted.matrix(up), 1)
+            columns = _ratio(self._original.matrix(down), self._converted.matrix(down), 0)
+        except FormatError:  # the fault of the one that cannot be read, which says so when its turn comes
+            return None
         if rows is None or columns is None or rows.shape != columns.shape:
             return None
         agree = (rows * columns).log2().abs() <= RECIPROCAL
