@@ -9,7 +9,7 @@ Shapes: B windows, T tokens of a window, N tokens in all, D hidden, E experts, k
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -117,32 +117,40 @@ def _load(weights: CheckpointWeights, section: Section, number: int) -> DecoderL
 
 
 def _round_mixer(shop: Shop, layer: DecoderLayer, number: int, steps: LayerSteps, hidden: HiddenStates) -> None:
-    """Round what reads the layer's input, and what reads the heads' outputs, both as the layer gives them now."""
-    mixer = layer.linear_attn if layer.layer_type == "linear_attention" else layer.self_attn
-    last = layer.linear_attn.out_proj if layer.layer_type == "linear_attention" else layer.self_attn.o_proj
+    """Round what reads the layer's input, then what reads the heads' outputs, as the layer gives them by then."""
+    if steps.mixer:
+        normed = _moments(shop, lambda b: layer.input_layernorm(hidden[b]).flatten(0, 1), len(hidden))
+        _round_linear(shop, layer, number, steps.mixer, normed)
+        del normed
+    if not steps.mixed:
+        return
+    linear = layer.layer_type == "linear_attention"
+    mixer, last = (
+        (layer.linear_attn, layer.linear_attn.out_proj) if linear else (layer.self_attn, layer.self_attn.o_proj)
+    )
     seen = threading.local()
 
     def remember(module: nn.Module, args: tuple[Tensor]) -> None:
         seen.x = args[0]
 
-    def inputs(b: int) -> tuple[Tensor, Tensor | None]:
+    def mixed(b: int) -> Tensor:
         x = hidden[b]
-        normal = layer.input_layernorm(x)
-        if not steps.mixed:
-            return normal.flatten(0, 1), None
-        mixer(normal, place_tokens(shop.weights.config.text, x))
-        return normal.flatten(0, 1), seen.x.flatten(0, 1)
+        mixer(layer.input_layernorm(x), place_tokens(shop.weights.config.text, x))
+        given: Tensor = seen.x
+        return given.flatten(0, 1)
 
-    before, after = no_moments(shop.weights.config.text.hidden_size), no_moments(last.in_features)
     watching = last.register_forward_pre_hook(remember)
-    for normal, mixed in in_order(shop.pool, inputs, range(len(hidden)), shop.jobs):
-        before = before.add(normal)
-        if mixed is not None:
-            after = after.add(mixed)
+    moments = _moments(shop, mixed, len(hidden))
     watching.remove()
-    for group, moments in ((steps.mixer, before), (steps.mixed, after)):
-        if group:
-            _round_linear(shop, layer, number, group, moments)
+    _round_linear(shop, layer, number, steps.mixed, moments)
+
+
+def _moments(shop: Shop, inputs: Callable[[int], Tensor], batches: int) -> Moments:
+    """Of ``inputs`` [N, K] of all batches."""
+    found: Moments | None = None
+    for rows in in_order(shop.pool, inputs, range(batches), shop.jobs):
+        found = (no_moments(rows.shape[1]) if found is None else found).add(rows)
+    return no_moments(0) if found is None else found
 
 
 def _round_linear(shop: Shop, layer: DecoderLayer, number: int, steps: Sequence[Step], moments: Moments) -> None:
