@@ -100,10 +100,10 @@ def carry_out(
             "calibration": "none" if task.calibration is None else task.calibration.hash,
         }
         states = states_beside(out, identity)
-        if fresh:
-            states.remove()
         with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
             try:
+                if fresh:
+                    states.remove(foreign=True)
                 outcomes = run_by(
                     task.calibration, plan, checkpoint, sink, jobs=jobs, memory=left, device=device, states=states,
                     progress=progress,
@@ -141,6 +141,7 @@ def carry_out(
             except BaseException as error:
                 if sink.suspend():
                     explain_going_on(error, out)
-                states.remove()
+                else:
+                    states.remove()
                 raise
     return Conversion(out=out, plan=plan, record=record, bytes_before=before, bytes_after=plan.layout.nbytes)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from calibration.data import calibration_windows
+from calibration.data import calibration_windows, shipped_texts
 from qconvert.cli.calibrate import TOKENS, WINDOW
 from qconvert.core.errors import UsageError
 from qconvert.manifest import EXPERT_COVERAGE
@@ -74,6 +74,10 @@ class TextOptions:
         """
         return tuple(Text.parse(one) for one in self.data if one != DEFAULT)
 
+    def texts_of(self, source: Path) -> tuple[Text, ...]:
+        """The same, with the texts that come along where they are asked for beside others."""
+        return (*(shipped_texts(source) if DEFAULT in self.data else ()), *self.texts)
+
     def check_unused(self, method: str, *, budget: bool = False) -> None:
         """Refuse options that a method without text does not read; a ``budget`` reads text, whatever the method.
 
@@ -101,7 +105,7 @@ class TextOptions:
         with CheckpointWeights.open(source) as weights:
             vocabulary = weights.config.text.vocab_size
         windows = calibration_windows(
-            source, vocabulary, texts=self.texts, tokens=self.tokens, window=self.window, seed=self.seed
+            source, vocabulary, texts=self.texts_of(source), tokens=self.tokens, window=self.window, seed=self.seed
         )
         return Calibration(
             method=method_named(method),
@@ -140,8 +144,11 @@ def again_by(out: Path, source: Path, data: Sequence[str]) -> Calibration:
 def coverage_warnings(record: Mapping[str, Any] | None) -> Iterator[str]:
     """What the text of a calibrated conversion lacks, from what its manifest says, with what to do."""
     found = (record or {}).get(EXPERT_COVERAGE)
-    if not found:
+    if record is None or not found:
         return
+    asked = record.get("data", {}).get("tokens_asked", 0)
+    if record["tokens"] < 0.9 * asked:
+        yield f"the text holds {record['tokens']:,} tokens in whole windows, {asked:,} were asked for: give more of it"
     whole = found["matrices"]
     advice = "give more text with --calibration-data and --calibration-tokens, or text of more domains"
     for key, what in (

@@ -60,6 +60,8 @@ def verify(
         place = device_named(device)
         if (stats is not None or calibration_data) and deep is None:
             raise UsageError("--stats and --calibration-data are for --deep, which rounds again")
+        if stats is not None and calibration_data:
+            raise UsageError("a checkpoint is rounded by --stats or by --calibration-data, not by both")
         source = None if deep is None else resolve(deep)
         with (
             statistics_of(stats, source or out) as (statistics, _),

@@ -16,6 +16,7 @@ from qconvert.core.errors import DataError
 from qconvert.core.scheme import Scheme
 from qconvert.numerics.gptq import row_losses
 from qconvert.numerics.hessian import Factor
+from qconvert.numerics.importance import quantize_by_importance
 from qconvert.numerics.rounding import quantize
 
 EXPONENTS: tuple[float, ...] = tuple(step / 20 for step in range(20))
@@ -50,6 +51,7 @@ def awq(
     *,
     places: Tensor | None = None,
     search: bool = True,
+    mean_squares: Tensor | None = None,
 ) -> Scaling:
     """Find by how much to scale up the inputs that are large, so that their columns are rounded more finely.
 
@@ -64,6 +66,7 @@ def awq(
         factor: of the inputs' Hessian.
         places: [K] int64, by default one factor an input. A shared one follows from the mean of what shares it.
         search: whether consumers will be rounded with searched scales.
+        mean_squares: [K], if they will be rounded by importance, of the inputs as they are now.
 
     Raises:
         DataError: ``mean_abs`` or a matrix holds NaN or infinity.
@@ -78,7 +81,7 @@ def awq(
     unscaled = 0.0
     for exponent in EXPONENTS:
         factors = factors_from(shared, exponent)
-        loss = sum(_loss(w, scheme, factors[places], factor, search) for w in consumers)
+        loss = sum(_loss(w, scheme, factors[places], factor, search, mean_squares) for w in consumers)
         if best is None:
             unscaled = loss
         if best is None or loss < best.loss:
@@ -184,6 +187,12 @@ def _mean_by_place(mean_abs: Tensor, places: Tensor) -> Tensor:
     return sums.index_add_(0, places, mean_abs.to(torch.float64)) / count
 
 
-def _loss(w: Tensor, scheme: Scheme, factors: Tensor, factor: Factor, search: bool) -> float:
-    rounded = quantize(scaled_columns(w, factors), scheme, search=search).quantized
+def _loss(
+    w: Tensor, scheme: Scheme, factors: Tensor, factor: Factor, search: bool, mean_squares: Tensor | None
+) -> float:
+    scaled = scaled_columns(w, factors)
+    if mean_squares is None:
+        rounded = quantize(scaled, scheme, search=search).quantized
+    else:
+        rounded = quantize_by_importance(scaled, scheme, mean_squares / factors.square()).quantized
     return float(row_losses(rounded.dequantize() / factors - w.to(torch.float32), factor).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -76,7 +77,8 @@ class Calibration:
     @property
     def hash(self) -> str:
         """xxh3-128 of all that the bytes depend on: options, tokens, and who multiplies matrices."""
-        said = {**self.entry, "torch": torch.__version__}
+        machine = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+        said = {**self.entry, "torch": torch.__version__, "machine": machine}
         digest = xxhash.xxh3_128(json.dumps(said, sort_keys=True).encode())
         for ids in self.batches:
             digest.update(f"{tuple(ids.shape)}".encode())

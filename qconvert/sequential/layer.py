@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ class Shop:
         pool: ``jobs`` threads.
         store: where hidden states wait.
         rows_bytes: what the inputs of a layer's experts, and again their outputs, may have in memory.
+        folder: for the rest of them.
     """
 
     weights: CheckpointWeights
@@ -63,6 +65,7 @@ class Shop:
     jobs: int
     store: ActivationStore
     rows_bytes: int
+    folder: Path | None = None
 
     def way(self, moments: Moments) -> tuple[Way, str]:
         """How matrices that read all tokens are rounded, and what that rests on."""
@@ -92,7 +95,7 @@ def round_layer(
         _round_mixer(shop, layer, number, steps, hidden)
     config = shop.weights.config.text
     total = sum(hidden[b].shape[0] * hidden[b].shape[1] for b in range(len(hidden)))
-    room = partial(RowStore, total, config.hidden_size, limit=shop.rows_bytes)
+    room = partial(RowStore, total, config.hidden_size, limit=shop.rows_bytes, folder=shop.folder)
     with room(torch.bfloat16) as inputs, room(torch.float32) as sums:
         visits = _mix(shop, layer, hidden, inputs)
         _round_experts(shop, section, number, steps, inputs, visits, sums if onward else None)
@@ -210,10 +213,12 @@ def _round_experts(
             layer = layer.add(inputs.gather(at))
         sample = inputs.gather(_evenly(total, config.moe_intermediate_size))
 
-    def expert(e: int) -> tuple[Tensor, Tensor] | None:
+    def visitors(e: int) -> tuple[Tensor, Tensor]:
         at, slot = (part[ends[e] - where.counts[e] : ends[e]] for part in (where.token, where.slot))
+        return at, visits.weights[at, slot]
 
-        weights = visits.weights[at, slot]
+    def expert(e: int) -> ExpertWeights:
+        at, weights = visitors(e)
         counts = _with_mean_square_one(weights)
 
         def runs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -225,16 +230,24 @@ def _round_experts(
 
         wanted = steps.experts.get(e) or MlpSteps()
         reads = MlpInputs(width=width, runs=runs, layer=layer, sample=sample)
-        shown = round_mlp(wanted, original, reads, shop.rounder, shop.calibration)
-        if sums is None or not len(at):
-            return None
-        given = torch.cat([inner(rows, shown.gate, shown.up) @ shown.down.T for rows, _ in runs()])
-        return at, given.mul_(weights[:, None])
+        return round_mlp(wanted, original, reads, shop.rounder, shop.calibration)
 
-    with torch.no_grad():
-        for found in in_order(shop.pool, expert, _reached(where, steps), shop.jobs):
-            if found is not None and sums is not None:
-                sums.add(*found)
+    reached = _reached(where, steps)
+    for e, shown in zip(reached, in_order(shop.pool, expert, reached, shop.jobs), strict=True):
+        if sums is not None:
+            _pass_on(shop, shown, *visitors(e), inputs, sums)
+
+
+def _pass_on(shop: Shop, shown: ExpertWeights, at: Tensor, weights: Tensor, inputs: RowStore, sums: RowStore) -> None:
+    """Add what an expert gives its tokens ``at`` [R], times ``weights`` [R], ``ROWS`` of them at a time."""
+
+    def given(begin: int) -> Tensor:
+        rows = inputs.gather(at[begin : begin + ROWS])
+        return (inner(rows, shown.gate, shown.up) @ shown.down.T).mul_(weights[begin : begin + ROWS, None])
+
+    starts = range(0, len(at), ROWS)
+    for begin, rows in zip(starts, in_order(shop.pool, given, starts, shop.jobs), strict=True):
+        sums.add(at[begin : begin + ROWS], rows)
 
 
 def _reached(where: Dispatch, steps: LayerSteps) -> list[int]:

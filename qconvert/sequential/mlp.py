@@ -16,7 +16,9 @@ from torch.nn import functional
 from qconvert.core.plan import Quantize
 from qconvert.core.scheme import Scheme
 from qconvert.numerics.awq import awq
+from qconvert.numerics.gptq import row_losses
 from qconvert.numerics.hessian import Factor, Hessian, Moments, blended, factorize, no_moments
+from qconvert.numerics.rounding import quantize
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.places import MlpSteps
 from qconvert.sequential.rounder import Rounder, Way, to_nearest, with_feedback
@@ -138,8 +140,11 @@ def _by_scaling(mlp: _Mlp) -> ExpertWeights:
         if mlp.steps.up is not None:
             sizes = own if own.tokens or layer is None else layer
             scheme = _scheme(mlp.steps)
-            found = awq([mlp.original("down")], scheme, sizes.mean_abs, mlp.factor(behind))
-            over, losses = found.factors, (found.unscaled_loss, found.loss)
+            factor, down = mlp.factor(behind), mlp.original("down")
+            found = awq([down], scheme, sizes.mean_abs, factor, mean_squares=behind.matrix.diagonal())
+            nearest = quantize(down, scheme, search=True).quantized.dequantize()
+            over, losses = found.factors, (float(row_losses(nearest - down, factor).sum()), found.loss)
+            down = None
     if mlp.steps.gate is not None or mlp.steps.up is not None:
         hessian = mlp.hessian()
         gate = mlp.round("gate", to_nearest(hessian), hessian, hessian.tokens)

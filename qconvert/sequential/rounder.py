@@ -42,14 +42,14 @@ class Rounded:
     loss: float
 
 
-Way = Callable[[Tensor, Quantize, float], Rounded]
-"""Rounds rows [R, K] of any float type as an action says, with the second scale that it has."""
+Way = Callable[[Tensor, int, Quantize, float], Rounded]
+"""Rounds rows [R, K] of any float type, the first of which has a number, as an action says, with its second scale."""
 
 
 def with_feedback(factor: Factor) -> Way:
     """Rounding with error feedback, see ``gptq``."""
 
-    def way(rows: Tensor, action: Quantize, second: float) -> Rounded:
+    def way(rows: Tensor, begin: int, action: Quantize, second: float) -> Rounded:
         found = gptq(rows, action.scheme, factor, second=second)
         return Rounded(
             quantized=found.quantized,
@@ -73,27 +73,28 @@ def to_nearest(
     Args:
         hessian: of the inputs.
         columns: [K], what columns are multiplied by, because inputs are divided by it.
-        rows_over: [N], what rows are divided by, because what reads the outputs is multiplied by it; of such a matrix
-            all rows come at once.
+        rows_over: [N], what rows are divided by, because what reads the outputs is multiplied by it.
         losses: of rounding to nearest and of this, where they are known.
     """
     mean_squares = hessian.matrix.diagonal()
     if columns is not None:
         mean_squares = mean_squares / columns.square()
 
-    def way(rows: Tensor, action: Quantize, second: float) -> Rounded:
+    def way(rows: Tensor, begin: int, action: Quantize, second: float) -> Rounded:
         scaled = rows.to(torch.float32)
+        over = None if rows_over is None else rows_over[begin : begin + len(rows), None]
         if columns is not None:
             scaled = scaled * columns
-        if rows_over is not None:
-            scaled = scaled / rows_over[:, None]
+        if over is not None:
+            scaled = scaled / over
         quantized = quantize_by_importance(scaled, action.scheme, mean_squares, second=second).quantized
         meaning = quantized.dequantize()
         if columns is not None:
             meaning /= columns
-        if rows_over is not None:
-            meaning *= rows_over[:, None]
-        return Rounded(quantized=quantized, meaning=meaning, nearest_loss=losses[0], loss=losses[1])
+        if over is not None:
+            meaning *= over
+        nearest, loss = losses if begin == 0 else (0.0, 0.0)  # of the whole matrix
+        return Rounded(quantized=quantized, meaning=meaning, nearest_loss=nearest, loss=loss)
 
     return way
 
@@ -139,7 +140,7 @@ class Rounder:
         for begin, end in row_blocks(*shape, rows_together(reading.packed, form.row_block(action.scheme, shape))):
             rows = read.rows(reading, begin, end, source_hash)
             with read.naming(reading, action.module):
-                rounded = way(rows, action, second)
+                rounded = way(rows, begin, action, second)
                 check_scale_range(rounded.quantized)
             if wanted:
                 meaning[begin:end] = rounded.meaning

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,6 +113,8 @@ def run_calibrated(
         PlanError, DataError, SourceError, OutputError: see ``run``.
     """
     steps = calibrated_steps(plan)
+    weights = CheckpointWeights(source)
+    left = check_room(weights.config.text, jobs, memory, calibration.tokens)
     total = sum(step_bytes(source, step) for step in plan.steps)
     outcomes = run(
         replace(plan, steps=steps.others),
@@ -124,19 +127,24 @@ def run_calibrated(
     finished = {step.key: Outcome.of_note(sink.finished[step.key]) for step in plan.steps if step.key in sink.finished}
     if all(step.key in finished for step in plan.steps):
         return finished
-    done = sum(step_bytes(source, step) for step in plan.steps if step.key in outcomes)
+    done = sum(step_bytes(source, step) for step in plan.steps if step.key in outcomes or step.key in finished)
     guard = threading.Lock()
 
     def count(step: Step) -> None:
         nonlocal done
+        if step.key in finished:
+            return
         with guard:
             done += step_bytes(source, step)
             progress(done, total)
 
     stop = threading.Event()
-    weights = CheckpointWeights(source)
-    left = check_room(weights.config.text, jobs, memory)
-    with one_thread(), ThreadPoolExecutor(jobs, thread_name_prefix="layer") as pool, SpillStore(left // 2) as store:
+    folder = None if states is None else states.folder.parent
+    with (
+        one_thread(),
+        ThreadPoolExecutor(jobs, thread_name_prefix="layer") as pool,
+        SpillStore(left // 2, folder) as store,
+    ):
         _warm_up(plan)
         rounder = Rounder(source, sink, stop, count)
         shop = Shop(
@@ -147,6 +155,7 @@ def run_calibrated(
             jobs=jobs,
             store=store,
             rows_bytes=left // 4,
+            folder=folder,
         )
         try:
             _Pass(shop, steps, sink, states).all(finished)
@@ -155,30 +164,33 @@ def run_calibrated(
     return outcomes | finished | rounder.outcomes
 
 
-def needed_bytes(config: TextConfig, jobs: int) -> int:
+def needed_bytes(config: TextConfig, jobs: int, tokens: int) -> int:
     """Memory that a layer of 32-bit weights without its experts takes, and ``jobs`` experts that are rounded at once.
 
     An expert takes its second moments in six places (summed up, blended, damped, split, turned around, in use), its
-    matrices in four, and what it reads and gives for ``ROWS`` tokens twice.
+    matrices in four, and what it reads and gives for ``ROWS`` tokens twice. What heads give has more inputs, and is
+    rounded alone. Where each token goes takes 32 bytes a visit: numbers of experts, their order, weights.
     """
     hidden, width = config.hidden_size, config.moe_intermediate_size
     mixer = max(config.conv_dim + 2 * config.value_dim, 2 * config.query_dim + 2 * config.key_value_dim)
     layer = (mixer + config.query_dim + 3 * config.shared_expert_intermediate_size) * hidden
     expert = 6 * hidden**2 + 4 * 3 * width * hidden + 2 * ROWS * (hidden + 2 * width)
-    return 4 * (layer + 2 * hidden**2 + jobs * expert)
+    heads = 6 * max(config.query_dim, config.value_dim) ** 2
+    visits = 32 * tokens * (config.num_experts_per_tok + config.folded_experts)
+    return 4 * (layer + 2 * hidden**2 + max(jobs * expert, heads)) + visits
 
 
-def check_room(config: TextConfig, jobs: int, memory: int) -> int:
+def check_room(config: TextConfig, jobs: int, memory: int, tokens: int) -> int:
     """What of ``memory`` is left for what waits.
 
     Raises:
         PlanError: nothing is.
     """
-    needed = needed_bytes(config, jobs)
+    needed = needed_bytes(config, jobs, tokens)
     if needed > memory:
         raise PlanError(
             f"a layer and {jobs} experts that are rounded at once need {needed / 2**20:.0f} MiB, but only "
-            f"{memory / 2**20:.0f} MiB are left of the memory limit: raise --max-memory, or give fewer --jobs"
+            f"{memory / 2**20:.0f} MiB are left of the memory limit: raise --max-memory, or give fewer --jobs or tokens"
         )
     return memory - needed
 
@@ -223,11 +235,15 @@ class _Pass:
         """Fill ``hidden`` with the inputs of the layer that comes next, and say which one that is."""
         shop = self.shop
         batches = shop.calibration.batches
-        found = None if self.states is None else self.states.load()
+        found = None
+        if self.states is not None:
+            with suppress(UsageError):  # of another run, or damaged: the first layer is as good a beginning
+                found = self.states.load()
         if found is not None and self._is_written(found[0], finished):
-            for b in range(len(batches)):
-                hidden.put(b, found[1](f"hidden.{b}"))
-            return found[0]
+            with suppress(UsageError):
+                for b in range(len(batches)):
+                    hidden.put(b, found[1](f"hidden.{b}"))
+                return found[0]
         embed(shop.weights.config.text, shop.weights, [Batch(ids=ids) for ids in batches], hidden, torch.float32)
         return 0
 

@@ -15,12 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qconvert.core.errors import OutputError, UsageError
+from qconvert.core.errors import OutputError, SourceError, UsageError
 from qconvert.io.disk import sync_file
+from qconvert.io.file_record import record_file
+from qconvert.io.hashing import XXH3
 
 _PREFIX = "layer-"
 _RUN = "run.json"
 _PARTIAL = "run.json.partial"
+_HASHES = "hashes.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +48,10 @@ class Boundaries:
         """
         if not self.folder.exists():
             return None
-        try:
-            # killed before anything was kept, a run leaves the first half of its own name
-            names = {path.name for path in self.folder.iterdir()} - {_PARTIAL}
-            found = json.loads((self.folder / _RUN).read_text(encoding="utf-8")) if names else None
-        except (OSError, ValueError):
-            found = {}
-        if found is None:
+        # killed before anything was kept, a run leaves the first half of its own name
+        if not {path.name for path in self.folder.iterdir()} - {_PARTIAL}:
             return None
-        if not isinstance(found, dict) or found.get("identity") != self.identity:
+        if self._whose() != self.identity:
             raise UsageError(
                 f"{self.folder} holds the states of another run (other checkpoints, tokens or options), or "
                 f"something else; {self.advice}"
@@ -63,6 +61,15 @@ class Boundaries:
             return None
         last = max(layers)
         return int(last.name.removeprefix(_PREFIX)), lambda name: _read(last / name)
+
+    def _whose(self) -> str | None:
+        """The identity of the run whose states are there; ``None`` of no run."""
+        try:
+            found = json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        identity = found.get("identity") if isinstance(found, dict) else None
+        return identity if isinstance(identity, str) else None
 
     def claim(self) -> None:
         """Mark the folder as this run's, before anything but layers is kept in it.
@@ -87,10 +94,15 @@ class Boundaries:
             self._write_name()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
+            hashes = {}
             for name, tensor in tensors:
                 save_file({"tensor": tensor.contiguous()}, partial / name)
                 sync_file(partial / name)
+                hashes[name] = record_file(partial / name, XXH3).digest
+            (partial / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
+            sync_file(partial / _HASHES)
             sync_file(partial)
+            shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
             sync_file(self.folder)
             for old in self.folder.glob(f"{_PREFIX}*"):
@@ -112,9 +124,14 @@ class Boundaries:
         for name in (_RUN, _PARTIAL):
             (self.folder / name).unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """The same, and the folder if nothing else is in it. What cannot be removed is nobody's, no fault of a run."""
+    def remove(self, *, foreign: bool = False) -> None:
+        """The same, and the folder if nothing else is in it; what another run has kept only if ``foreign``.
+
+        What cannot be removed is no fault of a run that is over.
+        """
         with suppress(OSError):
+            if not foreign and self._whose() != self.identity:
+                return
             self.clear()
             self.folder.rmdir()
 
@@ -135,6 +152,10 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> Tensor:
     try:
+        expected = json.loads((path.parent / _HASHES).read_text(encoding="utf-8"))[path.name]
+        found = record_file(path, XXH3).digest
+        if found != expected:
+            raise ValueError(f"its hash is {found}, not {expected}")
         return load_file(path)["tensor"]
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, SourceError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}; remove {path.parent.parent} and start over") from error

@@ -55,7 +55,7 @@ def test_threads_and_memory_change_nothing(
     source: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(source, tmp_path / "one", POLICY, calibration=CALIBRATION, jobs=1)
-    monkeypatch.setattr(running, "check_room", lambda config, jobs, memory: -1)
+    monkeypatch.setattr(running, "check_room", lambda config, jobs, memory, tokens: -1)
     convert(source, tmp_path / "three", POLICY, calibration=CALIBRATION, jobs=3)  # all that waits is on disk
     assert digest(tmp_path / "one") == digest(tmp_path / "three") == whole
 
@@ -124,11 +124,27 @@ def test_a_whole_conversion_is_verified_by_repeating_it(source: Path, whole: str
         target.write_bytes(kept)
 
 
-def test_a_plan_that_does_not_fit_says_so_before_the_start(source: Path, tmp_path: Path) -> None:
-    big = 64 << 20
-    from qconvert.weights.source import CheckpointWeights
-
-    with CheckpointWeights.open(source) as weights:
-        config = replace(weights.config.text, hidden_size=4096, moe_intermediate_size=1024)
+def test_a_plan_that_does_not_fit_says_so_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "needed_bytes", lambda config, jobs, tokens: 1 << 40)
+    monkeypatch.setattr(running, "run", lambda *a, **k: pytest.fail("something is written"))
     with pytest.raises(PlanError, match="--max-memory"):
-        running.check_room(config, 2, big)
+        convert(source, tmp_path / "out", POLICY, calibration=CALIBRATION)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_that_are_damaged_or_somebody_elses_are_no_beginning(source: Path, whole: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        convert(source, out, POLICY, calibration=CALIBRATION, progress=stop_after(first_stop(source)))
+    state = next((tmp_path / ".out.states").glob("layer-*/hidden.0"))
+    content = state.read_bytes()
+    state.write_bytes(content[:-1] + bytes([content[-1] ^ 128]))
+    convert(source, out, POLICY, calibration=CALIBRATION)
+    assert digest(out) == whole
+    mine = tmp_path / ".other.states" / "layer-00007"
+    mine.mkdir(parents=True)
+    (mine / "precious").write_text("mine")
+    convert(source, tmp_path / "other", POLICY)
+    assert (mine / "precious").exists()
