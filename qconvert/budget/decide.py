@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-from qconvert.budget.knapsack import STATES, Option, lightest, solve
+from qconvert.budget.knapsack import STATES, Option, lightest, relaxation, solve
 from qconvert.budget.parts import Part
 from qconvert.budget.sizes import Size
 
-_QUICK = 4096
-"""Partial selections that a point of the frontier is worth."""
+_QUICK, _NEAR = 512, Fraction(1, 1000)
+"""Partial selections that a point of the frontier is worth, and how near to the least it has to be."""
 
 _UNIT = 1 << 60
 """Losses are whole numbers of 1 / this of a nat: sums and comparisons are exact."""
@@ -86,17 +87,27 @@ class Choices:
             raise ValueError("the fewest bytes do not suffice")
         return found
 
-    def decide(self, budget: int, counted: Counted, *, states: int = STATES) -> Decision | None:
-        """The decision that costs least of those that take at most ``budget`` bytes; ``None`` if none does."""
+    def decide(
+        self, budget: int, counted: Counted, *, states: int = STATES, gap: Fraction = Fraction(0)
+    ) -> Decision | None:
+        """The decision that costs least of those that take at most ``budget`` bytes; ``None`` if none does.
+
+        ``states`` and ``gap`` are those of ``knapsack.solve``.
+        """
         best: tuple[int, int, Decision] | None = None
         bound: int | None = None
-        for items in self._problems():
-            found = solve(_options(items, counted), budget, states=states)
+        posed = [(items, _options(items, counted)) for items in self._problems()]
+        bounds = [relaxation(options, budget) for _, options in posed]
+        for least, n in sorted((least, n) for n, least in enumerate(bounds) if least is not None):
+            if best is not None and least >= best[0]:
+                break  # nor is any of the others better
+            items, options = posed[n]
+            found = solve(options, budget, states=states, gap=gap)
             if found is None:
                 continue
             bound = found.bound if bound is None else min(bound, found.bound)
             if best is None or (found.loss, found.weight) < best[:2]:
-                chosen = [item[n] for item, n in zip(items, found.chosen, strict=True)]
+                chosen = [item[k] for item, k in zip(items, found.chosen, strict=True)]
                 ways = self._in_order(way for option in chosen for way in option)
                 kl, price = found.loss / _UNIT, float(found.price) / _UNIT
                 best = found.loss, found.weight, Decision(ways=ways, kl=kl, bound=kl, price=price)
@@ -162,7 +173,7 @@ def frontier(choices: Choices, counted: Counted, points: int) -> tuple[Point, ..
     found: list[Point] = []
     for n in range(points):
         budget = low + (high - low) * n * n // max(1, points - 1) ** 2
-        decision = choices.decide(budget, counted, states=_QUICK)
+        decision = choices.decide(budget, counted, states=_QUICK, gap=_NEAR)
         if decision is not None:
             point = Point(size=decision.size, kl=decision.kl, proven=decision.proven)
             if not found or found[-1] != point:

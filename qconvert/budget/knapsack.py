@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-STATES = 200_000
+STATES = 50_000
 """Partial selections that are kept at most; beyond it the most promising go on and the gap is reported."""
 
 _FEW = (64, 2048)
@@ -79,7 +79,9 @@ def lightest(items: Sequence[Sequence[Option]]) -> int:
     return sum(min(option.weight for option in options) for options in items)
 
 
-def solve(items: Sequence[Sequence[Option]], budget: int, *, states: int = STATES) -> Solution | None:
+def solve(
+    items: Sequence[Sequence[Option]], budget: int, *, states: int = STATES, gap: Fraction = Fraction(0)
+) -> Solution | None:
     """The selection with the least loss within ``budget``, of equal ones a light one; ``None`` if nothing fits.
 
     Args:
@@ -87,6 +89,7 @@ def solve(items: Sequence[Sequence[Option]], budget: int, *, states: int = STATE
         budget: in the unit of the weights.
         states: partial selections that are kept at most. Where they do not suffice, ``bound`` is less than ``loss``
             unless what was dropped could not have been better.
+        gap: a selection is good enough if what it loses beyond the bound is at most this share of its loss.
 
     Raises:
         ValueError: an item has no option.
@@ -102,12 +105,13 @@ def solve(items: Sequence[Sequence[Option]], budget: int, *, states: int = STATE
     chosen: Sequence[int] = greedy
     bound = -(-relaxed.numerator // relaxed.denominator)
     # a few partial selections find a better one, which leaves fewer of them to look at
+    loss = sum(options[n].loss for options, n in zip(items, chosen, strict=True))
     for kept in sorted({min(few, states) for few in (*_FEW, states)}):
+        if loss - bound <= gap * loss:
+            break
         chosen, proves = _enumerate(items, budget, chosen, price, kept)
         loss = sum(options[n].loss for options, n in zip(items, chosen, strict=True))
         bound = max(bound, proves)
-        if bound == loss:
-            break
     return Solution(
         chosen=tuple(chosen),
         weight=sum(options[n].weight for options, n in zip(items, chosen, strict=True)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qconvert.budget.losses import Loss, Losses, key
 from qconvert.budget.parts import SCHEMES, Part
+from qconvert.core.errors import Interrupted
 from qconvert.memory import available_bytes
 from qconvert.parity.attribution import TOGETHER, duration
 from qconvert.parity.heads import Side, scan_heads
@@ -45,6 +46,7 @@ def measure(
     Raises:
         DataError, FormatError: see ``sensitivities``.
         OutputError: hidden states or results cannot be kept.
+        Interrupted: on a ``KeyboardInterrupt`` while parts are measured.
     """
     # the last layers first: they are cheap, so something is known soon; one layer's together share its weights
     missing = sorted(losses.missing(parts), key=lambda one: -one[0].layer)
@@ -77,10 +79,22 @@ def measure(
             )
             for part, name in missing
         ]
+        passes = [(source.config.text.num_hidden_layers - part.layer) * len(batches) for part, _ in missing]
+        measured = 0
+
+        def advance(phase: str, done: int, total: int) -> None:
+            progress("parts alone", sum(passes[:measured]) + done, sum(passes))
+
         found = sensitivities(
-            source, batches, states, pieces, store, search=losses.search, rows_bytes=spare, progress=progress
+            source, batches, states, pieces, store, search=losses.search, rows_bytes=spare, progress=advance
         )
-        for n, ((part, name), one) in enumerate(zip(missing, found, strict=True), start=1):
-            losses.found[key(part, name)] = Loss(kl=one.kl, low=one.low, high=one.high)
-            if n % TOGETHER == 0 or n == len(missing):
-                losses.save()
+        try:
+            for (part, name), one in zip(missing, found, strict=True):
+                losses.found[key(part, name)] = Loss(kl=one.kl, low=one.low, high=one.high)
+                measured += 1
+                if measured % TOGETHER == 0 or measured == len(missing):
+                    losses.save()
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                f"Interrupted. What is measured is kept in {losses.path}: the same command goes on from there."
+            ) from error

@@ -25,7 +25,7 @@ from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.weights.source import CheckpointWeights
 
-POINTS = 64
+POINTS = 48
 """Budgets whose least cost is told beside the one that was asked for."""
 
 

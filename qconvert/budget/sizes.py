@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from qconvert.arch.names import module_of, name_of
 from qconvert.budget.parts import SCHEMES, Part
 from qconvert.core.plan import Plan
-from qconvert.core.role import TensorRole
 from qconvert.core.scheme import Scheme
+from qconvert.formats.base import PartSpec
 from qconvert.formats.table import format_for
 from qconvert.weights.source import CheckpointWeights
 
 _OFFSETS = 22
 """Digits of both offsets of a tensor in a file of some gigabytes, where it is in the file's header."""
+
+_LAYER = 3
+"""Digits of a layer that names are taken to have: the same part weighs the same in every layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,28 +46,29 @@ def size_of(source: CheckpointWeights, part: Part, scheme: str | None) -> Size:
             name = name if stored.plain is None else stored.plain.tensor
             if name not in seen:
                 seen.add(name)
-                header += _entry(name, "BF16", stored.shape)
+                header += _entry(name, part.layer, "BF16", stored.shape)
         else:
-            some, entries = _rounded(SCHEMES[scheme], module_of(name), (stored.shape[0], stored.shape[1]))
+            some, entries = _rounded(SCHEMES[scheme], module_of(name), part.layer, (stored.shape[0], stored.shape[1]))
             tensors += some
             header += entries
     return Size(tensors=tensors, header=header)
 
 
-def _rounded(scheme: Scheme, module: str, shape: tuple[int, int]) -> tuple[int, int]:
-    parts = format_for(scheme).parts(scheme, shape)
+def _rounded(scheme: Scheme, module: str, layer: int, shape: tuple[int, int]) -> tuple[int, int]:
+    parts = _parts(scheme, shape)
     tensors = sum(prod(part.shape) * part.dtype.itemsize for part in parts)
-    return tensors, sum(_entry(f"{module}.{part.suffix}", part.dtype.value, part.shape) for part in parts)
+    return tensors, sum(_entry(f"{module}.{part.suffix}", layer, part.dtype.value, part.shape) for part in parts)
 
 
-def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> int:
+@lru_cache(maxsize=64)
+def _parts(scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
+    return format_for(scheme).parts(scheme, shape)
+
+
+def _entry(name: str, layer: int, dtype: str, shape: tuple[int, ...]) -> int:
     listed = ",".join(map(str, shape))
-    return len(f'"{name}":{{"dtype":"{dtype}","shape":[{listed}],"data_offsets":[,]}},'.encode()) + _OFFSETS
-
-
-def weights_of(source: CheckpointWeights, role: TensorRole) -> int:
-    """How many numbers a matrix has."""
-    return prod(source.stored[role].shape)
+    text = f'"{name}":{{"dtype":"{dtype}","shape":[{listed}],"data_offsets":[,]}},'
+    return len(text) - len(str(layer)) + _LAYER + _OFFSETS
 
 
 def file_bytes(plan: Plan) -> int:

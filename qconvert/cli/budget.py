@@ -23,6 +23,7 @@ from qconvert.formats.engine_rules import ALONE
 from qconvert.io.disk import disk_errors, sync_file
 from qconvert.parity.outputs.folder import replace_text
 from qconvert.plan.policy import Policy, Rule, layer_ranges
+from qconvert.sequential.calibration import METHODS as BY_TEXT
 from qconvert.weights.source import CheckpointWeights
 
 TOKENS = 8192
@@ -33,7 +34,7 @@ TargetSize = Annotated[
         "--target-size",
         metavar="SIZE",
         help="Choose a scheme for each part so that the files with weights, headers included, take at most this, such "
-        "as 20GiB, and the predicted KL is least. What is not known of the parts is measured first.",
+        "as 24GiB, and the predicted KL is least. What is not known of the parts is measured first.",
     ),
 ]
 Bits = Annotated[
@@ -111,6 +112,7 @@ class BudgetOptions:
         folder: Path,
         out: Path,
         text: TextOptions,
+        method: str,
         *,
         rules: tuple[Rule, ...],
         search: bool,
@@ -132,7 +134,8 @@ class BudgetOptions:
             layers_apart=engine is not None,
             search=search,
             rules=rules,
-            text_named=text.named or self.tokens != TOKENS,
+            # with a method that reads text, what is named may be for that alone
+            text_named=(text.named and method not in BY_TEXT) or self.tokens != TOKENS,
             from_quantized=from_quantized,
             shard_bytes=shard_bytes,
         )

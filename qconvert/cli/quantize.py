@@ -148,7 +148,7 @@ def quantize(
 
       qconvert quantize ./Qwen3.5-35B-A3B ./int4 --method imatrix --stats ./stats
 
-      qconvert quantize ./Qwen3.5-35B-A3B ./mixed --target-size 20GiB --dry-run
+      qconvert quantize ./Qwen3.5-35B-A3B ./mixed --target-size 24GiB --dry-run
 
       qconvert quantize ./Qwen3.5-35B-A3B ./b5 --bits 5 --sensitivities mixed.sensitivities.json --method gptq
 
@@ -193,7 +193,7 @@ def quantize(
         budgeted = None
         if budget.given:
             budgeted = budget.decide(
-                folder, out, text, rules=own, search=searched, engine=engine, from_quantized=from_quantized,
+                folder, out, text, method, rules=own, search=searched, engine=engine, from_quantized=from_quantized,
                 shard_bytes=shard_bytes, quiet=json,
             )  # fmt: skip
             rules = budgeted.policy

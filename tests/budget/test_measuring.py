@@ -12,7 +12,7 @@ import torch
 from qconvert.budget.losses import read_losses
 from qconvert.budget.parts import parts_of
 from qconvert.budget.run import Text, decide
-from qconvert.core.errors import SourceError, UsageError
+from qconvert.core.errors import Interrupted, SourceError, UsageError
 from qconvert.core.scheme import int4
 from qconvert.io.fingerprint import fingerprint
 from qconvert.parity.attribution import TOGETHER
@@ -75,7 +75,7 @@ def test_a_run_that_was_killed_measures_what_is_missing(source: Path, measured: 
         if path.exists():
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"kept in .*partial\.json"):
         decide(source, asked(path, bits=6.0, schemes=SCHEMES), text, progress=kill)
     assert len(json.loads(path.read_text())["measured"]) == TOGETHER
     decide(source, asked(path, bits=6.0, schemes=SCHEMES), text, tell=lines.append)

@@ -222,6 +222,23 @@ def test_what_engines_would_refuse_or_misread_is_an_error(
         verify(change(good, pattern, **fields))
 
 
+def test_each_layer_s_experts_have_a_pattern_of_their_own_where_vllm_alone_reads_them() -> None:
+    linear = torch.nn.Linear(2, 2)
+    decisions = change(decide(INT4), L1 + r"mlp\.experts\.", **INT8_FIELDS)
+    with pytest.raises(PlanError, match="transformers reads one scheme"):
+        quantization_config(decisions)
+    config = quantization_config(decisions, "vllm")
+    targets = {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()}
+    assert {len(listed) for listed in targets.values()} == {1, 2}
+    for decision in decisions:
+        for name in {decision.name, vllm_name(decision.name)} if not decision.stacked else ():
+            hits = [bits for bits, listed in targets.items() if is_match(name, linear, listed, config["ignore"])]
+            assert hits == ([] if decision.scheme is None else [decision.scheme.weight_bits]), name
+    wrong = change(decisions, L1 + r"mlp\.experts\.3\.down_proj", scheme=int4(32))
+    with pytest.raises(PlanError, match="expert 0's"):
+        verify(wrong, "vllm")
+
+
 def test_a_format_s_refusal_names_the_module() -> None:
     with pytest.raises(FormatError, match=r"layers.0.mlp.experts.0.gate_proj: groups of 128 do not divide the 96"):
         verify(decide(routed_experts(int4(128), "pack-quantized")))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def test_the_first_rule_that_matches_decides(tmp_path: Path) -> None:
         ("[[rule]]\nmatch = 'a'\nkeep = true\nlayer = 1", "unknown key 'layer'"),
         ("[[rule]]\nmatch = 'a'\nkeep = 1", "expected bool"),
         ("[[rule]]\nmatch = 'a'\nkeep = true\nsearch = true", "takes no"),
+        ("[[rule]]\nmatch = 'a'\nkeep = true\nengine = 'vllm'", "takes no"),
+        ("[[rule]]\nmatch = 'a'\nscheme = 'int8'\nengine = 'sglang'", "expected vllm"),
         ("[[rule]]\nmatch = 'a'\nkeep = true\nlayers = '3-1'", "'3-1' is no range"),
         ("[[rule]]\nmatch = 'a'\nkeep = true\nlayers = '0-99999999'", "no range"),
         ("[[rule", "not TOML"),
@@ -90,6 +93,8 @@ def test_a_malformed_policy_is_one_error_that_names_the_rule(tmp_path: Path, tex
 
 def test_the_hash_changes_with_every_rule() -> None:
     policies = [default_policy(scheme_named(name)) for name in SCHEME_NAMES]
+    own = Rule(match="text.expert.*", scheme=int4(), reason="mine", default=True)
+    policies += [default_policy(int4(), rules=(own,)), default_policy(int4(), rules=(replace(own, engine="vllm"),))]
     policies += [default_policy(int4(32)), default_policy(int4(symmetric=False)), default_policy(int4(), search=True)]
     assert len({policy.hash for policy in policies}) == len(policies)
 

@@ -1,0 +1,112 @@
+"""`qconvert quantize` with a budget, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from qconvert.cli.app import app
+from qconvert.io.file_record import record_file
+from qconvert.io.hashing import SHA256
+from tests.budget.known import known
+from tests.checkpoints import make_tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("command") / "src"
+    make_tiny(folder)
+    known(folder, folder.parent / "known.json")
+    return folder
+
+
+def run(source: Path, out: Path, *arguments: str | Path) -> Result:
+    whole = ("quantize", source, out, "--max-memory", "8GiB", *arguments)
+    return CliRunner().invoke(app, [str(argument) for argument in whole])
+
+
+def measured(source: Path) -> tuple[str, Path]:
+    return "--sensitivities", source.parent / "known.json"
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return {path.name: record_file(path, SHA256).digest for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_dry_run_shows_the_decision_and_writes_it_beside(source: Path, tmp_path: Path) -> None:
+    shown = run(source, tmp_path / "out", "--bits", "6", *measured(source), "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    for text in ("routed experts", "linear attention qkv, z", "6 bits per weight", "least possible", "another 1 MB"):
+        assert text in shown.output
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.policy.toml"]
+    beside = {path.name for path in source.parent.iterdir()} - {"src"}
+    assert beside == {"known.json", "known.frontier.json", "known.frontier.svg"}
+
+
+def test_its_policy_file_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    done = run(source, tmp_path / "out", "--target-size", "1.1MB", "--search", "--json", *measured_searched(source))
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)["budget"]
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) <= 1_100_000
+    assert said["proven"] and said["bits"] < 16 and len(said["files"]) == 4
+    again = run(source, tmp_path / "again", "--policy", tmp_path / "out.policy.toml")
+    assert again.exit_code == 0, again.output
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def measured_searched(source: Path) -> tuple[str, Path]:
+    known(source, source.parent / "searched.json", search=True)
+    return "--sensitivities", source.parent / "searched.json"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_method_of_rounding_is_another_question(method: str, source: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 400, 96))
+    text = ("--calibration-data", tmp_path / "ids.npy", "--calibration-tokens", "96", "--calibration-window", "24")
+    budget = ("--target-size", "1.1MB", *measured(source))
+    done = run(source, tmp_path / "out", *budget, "--method", method, *text)
+    assert done.exit_code == 0, done.output
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) <= 1_100_000
+    deep = ("--deep", source, "--calibration-data", tmp_path / "ids.npy", "--max-memory", "8GiB")
+    verified = CliRunner().invoke(app, list(map(str, ("verify", tmp_path / "out", *deep))))
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--target-size", "1MB", "--bits", "5"), "two budgets"),
+        (("--candidates", "int8"), "--candidates"),
+        (("--sensitivity-tokens", "9"), "--sensitivity-tokens"),
+        (("--bits", "0"), "--bits 0"),
+        (("--bits", "nan"), "--bits nan"),
+        (("--target-size", "20 pounds"), "not understood"),
+        (("--bits", "5", "--scheme", "int8"), "--scheme"),
+        (("--bits", "5", "--group", "32"), "--group"),
+        (("--bits", "5", "--preset", "mixed"), "--preset"),
+        (("--bits", "5", "--format", "gptq"), "--format"),
+        (("--bits", "5", "--engine", "transformers"), "--engine transformers"),
+        (("--bits", "5", "--candidates", "int3"), "int3"),
+        (("--bits", "5", "--damping", "0.5"), "--damping"),
+        (("--engine", "vllm"), "--engine"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    arguments: tuple[str, ...], says: str, source: Path, tmp_path: Path
+) -> None:
+    shown = run(source, tmp_path / "out", *arguments)
+    assert shown.exit_code == 2
+    assert says in shown.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_impossible_budget_says_what_is_possible(source: Path, tmp_path: Path) -> None:
+    shown = run(source, tmp_path / "out", "--target-size", "1KiB", *measured(source))
+    assert shown.exit_code == 4
+    assert "1,024 bytes are impossible" in shown.output and "ask for as many" in shown.output
+    assert not list(tmp_path.iterdir())
