@@ -9,6 +9,7 @@ layers to ignore leave what qconvert rounds.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ def main() -> None:
     with text_copy(source, out) as text:
         AutoRound(
             text,
-            dataset=list(torch.split(windows, 8)),
+            # without a mask: it gives the first layer's to all, and that of linear attention is none for the others
+            dataset=[{"input_ids": rows, "attention_mask": None} for rows in torch.split(windows, 8)],
             seqlen=windows.shape[1],
             nsamples=len(windows),
             batch_size=8,
@@ -40,6 +42,10 @@ def main() -> None:
             device_map="cpu",
             **SCHEMES[scheme],
         ).quantize_and_save(out, format="auto_round")
+    for made in Path(out).glob(f"{Path(text).name}*"):  # it makes a folder below the one that is asked for
+        for path in made.iterdir():
+            path.rename(Path(out) / path.name)
+        made.rmdir()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ activation order, damping of 0.01, every expert shown every token, scales from t
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def main() -> None:
     weights = QuantizationArgs(type="int", symmetric=True, **SCHEMES[scheme.removesuffix(SEARCHED)], **observer)
     oneshot(
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(source),
+        tokenizer=AutoTokenizer.from_pretrained(source) if Path(source, "tokenizer.json").exists() else None,
         dataset=DataLoader(Rows(windows), batch_size=4),
         recipe=GPTQModifier(config_groups={"experts": QuantizationScheme(targets=[EXPERTS], weights=weights)}),
         num_calibration_samples=len(windows),
