@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 DEMO = HERE.parent / "reference_model" / "demo"
 PEER = "llm-compressor"
 SCHEME = "int4-g128"
+FAILED = "failed"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _DRAW = (
     "import sys, numpy as n; n.save(sys.argv[1], n.random.default_rng(0).integers(0, {vocabulary}, ({rows}, {width})))"
@@ -56,9 +57,9 @@ def measure(method: Method, source: Path, work: Path, env: dict[str, str], timeo
     taken = run(method.command(source, out, SCHEME), env=env, log=work / "log", timeout=timeout)
     reason = failure(taken)
     try:
-        said = f"failed: {reason}" if reason else str(experts_found(stored_in(source), stored_in(out)))
+        said = f"{FAILED}: {reason}" if reason else str(experts_found(stored_in(source), stored_in(out)))
     except ValueError as error:
-        said = f"failed: {error}"
+        said = f"{FAILED}: {error}"
     shutil.rmtree(out, ignore_errors=True)
     return taken, said
 
@@ -69,8 +70,10 @@ def table(titles: Sequence[str], taken: Sequence[Taken], stored: Sequence[str], 
     for title, one, said in zip(titles, taken, stored, strict=True):
         each = f"{one.cpu / experts:.2f}"
         lines.append(f"| {title} | {one.wall:.1f} | {one.cpu:.1f} | {each} | {one.peak_rss / 1e9:.2f} GB | {said} |")
-    for title, one in zip(titles[1:], taken[1:], strict=True):
-        first = taken[0]
+    first = taken[0]
+    for title, one, said in zip(titles[1:], taken[1:], stored[1:], strict=True):
+        if said.startswith(FAILED) or stored[0].startswith(FAILED):
+            continue
         lines.append(
             f"\n{title} takes {one.wall / first.wall:.1f} times the wall time, {one.cpu / first.cpu:.1f} times the CPU "
             f"seconds and {one.peak_rss / first.peak_rss:.1f} times the memory."
@@ -118,7 +121,7 @@ def main() -> int:
     if asked.json is not None:
         document = [{"title": titles[n], "versions": found[n], **asdict(one)} for n, one in enumerate(taken)]
         asked.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(said.startswith("failed") for said in stored) else 0
+    return 1 if any(said.startswith(FAILED) for said in stored) else 0
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def measure(stand: Stand, method: Method, scheme: str) -> Measured:
     for path in stand.work.glob(f"{out.name}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for command in method.commands(stand.source, out, scheme):
-        taken = run(command, env=stand.env, log=stand.file(method, scheme, ".log"), timeout=stand.timeout)
+        log = stand.file(method, scheme, ".log")
+        taken = run(command, env=stand.env, log=log, timeout=stand.timeout, folder=stand.work)  # one leaves logs there
         found = replace(
             found,
             wall=found.wall + taken.wall,

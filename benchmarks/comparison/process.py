@@ -61,8 +61,10 @@ def resident(pid: int) -> int:
     return total
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str], log: Path, timeout: float) -> Taken:
-    """Run ``command``, its output going to ``log``, and kill its process group after ``timeout`` seconds.
+def run(
+    command: Sequence[str], *, env: Mapping[str, str], log: Path, timeout: float, folder: Path | None = None
+) -> Taken:
+    """Run ``command`` in ``folder``, its output going to ``log``, and kill its process group after ``timeout`` seconds.
 
     Raises:
         OSError: it cannot be started.
@@ -71,7 +73,13 @@ def run(command: Sequence[str], *, env: Mapping[str, str], log: Path, timeout: f
     with log.open("wb") as out:
         start = time.perf_counter()
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=folder,
+            start_new_session=True,
         )
 
         def watch() -> None:

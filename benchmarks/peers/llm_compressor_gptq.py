@@ -26,6 +26,7 @@ SCHEMES = {
     "int8": {"num_bits": 8, "strategy": "channel"},
 }
 SEARCHED = "-mse"
+DEMO = Path(__file__).parents[2] / "reference_model" / "demo"
 EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
 
@@ -52,7 +53,8 @@ def main() -> None:
     weights = QuantizationArgs(type="int", symmetric=True, **SCHEMES[scheme.removesuffix(SEARCHED)], **observer)
     oneshot(
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(source) if Path(source, "tokenizer.json").exists() else None,
+        # it wants one and has nothing to read with it
+        tokenizer=AutoTokenizer.from_pretrained(source if Path(source, "tokenizer.json").exists() else DEMO),
         dataset=DataLoader(Rows(windows), batch_size=4),
         recipe=GPTQModifier(config_groups={"experts": QuantizationScheme(targets=[EXPERTS], weights=weights)}),
         num_calibration_samples=len(windows),
