@@ -154,6 +154,36 @@ def _options(items: Sequence[_Item], counted: Counted) -> list[list[Option]]:
     ]
 
 
+def both(size: Size) -> int:
+    """Counts tensors and headers."""
+    return size.both
+
+
+def within(choices: Choices, target: int, least: Decision, beside: int, written: Callable[[Decision], int]) -> Decision:
+    """The best decision whose files take at most ``target`` bytes.
+
+    What headers take is known for certain of a plan alone: what they take too much is taken off the budget.
+
+    Args:
+        choices: what there is.
+        target: bytes.
+        least: the decision that takes the fewest, which fits.
+        beside: bytes of the files that no decision changes.
+        written: what the files of a decision take, from its plan; not asked of one that rounds nothing.
+    """
+    budget = target - beside
+    while True:
+        found = choices.decide(budget, both)
+        if found is None:
+            return least
+        if all(way.scheme is None for way in found.ways):
+            return found
+        over = written(found) - target
+        if over <= 0:
+            return found
+        budget = min(budget, found.size.both) - over
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """What a budget buys: the bytes that are used of it, and the least cost."""

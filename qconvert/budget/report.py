@@ -8,10 +8,10 @@ from xml.sax.saxutils import escape
 
 from qconvert.budget.decide import Point, Way
 from qconvert.budget.run import Budgeted
-from qconvert.parity.outputs.pictures import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Chart, chart
+from qconvert.parity.outputs.pictures import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Chart, Line, chart
 
 _LEGEND = 20
-_COLOURS = ("#2166ac", "#b2182b", "#ef8a62")
+_BEST, _SINGLE, _THIS = "#2166ac", "#b2182b", "#ef8a62"
 
 
 def document(found: Budgeted) -> dict[str, Any]:
@@ -65,11 +65,14 @@ def picture(found: Budgeted) -> str:
     asked = Point(size=found.decision.size, kl=found.decision.kl, proven=found.decision.proven)
     series = [
         ("best of all mixtures", [place(point) for point in found.points]),
-        ("one scheme", [place(point) for _, point in found.uniform]),
+        *((name, [place(point)]) for name, point in found.uniform),
         ("this conversion", [place(asked)]),
     ]
     drawn = chart(title, "GB of weights", "KL, nats", series)
-    return "\n".join([*_frame(drawn), *_lines(drawn), "</svg>", ""])
+    best, *single, this = drawn.lines
+    parts = [f'<path d="{best.path}" fill="none" stroke="{_BEST}"/>', _dots(best, _BEST, 4)]
+    parts += [_dots(line, _SINGLE, 8) for line in single] + [_dots(this, _THIS, 8)]
+    return "\n".join([*_frame(drawn), *parts, *_legend(), "</svg>", ""])
 
 
 def _frame(drawn: Chart) -> list[str]:
@@ -93,15 +96,15 @@ def _frame(drawn: Chart) -> list[str]:
     return parts
 
 
-def _lines(drawn: Chart) -> list[str]:
+def _dots(line: Line, colour: str, size: int) -> str:
+    said = f"<title>{escape(line.label)}</title>"
+    return f'<path d="{line.dots}" stroke="{colour}" stroke-width="{size}" stroke-linecap="round">{said}</path>'
+
+
+def _legend() -> list[str]:
     parts, across = [], LEFT
-    for n, (line, colour) in enumerate(zip(drawn.lines, _COLOURS, strict=True)):
-        if n == 0:
-            parts.append(f'<path d="{line.path}" fill="none" stroke="{colour}"/>')
-        parts.append(
-            f'<path d="{line.dots}" stroke="{colour}" stroke-width="{4 if n == 0 else 8}" stroke-linecap="round"/>'
-        )
+    for label, colour in (("best of all mixtures", _BEST), ("one scheme", _SINGLE), ("this conversion", _THIS)):
         parts.append(f'<circle cx="{across + 5}" cy="{-_LEGEND / 2}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{across + 14}" y="{-_LEGEND / 2 + 4}">{escape(line.label)}</text>')
-        across += 40 + 6 * len(line.label)
+        parts.append(f'<text x="{across + 14}" y="{-_LEGEND / 2 + 4}">{label}</text>')
+        across += 40 + 6 * len(label)
     return parts

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qconvert.budget.decide import Choices, Decision, Point, Way, frontier, uniform
+from qconvert.budget.decide import Choices, Decision, Point, Way, both, frontier, uniform, within
 from qconvert.budget.losses import Losses, read_losses
 from qconvert.budget.measure import measure
 from qconvert.budget.parts import Part, parts_of
@@ -152,7 +152,7 @@ def decide(
         losses=losses,
         beside=beside,
         weights=count,
-        points=frontier(choices, _both, POINTS),
+        points=frontier(choices, both, POINTS),
         uniform=tuple(_uniform(choices, asked.schemes)),
     )
 
@@ -217,17 +217,13 @@ def said(asked: Asked) -> str:
     return f"{asked.target:,} bytes" if asked.bits is None else f"{asked.bits:g} bits per weight"
 
 
-def _both(size: Size) -> int:
-    return size.both
-
-
 def _tensors(size: Size) -> int:
     return size.tensors
 
 
 def _fitting(choices: Choices, asked: Asked, count: int, written: Callable[[Decision], int]) -> tuple[Decision, int]:
     """The decision, and the bytes of files that no decision changes."""
-    least = choices.lightest(_both if asked.bits is None else _tensors)
+    least = choices.lightest(both if asked.bits is None else _tensors)
     smallest = written(least)
     beside = smallest - least.size.both
     if asked.bits is not None:
@@ -246,27 +242,10 @@ def _fitting(choices: Choices, asked: Asked, count: int, written: Callable[[Deci
             f"which {beside:,} are what no budget changes; ask for as many, or name schemes with fewer bits"
         )
     else:
-        found = _within(choices, asked.target, least, beside, written)
+        found = within(choices, asked.target, least, beside, written)
     if not asked.rules and all(way.scheme is None for way in found.ways):
         raise PlanError(f"{said(asked)} hold the model as it is: there is nothing to round, copy it")
     return found, beside
-
-
-def _within(
-    choices: Choices, target: int, least: Decision, beside: int, written: Callable[[Decision], int]
-) -> Decision:
-    """The best whose plan fits: headers are known from it alone, so what they take too much is taken off."""
-    budget = target - beside
-    while True:
-        found = choices.decide(budget, _both)
-        if found is None:
-            return least
-        if all(way.scheme is None for way in found.ways):
-            return found
-        over = written(found) - target
-        if over <= 0:
-            return found
-        budget = min(budget, found.size.both) - over
 
 
 def _uniform(choices: Choices, schemes: Sequence[str]) -> list[tuple[str, Point]]:

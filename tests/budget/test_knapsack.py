@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import combinations, product
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,22 @@ def dual(items: Items, budget: int) -> Fraction:
 
 @given(ITEMS, st.integers(0, 300))
 def test_it_is_the_best_of_all(items: Items, budget: int) -> None:
+    best_of_all(items, budget)
+
+
+def test_hard_ones_are_solved_too() -> None:
+    """Weights and losses that are all different, most budgets tight: following slopes alone misses most of these."""
+    for seed in range(150):
+        random = Random(seed)
+        items = []
+        for _ in range(5):
+            weights = sorted(random.sample(range(1, 1000), 4))
+            losses = sorted(random.sample(range(1, 1000), 4), reverse=True)
+            items.append([Option(weight=w, loss=loss) for w, loss in zip(weights, losses, strict=True)])
+        best_of_all(items, lightest(items) + random.randrange(1500))
+
+
+def best_of_all(items: Items, budget: int) -> None:
     found, best = solve(items, budget), enumerated(items, budget)
     assert (found is None) == (best is None)
     if found is not None:
