@@ -20,8 +20,8 @@ from qconvert.numerics.rounding import has_kernel, quantize
 KINDS: tuple[Literal["nf4", "fp4"], ...] = ("nf4", "fp4")
 
 
-def weights() -> Tensor:
-    return (torch.randn(24, 160, generator=torch.Generator().manual_seed(2)) * 0.02).bfloat16()
+def weights(width: int = 160) -> Tensor:
+    return (torch.randn(24, width, generator=torch.Generator().manual_seed(2)) * 0.02).bfloat16()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -33,8 +33,12 @@ def test_four_bit_codes_are_theirs_and_mean_the_same(kind: Literal["nf4", "fp4"]
     theirs = {"weight." + name: part for name, part in state.as_dict(packed=True).items()}
     assert torch.equal(parts["weight"], packed) and theirs.keys() == parts.keys() - {"weight"}
     assert all(torch.equal(parts[name], part) for name, part in theirs.items())
+    # With AVX-512 bitsandbytes 0.50 misreads blocks that go over the end of a row: rows of whole ones.
+    whole = weights(192)
+    packed, state = functional.quantize_4bit(whole, blocksize=64, quant_type=kind)
     state.dtype = torch.float32
-    assert torch.allclose(functional.dequantize_4bit(packed, state), q.dequantize(), rtol=1e-6, atol=0)
+    means = quantize(whole, bnb4(kind)).quantized.dequantize()
+    assert torch.allclose(functional.dequantize_4bit(packed, state), means, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
