@@ -33,7 +33,7 @@ class Decision:
 
     Attributes:
         ways: one of each part, in the order of parts.
-        kl: what they cost together, nats: the sum of what each costs alone.
+        kl: what they cost together, nats: the sum of what each costs among the others.
         bound: no decision within the budget costs less; equal to ``kl`` where this one is proven to be best.
         price: by how much the least cost falls with another byte, where the budget ends; nats, of the relaxation.
     """

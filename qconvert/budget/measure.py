@@ -10,7 +10,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from qconvert.budget.losses import Loss, Losses, key
+from qconvert.budget.losses import Loss, Losses, Together, key
 from qconvert.budget.parts import SCHEMES, Part
 from qconvert.core.errors import Interrupted
 from qconvert.memory import available_bytes
@@ -20,6 +20,9 @@ from qconvert.parity.sensitivity import Piece, own_states, sensitivities
 from qconvert.parity.tensors import Progress
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
+
+_ALL = "all parts"
+"""What a group of all parts is called."""
 
 
 def measure(
@@ -33,7 +36,8 @@ def measure(
 ) -> None:
     """Add what ``losses`` lack of ``parts`` and save them after every few: a run that was killed goes on from there.
 
-    The model runs once by itself; then each part from the layer that it is in to the end, for each of its schemes.
+    The model runs once by itself; then each part from the layer that it is in to the end, for each of its schemes; then
+    all parts together in each scheme.
 
     Args:
         source: the original.
@@ -49,9 +53,11 @@ def measure(
         Interrupted: on a ``KeyboardInterrupt`` while parts are measured.
     """
     # the last layers first: they are cheap, so something is known soon; one layer's together share its weights
-    missing = sorted(losses.missing(parts), key=lambda one: -one[0].layer)
+    alone = sorted(losses.missing(parts), key=lambda one: -one[0].layer)
+    missing = [*(((part,), name) for part, name in alone), *losses.missing_together(parts)]
     if not missing:
         return
+    firsts = [min(part.layer for part in some) for some, _ in missing]
     spare = available_bytes() // 8
     with SpillStore(spare) as store:
         seconds: list[float] = []
@@ -65,32 +71,37 @@ def measure(
         before = perf_counter()
         scan_heads([Side(source=source, hidden=states.original)], [])
         head = perf_counter() - before
-        price = sum(sum(seconds[part.layer :]) + head for part, _ in missing)
+        price = sum(sum(seconds[first:]) + head for first in firsts)
         tell(
-            f"sensitivities: {len(missing)} parts are rounded one by one, {TOGETHER} side by side, about "
-            f"{duration(price)}; kept in {losses.path}, from which another run goes on"
+            f"sensitivities: the model is run {len(missing)} times with one part rounded, or all, {TOGETHER} side by "
+            f"side, about {duration(price)}; kept in {losses.path}, from which another run goes on"
         )
         pieces = [
             Piece(
-                group=part.group,
-                layer=part.layer,
-                roles=frozenset(one for role in part.roles for one in role.halves or (role,)),
+                group=some[0].group if len(some) == 1 else _ALL,
+                layer=some[0].layer if len(some) == 1 else None,
+                roles=frozenset(one for part in some for role in part.roles for one in role.halves or (role,)),
                 scheme=SCHEMES[name],
             )
-            for part, name in missing
+            for some, name in missing
         ]
-        passes = [(source.config.text.num_hidden_layers - part.layer) * len(batches) for part, _ in missing]
+        passes = [(source.config.text.num_hidden_layers - first) * len(batches) for first in firsts]
         measured = 0
 
         def advance(phase: str, done: int, total: int) -> None:
-            progress("parts alone", sum(passes[:measured]) + done, sum(passes))
+            progress("parts rounded", sum(passes[:measured]) + done, sum(passes))
 
         found = sensitivities(
             source, batches, states, pieces, store, search=losses.search, rows_bytes=spare, progress=advance
         )
         try:
-            for (part, name), one in zip(missing, found, strict=True):
-                losses.found[key(part, name)] = Loss(kl=one.kl, low=one.low, high=one.high)
+            for (some, name), one in zip(missing, found, strict=True):
+                loss = Loss(kl=one.kl, low=one.low, high=one.high)
+                if measured < len(alone):
+                    losses.found[key(some[0], name)] = loss
+                else:
+                    total = sum(losses.alone(part, name) for part in some)
+                    losses.together[name] = Together(loss=loss, alone=total)
                 measured += 1
                 if measured % TOGETHER == 0 or measured == len(missing):
                     losses.save()

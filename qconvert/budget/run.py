@@ -134,7 +134,12 @@ def decide(
         choices = Choices(
             ways=tuple(
                 tuple(
-                    Way(part=part, scheme=name, size=size_of(weights, part, name), kl=losses.of(part, name))
+                    Way(
+                        part=part,
+                        scheme=name,
+                        size=size_of(weights, part, name),
+                        kl=0.0 if name is None else losses.among_others(part, name),
+                    )
                     for name in (None, *part.schemes)
                 )
                 for part in parts
@@ -172,7 +177,7 @@ def _losses(
 ) -> Losses:
     mark = fingerprint(weights.checkpoint)
     known = read_losses(asked.losses, mark, search=asked.search)
-    if known is not None and not known.missing(parts) and not asked.text_named:
+    if known is not None and known.complete(parts) and not asked.text_named:
         return known
     found = text()
     if known is None:

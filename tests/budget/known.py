@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from qconvert.budget.losses import Loss, Losses, key
+from qconvert.budget.losses import Loss, Losses, Together, key
 from qconvert.budget.parts import DEFAULT_SCHEMES, Part, parts_of
 from qconvert.budget.run import Asked, Text
 from qconvert.io.fingerprint import fingerprint
@@ -33,9 +33,13 @@ def known(
             path=path, fingerprint=fingerprint(weights.checkpoint), search=search,
             text={"ids_sha256": "none", "window": 8, "tokens": 16, "domains": {"made": {}}, "seed": 0},
         )  # fmt: skip
-        for part, name in found.missing(parts_of(weights, schemes)):
+        parts = parts_of(weights, schemes)
+        for part, name in found.missing(parts):
             one = loss(part, name)
             found.found[key(part, name)] = Loss(kl=one, low=one / 2, high=one * 2)
+        for some, name in found.missing_together(parts):
+            total = sum(found.alone(part, name) for part in some)
+            found.together[name] = Together(loss=Loss(kl=total, low=total, high=total), alone=total)
     found.save()
     return found
 

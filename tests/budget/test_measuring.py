@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from qconvert.budget.losses import read_losses
-from qconvert.budget.parts import parts_of
+from qconvert.budget.parts import GROUPS, matches_of, parts_of
 from qconvert.budget.run import Text, decide
+from qconvert.convert import convert
 from qconvert.core.errors import Interrupted, SourceError, UsageError
 from qconvert.core.scheme import int4
 from qconvert.io.fingerprint import fingerprint
 from qconvert.parity.attribution import TOGETHER
 from qconvert.parity.kept_states import StateFolder
+from qconvert.parity.model import compare_models
 from qconvert.parity.sensitivity import Piece, own_states, sensitivities
+from qconvert.plan.policy import Rule, default_policy
 from qconvert.weights.source import CheckpointWeights
 from reference_model.load import MemoryStore
 from tests.budget.known import asked, known, nothing_to_read
@@ -57,8 +60,20 @@ def test_every_part_is_measured_as_it_is_alone(source: Path, measured: Path) -> 
         states = own_states(weights, BATCHES, StateFolder(folder=source.parent / "states"))
         piece = Piece(group="", layer=2, roles=frozenset(part.roles), scheme=int4(32))
         (alone,) = sensitivities(weights, BATCHES, states, [piece], MemoryStore())
-    assert losses.of(part, "int4-g32") == pytest.approx(alone.kl, rel=1e-4)
-    assert losses.of(part, None) == 0.0
+    assert losses.alone(part, "int4-g32") == pytest.approx(alone.kl, rel=1e-4)
+
+
+def test_all_parts_in_one_scheme_are_predicted_to_cost_what_was_measured(
+    source: Path, measured: Path, tmp_path: Path
+) -> None:
+    rules = tuple(
+        Rule(match=match, scheme=int4(32), reason="a test") for group in GROUPS for match in matches_of(group)
+    )
+    convert(source, tmp_path / "out", default_policy(int4(32), rules=rules), jobs=1, max_memory=4 << 30)
+    with CheckpointWeights.open(source) as weights, CheckpointWeights.open(tmp_path / "out") as other:
+        kl = compare_models(weights, other, BATCHES).served.scores.kl.mean()
+    found = decide(source, asked(measured, bits=9.0, schemes=SCHEMES), nothing_to_read)
+    assert dict(found.uniform)["all int4-g32"].kl == pytest.approx(kl, rel=1e-4)
 
 
 def test_a_second_budget_reads_no_text(source: Path, measured: Path) -> None:
@@ -80,7 +95,7 @@ def test_a_run_that_was_killed_measures_what_is_missing(source: Path, measured: 
     assert len(json.loads(path.read_text())["measured"]) == TOGETHER
     decide(source, asked(path, bits=6.0, schemes=SCHEMES), text, tell=lines.append)
     whole = json.loads(measured.read_text())["measured"]
-    assert f"{len(whole) - TOGETHER} parts" in lines[0]
+    assert f"{len(whole) - TOGETHER + len(SCHEMES)} times with" in lines[0]
     again = json.loads(path.read_text())["measured"]
     assert [one["kl"] for one in again] == pytest.approx([one["kl"] for one in whole], rel=1e-3, abs=1e-9)
 
@@ -93,7 +108,7 @@ def test_another_scheme_is_measured_beside_what_is_known(source: Path, measured:
     decide(source, asked(path, bits=9.0, schemes=("int8", "fp8")), text, tell=lines.append)
     with CheckpointWeights.open(source) as weights:
         count = len(parts_of(weights, ("fp8",)))
-    assert f"{count} parts" in lines[0]
+    assert f"{count + 1} times with" in lines[0]
 
 
 def test_what_was_measured_otherwise_is_refused(source: Path, measured: Path, tmp_path: Path) -> None:
@@ -113,13 +128,14 @@ def test_what_was_measured_otherwise_is_refused(source: Path, measured: Path, tm
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"qconvert_sensitivities": 2}, "no sensitivities of version 1"),
+        ({"qconvert_sensitivities": 1}, "no sensitivities of version 2"),
         ({"checkpoint": None}, "other weights"),
         ({"search": 0}, "damaged"),
         ({"text": []}, "damaged"),
         ({"measured": [{"group": "routed experts"}]}, "damaged"),
         ({"measured": [{"group": "g", "layer": -1, "scheme": "int8", "kl": 0, "low": 0, "high": 0}]}, "damaged"),
         ({"measured": [{"group": "g", "layer": 0, "scheme": "int8", "kl": "0", "low": 0, "high": 0}]}, "damaged"),
+        ({"together": [{"scheme": "int8", "kl": 0, "low": 0, "high": 0}]}, "damaged"),
         ({"measured": [{"group": "g", "layer": 0, "scheme": "int8", "kl": True, "low": 0, "high": 0}]}, "damaged"),
     ],
 )
