@@ -181,6 +181,8 @@ def quantize(
         )  # fmt: skip
         if method not in BY_TEXT:
             text.check_unused(method, budget=budget.given)
+        elif search and not budget.given:
+            raise UsageError(f"--method {method} searches its scales by what inputs count: drop --search")
         elif device_named(device).type != "cpu":
             raise UsageError(f"--method {method} runs on the CPU: drop --device {device}")
         chosen = scheme_named(scheme, group=group, symmetric=not asymmetric)

@@ -140,11 +140,10 @@ def _by_scaling(mlp: _Mlp) -> ExpertWeights:
         if mlp.steps.up is not None:
             sizes = own if own.tokens or layer is None else layer
             scheme = _scheme(mlp.steps)
-            factor, down = mlp.factor(behind), mlp.original("down")
-            found = awq([down], scheme, sizes.mean_abs, factor, mean_squares=behind.matrix.diagonal())
-            nearest = quantize(down, scheme, search=True).quantized.dequantize()
-            over, losses = found.factors, (float(row_losses(nearest - down, factor).sum()), found.loss)
-            down = None
+            factor, w = mlp.factor(behind), mlp.original("down")
+            found = awq([w], scheme, sizes.mean_abs, factor, mean_squares=behind.matrix.diagonal())
+            nearest = quantize(w, scheme, search=True).quantized.dequantize()
+            over, losses = found.factors, (float(row_losses(nearest - w, factor).sum()), found.loss)
     if mlp.steps.gate is not None or mlp.steps.up is not None:
         hessian = mlp.hessian()
         gate = mlp.round("gate", to_nearest(hessian), hessian, hessian.tokens)

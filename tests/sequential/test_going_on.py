@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qconvert.convert import convert
-from qconvert.core.errors import Interrupted, OutputError, PlanError
+from qconvert.core.errors import Interrupted, OutputError, PlanError, UsageError
 from qconvert.core.scheme import int4
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.builder import build_plan
@@ -148,3 +148,15 @@ def test_states_that_are_damaged_or_somebody_elses_are_no_beginning(source: Path
     (mine / "precious").write_text("mine")
     convert(source, tmp_path / "other", POLICY)
     assert (mine / "precious").exists()
+
+
+def test_the_same_text_in_another_file_repeats_it(source: Path, tmp_path: Path) -> None:
+    said = {"ids_sha256": "1", "texts": [{"file": "one.txt"}]}
+    first = replace(CALIBRATION, record=said)
+    convert(source, tmp_path / "out", POLICY, calibration=first)
+    assert (
+        verify(tmp_path / "out", source, by=replace(first, record={**said, "texts": [{"file": "two.txt"}]})).faults
+        == ()
+    )
+    with pytest.raises(UsageError, match="calibrated otherwise"):
+        verify(tmp_path / "out", source, by=replace(first, record={**said, "ids_sha256": "2"}))
