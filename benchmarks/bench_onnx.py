@@ -1,15 +1,15 @@
 """Time packages beside onnxruntime-genai's own export and beside transformers, as whole processes in one run.
 
     bash tests/engines/setup.sh
-    python benchmarks/bench_onnx.py WORK [--rounds 3] [--json FILE]
+    python benchmarks/bench_onnx.py WORK [--demo] [--rounds 3] [--json FILE]
 
 WORK gets a random checkpoint of four layers with the layer shapes of 35B-A3B, 64 experts of which 8 are chosen, and a
-small vocabulary; of it a package in which qconvert rounds every matrix to int4 in groups of 128 that genai's builder
-rounds (but for router and shared-expert gate, which it also rounds), one with int4 experts and everything else that
-is always active in int8, one with int4 experts and the rest in float32, and genai's own with the same bits, blocks and
-accuracy level. A round runs each in onnxruntime-genai on the same two processors, then transformers in float32; the
-first one runs vLLM too, which takes two minutes to start. The best of all rounds counts. The limit of memory is what a
-token must read, over what the processors read in a second.
+small vocabulary, or with ``--demo`` the text model of the demo checkpoint; of it a package in which qconvert rounds
+every matrix to int4 in groups of 128 that genai's builder rounds (but for router and shared-expert gate, which it also
+rounds), one with int4 experts and everything else that is always active in int8, one with int4 experts and the rest in
+float32, and genai's own with the same bits, blocks and accuracy level. A round runs each in onnxruntime-genai on the
+same two processors, then transformers in float32; the first one runs vLLM too, which takes two minutes to start. The
+best of all rounds counts. The limit of memory is what a token must read, over what the processors read in a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_synthetic import make, shrink
+from make_synthetic import config_json, make, shrink
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qconvert.cli.demo import CHECKPOINT
 from reference_model.config import ModelConfig
@@ -63,11 +65,27 @@ def config() -> ModelConfig:
     return replace(whole, text=replace(whole.text, num_experts=EXPERTS, vocab_size=VOCABULARY))
 
 
-def prepare(work: Path, genai_python: Path) -> None:
+def make_text_of_demo(source: Path) -> None:
+    """Write the demo checkpoint without vision tower and prediction head, as no other tool exports both."""
+    source.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(CHECKPOINT.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(("mtp.", "model.visual."))}
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+    whole = ModelConfig.from_file(CHECKPOINT / "config.json")
+    text = shrink(whole, whole.text.num_hidden_layers, mtp=False, vision=False)
+    (source / "config.json").write_text(json.dumps(config_json(text), indent=2), encoding="utf-8")
+
+
+def prepare(work: Path, genai_python: Path, *, demo: bool) -> None:
     """Make the checkpoint and all packages that are not there yet."""
     source = work / "source"
     if not source.exists():
-        make(source, config())
+        if demo:
+            make_text_of_demo(source)
+        else:
+            make(source, config())
         for name in TOKENIZER:
             shutil.copy(CHECKPOINT / name, source / name)
     command = Path(sys.executable).with_name("qconvert")
@@ -123,8 +141,9 @@ def bandwidth(threads: int) -> float:
     return best
 
 
-def active_bytes(package: Path) -> int:
+def active_bytes(package: Path, source: Path) -> int:
     """What one token must read of our weights: of the experts those that it chooses, of the embedding one row."""
+    text = ModelConfig.from_file(source / "config.json").text
     tensors = json.loads((package / "manifest.json").read_text(encoding="utf-8"))["tensors"]
     sizes = {"F32": 4, "U8": 1}
     total = 0
@@ -133,7 +152,7 @@ def active_bytes(package: Path) -> int:
         for size in tensor["shape"]:
             nbytes *= size
         if "embed_tokens" not in name:
-            total += nbytes * config().text.num_experts_per_tok // EXPERTS if ".experts." in name else nbytes
+            total += nbytes * text.num_experts_per_tok // text.num_experts if ".experts." in name else nbytes
     return total
 
 
@@ -146,6 +165,7 @@ def main() -> None:
     """Parse, prepare, time, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path, help="folder for checkpoint and packages, 6 GB; what is there is kept")
+    parser.add_argument("--demo", action="store_true", help="the demo checkpoint, not random layers of real shape")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--genai-python", type=Path, default=ROOT / ".venv-genai" / "bin" / "python")
@@ -155,7 +175,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every number to this file")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    prepare(options.work, options.genai_python)
+    prepare(options.work, options.genai_python, demo=options.demo)
     if options.prepare:
         return
     packages = [*OURS, GENAI]
@@ -190,7 +210,7 @@ def main() -> None:
     print("| tokens a second | " + " | ".join(keys) + " | limit of memory | reached |")
     print("|---|" + "---:|" * (len(keys) + 2))
     for name, found in rates.items():
-        limit = speed / active_bytes(_folder(options.work, name)) if name in OURS else None
+        limit = speed / active_bytes(_folder(options.work, name), options.work / "source") if name in OURS else None
         share = ("", "") if limit is None else (f"{limit:.0f}", f"{found['decode'] / limit:.0%}")
         print(f"| {name} | " + " | ".join([*(f"{found[key]:.1f}" for key in keys), *share]) + " |")
     print(f"\nMemory read with {options.threads} threads: {speed / 1e9:.1f} GB/s.")

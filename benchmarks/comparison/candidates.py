@@ -58,7 +58,7 @@ def ours(threads: int) -> Candidate:
         schemes=SCHEMES,
         python=Path(sys.executable),
         command=command,
-        imports="import qconvert.cli.app",
+        imports="import qconvert.cli.quantize",
         packages=("qconvert", "torch", "numba"),
         fsyncs=True,
     )

@@ -84,7 +84,7 @@ def our_methods(threads: int, text: Text) -> tuple[Method, ...]:
             python=Path(sys.executable),
             command=command,
             before=before,
-            imports="import qconvert.cli.app",
+            imports="import qconvert.cli.quantize",
             packages=("qconvert", "torch", "numba"),
             ours=True,
         )

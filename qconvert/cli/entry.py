@@ -18,7 +18,10 @@ def main() -> None:
     gc.disable()  # imports make some 300,000 objects that live for ever; looking through them again and again is vain
     try:
         from qconvert.cli.app import app
+        from qconvert.cli.commands import load, name_in
 
+        if (name := name_in(sys.argv[1:])) is not None:
+            load(name)
         gc.freeze()
         gc.enable()
         app()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from qconvert.cli.app import app
+from qconvert.cli.commands import MODULES
 from tests.checkpoints import make_tiny
 
 
@@ -302,3 +303,18 @@ def test_a_polite_request_to_end_leaves_nothing(source: Path, tmp_path: Path) ->
     assert ended.returncode == 130, ended.stderr
     assert "Interrupted" in ended.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_what_needs_no_weights_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys; from qconvert.cli.app import app\n"
+        "app(['--version'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_command_is_loaded_by_its_name_and_tells_of_itself(name: str) -> None:
+    result = run(*name.split(), "--help")
+    assert result.exit_code == 0, result.stderr
+    assert f"qconvert {name} [OPTIONS]" in " ".join(result.stdout.split())

@@ -95,6 +95,6 @@ def test_a_full_disk(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_rounds_nothing_does_not_wait_for_numba() -> None:
-    modules = "qconvert.cli.app, qconvert.convert, qconvert.numerics.finite, qconvert.numerics.packing"
+    modules = "qconvert.cli.quantize, qconvert.convert, qconvert.numerics.finite, qconvert.numerics.packing"
     script = f"import sys, {modules}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
