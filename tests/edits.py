@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,3 +40,17 @@ def quantization_of(path: Path) -> dict[str, Any]:
     """The ``quantization_config`` block."""
     block: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     return block
+
+
+def round_inputs_to_four_bits(path: Path, scale: Callable[[str], float] = lambda module: 1.0) -> None:
+    """Make W4A4 of NVFP4: ``scale`` is the ``input_global_scale`` of a module."""
+    inputs = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+    groups = quantization_of(path)["config_groups"]
+    edit_quantization(path, config_groups={name: one | {"input_activations": inputs} for name, one in groups.items()})
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_global_scale")]:
+            module = name.removesuffix(".weight_global_scale")
+            tensors[f"{module}.input_global_scale"] = torch.tensor([scale(module)])
+
+    edit_tensors(path, add)

@@ -32,7 +32,7 @@ from qconvert.verify import verify
 from qconvert.weights.source import CheckpointWeights
 from tests.checkpoints import make_tiny
 from tests.cli.test_commands import run
-from tests.edits import edit_quantization, edit_tensors, quantization_of
+from tests.edits import edit_tensors, quantization_of, round_inputs_to_four_bits
 from tests.formats.test_other_writers import write as write_as_others
 from tests.manifests import edit_manifest
 from tests.test_convert import digest, manifest_of, tensors
@@ -270,17 +270,7 @@ def same_tensors(first: Path, second: Path) -> bool:
 
 def test_scales_of_activations_are_not_moved(sources: Path, tmp_path: Path) -> None:
     shutil.copytree(sources / "nvfp4", tmp_path / "src")
-    groups = quantization_of(tmp_path / "src")["config_groups"]
-    groups["group_0"]["input_activations"] = {
-        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local",
-    }  # fmt: skip
-    edit_quantization(tmp_path / "src", config_groups=groups)
-
-    def add(all_tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in all_tensors if name.endswith(".weight_global_scale")]:
-            all_tensors[name.replace("weight_global", "input_global")] = torch.ones(1)
-
-    edit_tensors(tmp_path / "src", add)
+    round_inputs_to_four_bits(tmp_path / "src")
     with pytest.raises(FormatError, match="activations by a stored scale is read only"):
         move_codes(tmp_path / "src", tmp_path / "out", to("compressed-tensors"))
     convert(tmp_path / "src", tmp_path / "out", default_policy(INT8), from_quantized=True)

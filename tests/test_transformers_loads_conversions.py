@@ -12,7 +12,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qconvert.convert import convert
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, MXFP4, NVFP4, W8A8, Scheme, int4
-from qconvert.plan.policy import Rule, default_policy, scheme_named
+from qconvert.plan.policy import Policy, Rule, default_policy, scheme_named
+from qconvert.plan.presets import preset_rules
 from qconvert.weights.source import CheckpointWeights
 from reference_model.config import ModelConfig
 from reference_model.load import load_weights
@@ -81,6 +82,17 @@ ALWAYS_ACTIVE = (
     *(f"text.linear_attention.{part}" for part in ("qkv", "z", "output")),
     *(f"text.shared_expert.{part}" for part in ("gate", "up", "down")),
 )
+
+
+def always_active(scheme: Scheme, *, experts: bool, attention: bool = True) -> Policy:
+    """All single matrices in ``scheme``, experts as well or not at all; tiles do not divide every attention."""
+    matches = [match for match in ALWAYS_ACTIVE if attention or not match.startswith("text.attention")]
+    rules = [Rule(match=match, scheme=scheme, reason="to see it loaded") for match in matches]
+    if not experts:
+        rules.append(Rule(match="text.expert.*", scheme=None, reason="transformers does not read them"))
+    return default_policy(scheme, rules=tuple(rules))
+
+
 REAL_HEADS: dict[str, tuple[Scheme, str | None, bool]] = {
     "int4-g128": (int4(128), None, True),
     "int8": (INT8, None, True),
@@ -111,10 +123,7 @@ def test_all_matrices_of_a_model_with_real_heads(
 ) -> None:
     source, config = real_heads
     scheme, method, experts = REAL_HEADS[name]
-    rules = [Rule(match=match, scheme=scheme, reason="to see it loaded") for match in ALWAYS_ACTIVE]
-    if not experts:
-        rules.append(Rule(match="text.expert.*", scheme=None, reason="transformers does not read them"))
-    policy = default_policy(scheme, rules=tuple(rules))
+    policy = always_active(scheme, experts=experts)
     convert(source, tmp_path / "out", policy if method is None else policy.stored_as(method))
     assert kl_to_transformers(tmp_path / "out", some_ids(config)) < LIMIT
     version = transformers.__version__
@@ -130,25 +139,34 @@ def test_bitsandbytes_reads_a_model_with_real_heads(
     assert kl_to_transformers(tmp_path / "out", some_ids(config)) < LIMIT
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+ON_THE_DEMO: dict[str, Policy] = {name: default_policy(scheme) for name, scheme in SCHEMES.items()} | {
+    "mixed": default_policy(int4(32), rules=preset_rules("mixed", int4(32))),
+    "fusable": default_policy(int4(32), rules=preset_rules("fusable", int4(32))),
+    "w8a8": always_active(W8A8, experts=False),
+    "nvfp4": always_active(NVFP4, experts=False),
+    "fp8-tiles": always_active(FP8_BLOCK, experts=False, attention=False).stored_as("compressed-tensors"),
+}
+"""Everything that transformers reads right, as far as it does."""
+ALSO_PROVED = {name: (f"--scheme {name}", ("linears",)) for name in ("nf4", "fp4", "llm-int8")} | {
+    "mixed": ("--scheme int4 --preset mixed", ("experts", "linears")),
+    "fusable": ("--scheme int4 --preset fusable", ("experts", "linears")),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_DEMO)
 def test_a_conversion_of_the_demo_checkpoint(tmp_path: Path, name: str, prove: Prove) -> None:
-    convert(DEMO, tmp_path / "out", default_policy(SCHEMES[name]))
+    convert(DEMO, tmp_path / "out", ON_THE_DEMO[name])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = (DEMO / "heldout" / "code.txt").read_text()
     ids = torch.tensor([tokenizer(text)["input_ids"][:256]])
     assert kl_to_transformers(tmp_path / "out", ids) < LIMIT
-    if name in ("nf4", "fp4", "llm-int8"):
-        version = transformers.__version__
-        prove(written=f"--scheme {name}", what="linears", engine="transformers", version=version, result="right")
-
-
-@pytest.mark.parametrize("name", ["int4-g32", "fp8-block", "nf4"])
-def test_a_pipeline_answers(tmp_path: Path, name: str) -> None:
-    convert(DEMO, tmp_path / "out", default_policy(SCHEMES[name]))
     answer = transformers.pipeline("text-generation", model=str(tmp_path / "out"), dtype=torch.bfloat16)
     prompt = "def area(width, height):\n    return"
-    said = answer(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    said = answer(prompt, max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert said.startswith(prompt) and len(said) > len(prompt)
+    written, whats = ALSO_PROVED.get(name, ("", ()))
+    for what in whats:
+        prove(written=written, what=what, engine="transformers", version=transformers.__version__, result="right")
 
 
 @pytest.mark.parametrize("name", ["nf4", "llm-int8"])

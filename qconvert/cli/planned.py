@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qconvert.arch.shapes import expected_shape
 from qconvert.cli import console
 from qconvert.core.errors import OutputError
 from qconvert.core.plan import Plan, Quantize, Reencode
-from qconvert.core.role import EXPERT_KINDS
+from qconvert.core.role import EXPERT_KINDS, TensorRole
 from qconvert.formats.engine_limits import Written, engine_limits
 from qconvert.formats.engine_rules import FOR_ENGINE
 from qconvert.plan.document import plan_text
+from reference_model.config import ModelConfig
 from reference_model.config_fold import FOLD, note_of
 
 _LISTED = 3
@@ -66,14 +68,20 @@ def preview(plan: Plan, out: Path, *, json: bool, engines: bool = True) -> None:
 
 def limits(plan: Plan) -> list[str]:
     """What engines refuse of it, or read otherwise; a folded shared expert first."""
+    config = ModelConfig.from_dict(plan.config)
     written = {
-        Written(scheme=step.action.scheme, format=step.action.format, experts=step.role.kind in EXPERT_KINDS)
-        for step in plan.steps
-        if isinstance(step.action, Quantize | Reencode)
+        _way(step.role, step.action, config) for step in plan.steps if isinstance(step.action, Quantize | Reencode)
     }
     note = note_of(plan.config)
     own = ([FOLDED_LIMIT] if note.get(FOLD) else []) + ([ALONE_LIMIT] if note.get(FOR_ENGINE) else [])
     return own + [str(limit) for limit in engine_limits(written)]
+
+
+def _way(role: TensorRole, action: Quantize | Reencode, config: ModelConfig) -> Written:
+    if role.kind in EXPERT_KINDS:
+        return Written(scheme=action.scheme, format=action.format, experts=True)
+    rows, cols = expected_shape(role, config)
+    return Written(scheme=action.scheme, format=action.format, experts=False, shape=(rows, cols))
 
 
 ALONE_LIMIT = (

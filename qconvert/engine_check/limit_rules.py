@@ -17,15 +17,15 @@ def _written(view: View) -> Iterator[tuple[str, Written]]:
     """Every way of storing, with the modules that are stored so."""
     for linear in view.linears:
         if linear.quantized and linear.declaration is not None:
-            yield linear.name, _way(linear.declaration, experts=False)
+            yield linear.name, _way(linear.declaration, experts=False, shape=linear.shape)
     for block in view.experts:
         for declaration in block.declarations:
             if block.quantized and declaration is not None:
                 yield block.name, _way(declaration, experts=True)
 
 
-def _way(declaration: Declaration, *, experts: bool) -> Written:
-    return Written(scheme=declaration.scheme, format=declaration.format.name, experts=experts)
+def _way(declaration: Declaration, *, experts: bool, shape: tuple[int, int] | None = None) -> Written:
+    return Written(scheme=declaration.scheme, format=declaration.format.name, experts=experts, shape=shape)
 
 
 def _limited(view: View, *, limit: Limit) -> Iterator[Finding]:

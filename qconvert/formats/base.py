@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,16 +23,44 @@ class PartSpec:
         suffix: what follows ``<module>.`` in the tensor's name.
         rows_per_row: rows of the matrix that one row of this part covers; 0 for a part that is written once: it is
             the same whatever rows are written, or all rows are one block.
+        inputs: of a scale of what enters the matrix, and not of the matrix: what it does to what codes of inputs say.
     """
 
     suffix: str
     dtype: DType
     shape: tuple[int, ...]
     rows_per_row: int
+    inputs: Literal["multiplies", "divides"] | None = None
 
     def rows_of(self, begin: int, end: int) -> tuple[int, int]:
         """Rows of this part that rows ``begin:end`` of the matrix fill; ``begin`` is a multiple of the row block."""
         return begin // self.rows_per_row, -(-end // self.rows_per_row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputScale:
+    """A scale that is stored for what enters a matrix.
+
+    Attributes:
+        number: what is stored, exact in float32.
+        divides: whether codes of inputs are divided by it, or multiplied.
+    """
+
+    number: float
+    divides: bool
+
+    @property
+    def multiplier(self) -> float:
+        """What multiplies, in float32."""
+        return self._reciprocal() if self.divides else self.number
+
+    @property
+    def divisor(self) -> float:
+        """What divides, in float32."""
+        return self.number if self.divides else self._reciprocal()
+
+    def _reciprocal(self) -> float:
+        return torch.tensor(self.number, dtype=torch.float32).reciprocal().item()
 
 
 class Format(Protocol):

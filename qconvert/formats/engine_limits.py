@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from qconvert.core.scheme import Block, Channel, Int, Scheme
+from qconvert.core.scheme import Block, Channel, Codebook, Int, Scheme
 from qconvert.formats.awq import Awq
 from qconvert.formats.float_quantized import FloatQuantized
 from qconvert.formats.gptq import Gptq
@@ -22,11 +22,12 @@ from qconvert.formats.pack_quantized import PackQuantized
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """A way in which some matrices are stored; ``experts`` for routed ones."""
+    """A way in which some matrices are stored; ``experts`` for routed ones, ``shape`` [N, K] for single ones."""
 
     scheme: Scheme
     format: str
     experts: bool
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,12 @@ def _asymmetric(written: Written) -> bool:
 
 def _in_format(written: Written, *, name: str) -> bool:
     return written.format == name
+
+
+def _four_bits_of_bitsandbytes(written: Written, *, outputs: int = 1, inputs: int = 1) -> bool:
+    """Whether it is one whose sides are no multiples of these."""
+    rows, cols = written.shape or (0, 0)
+    return isinstance(written.scheme.grid, Codebook) and bool(rows % outputs or cols % inputs)
 
 
 LIMITS: tuple[Limit, ...] = (
@@ -153,6 +160,26 @@ LIMITS: tuple[Limit, ...] = (
         proof="run",
         source="tests/engines/test_gptqmodel.py test_experts_in_awq_are_refused",
         applies=lambda written: written.format == Awq().name and written.experts,
+    ),
+    Limit(
+        id="transformers-nf4-rows",
+        engine=TRANSFORMERS,
+        says="reads nf4 and fp4 wrong without a word, or fails, where 64 does not divide the inputs of a matrix, with "
+        "bitsandbytes 0.50.2 on CPUs with AVX-512",
+        effect="restricted",
+        proof="run",
+        source="tests/numerics/test_bitsandbytes_agrees.py test_what_avx512_makes_of_odd_shapes",
+        applies=partial(_four_bits_of_bitsandbytes, inputs=64),
+    ),
+    Limit(
+        id="transformers-nf4-outputs",
+        engine=TRANSFORMERS,
+        says="fails over nf4 and fp4 where 32 does not divide the outputs of a matrix, with bitsandbytes 0.50.2 on "
+        "CPUs with AVX-512 for BF16",
+        effect="restricted",
+        proof="run",
+        source="tests/numerics/test_bitsandbytes_agrees.py test_what_avx512_makes_of_odd_shapes",
+        applies=partial(_four_bits_of_bitsandbytes, outputs=32),
     ),
     Limit(
         id="vllm-bitsandbytes",

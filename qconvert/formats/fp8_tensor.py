@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,14 +46,11 @@ class Fp8Tensor:
     def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:
         """Codes, their scale and that of static activations."""
         self.check(scheme, shape)
-        names = (SCALE, INPUT_SCALE) if scheme.activation.kind == "static" else (SCALE,)
-        return (
-            PartSpec(suffix=WEIGHT, dtype=DType.F8_E4M3, shape=shape, rows_per_row=1),
-            *(
-                PartSpec(suffix=name, dtype=scheme.scale.dtype, shape=self.scale_shape, rows_per_row=0)
-                for name in names
-            ),
-        )
+        scale = PartSpec(suffix=SCALE, dtype=scheme.scale.dtype, shape=self.scale_shape, rows_per_row=0)
+        specs = (PartSpec(suffix=WEIGHT, dtype=DType.F8_E4M3, shape=shape, rows_per_row=1), scale)
+        if scheme.activation.kind != "static":
+            return specs
+        return (*specs, replace(scale, suffix=INPUT_SCALE, inputs="multiplies"))
 
     def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Not available.

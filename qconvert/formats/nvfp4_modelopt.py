@@ -55,7 +55,7 @@ class Nvfp4ModelOpt:
             PartSpec(suffix=SECOND_SCALE, dtype=DType.F32, shape=(), rows_per_row=0),
         ]
         if scheme.activation.kind != "none":
-            specs.append(PartSpec(suffix=INPUT_SCALE, dtype=DType.F32, shape=(), rows_per_row=0))
+            specs.append(PartSpec(suffix=INPUT_SCALE, dtype=DType.F32, shape=(), rows_per_row=0, inputs="multiplies"))
         return tuple(specs)
 
     def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class Nvfp4Packed:
         )
         if scheme.activation.kind == "none":
             return specs
-        return (*specs, PartSpec(suffix=INPUT_SCALE, dtype=DType.F32, shape=(1,), rows_per_row=0))
+        return (*specs, PartSpec(suffix=INPUT_SCALE, dtype=DType.F32, shape=(1,), rows_per_row=0, inputs="divides"))
 
     def pack(self, quantized: QuantizedTensor, *, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """See ``Format.pack``; activations stay in 16 bits.

@@ -151,7 +151,7 @@ class Rule:
             case Float(kind="e4m3fn"):
                 return scaled  # narrowing rounds it
             case Float():
-                return _round_to_e2m1(scaled)
+                return round_to_e2m1(scaled)
         return scaled.round_()
 
     def codes(self, values: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def second_scale_for(scheme: Scheme, largest: float) -> float:
     return 2.0 ** min(max(exponent, -_WIDEST_SECOND), _WIDEST_SECOND)
 
 
-def _round_to_e2m1(scaled: Tensor) -> Tensor:
+def round_to_e2m1(scaled: Tensor) -> Tensor:
     """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, halves to the even mantissa, in place."""
     size = scaled.abs()
     step = torch.where(size < 2.0, 0.5, torch.where(size < 4.0, 1.0, 2.0))

@@ -16,9 +16,10 @@ from time import perf_counter
 import torch
 
 from qconvert.core.role import TensorRole
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.kept_states import StateFolder
 from qconvert.parity.logits import Floats
-from qconvert.parity.model import Cost, served_rounding
+from qconvert.parity.model import Cost
 from qconvert.parity.role_groups import MOST, RoleGroup, wholes
 from qconvert.parity.summary import Draws
 from qconvert.parity.tensors import Progress

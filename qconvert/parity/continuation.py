@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from qconvert.core.metric import Metric
 from qconvert.parity.heads import head_slabs
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.kept_states import StateFolder
-from qconvert.parity.model import PLAIN, SERVED, served_rounding
+from qconvert.parity.model import PLAIN, SERVED
 from qconvert.parity.series import Curve
 from qconvert.parity.summary import Draws
 from qconvert.parity.tensors import Progress

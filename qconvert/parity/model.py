@@ -8,8 +8,7 @@ Shapes: B windows, T tokens, D hidden, E experts, k experts a token, L layers.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -18,13 +17,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from qconvert.arch.names import Naming, module_of, name_of
-from qconvert.core.role import Section, TensorRole
-from qconvert.core.scheme import Activation
 from qconvert.memory import available_bytes
-from qconvert.numerics.activations import quantize_activations
 from qconvert.parity.drafts import DraftScores, accepted, has_drafts
 from qconvert.parity.heads import Scan, Side, scan_heads
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.kept_states import KeptStates
 from qconvert.parity.layers import MARKS, LayerScores, LayerSums, Passed
 from qconvert.parity.logits import TokenScores, VocabularyScan
@@ -35,8 +31,6 @@ from qconvert.weights.spill import SpillStore
 from reference_model.layer_pass import Batch, InputRounding, Lane, LayerRecord, leave_inputs, pass_layer
 from reference_model.layerwise import HiddenStates, embed, finish
 from reference_model.load import ActivationStore
-
-_EXPERT = re.compile(r"mlp\.experts\.\d+\.(gate|down)(?:_up)?_proj")
 
 PLAIN, SERVED = "weights only", "as served"
 
@@ -340,37 +334,3 @@ class _Run:
 
     def _sums(self) -> list[list[LayerSums]]:
         return [*(way.sums for way in self._ways), *([self.forced] if self._layers else [])]
-
-
-def served_rounding(source: CheckpointWeights, restored: Container[TensorRole] = ()) -> InputRounding | None:
-    """What engines do to the inputs of each quantized matrix; ``None`` when they leave all of them alone.
-
-    Matrices that are ``restored`` are not quantized any more; of a ``q_proj`` both halves have to be. The experts of a
-    layer share one scheme in every engine: that of the first.
-    """
-    return rounding_of(
-        {
-            role: scheme.activation
-            for role in source.stored
-            if role.section is Section.TEXT
-            and (scheme := source.scheme(role)) is not None
-            and not all(one in restored for one in role.halves or (role,))
-        }
-    )
-
-
-def rounding_of(activations: Mapping[TensorRole, Activation]) -> InputRounding | None:
-    """The same for matrices of which it is known what engines do to their inputs."""
-    rounded = {
-        module_of(name_of(role, Naming.TEXT)).removeprefix(Naming.TEXT.value): activation
-        for role, activation in activations.items()
-        if activation != Activation() and role.expert in (None, 0)
-    }
-    if not rounded:
-        return None
-
-    def of(module: str) -> Callable[[Tensor], Tensor] | None:
-        activation = rounded.get(_EXPERT.sub(r"mlp.experts.0.\1_proj", module))
-        return None if activation is None else partial(quantize_activations, activation=activation)
-
-    return of

@@ -18,8 +18,9 @@ from qconvert.core.metric import Metric, exact
 from qconvert.io.source_folder import is_package
 from qconvert.memory import available_bytes
 from qconvert.parity.heads import Side, scan_heads
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.limits import in_force, judged
-from qconvert.parity.model import PLAIN, SERVED, served_rounding
+from qconvert.parity.model import PLAIN, SERVED
 from qconvert.parity.options import ParityOptions
 from qconvert.parity.package_run import run_package
 from qconvert.parity.report import ParityReport

@@ -13,8 +13,9 @@ from qconvert.parity.causes import ranked
 from qconvert.parity.execution.layer_blocks import Precision
 from qconvert.parity.execution.localise import localise
 from qconvert.parity.execution.recorded import HIDDEN, Recorded, holds_states, read_states
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.limits import in_force, judged
-from qconvert.parity.model import SERVED, served_rounding
+from qconvert.parity.model import SERVED
 from qconvert.parity.options import ParityOptions
 from qconvert.parity.report import ParityReport
 from qconvert.parity.sides import comparable, open_side

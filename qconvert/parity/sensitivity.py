@@ -22,8 +22,8 @@ from qconvert.core.scheme import Scheme
 from qconvert.formats.table import format_for, stored_bytes
 from qconvert.parity.attribution import TOGETHER
 from qconvert.parity.heads import Side
+from qconvert.parity.input_rounding import rounding_of
 from qconvert.parity.kept_states import KeptStates
-from qconvert.parity.model import rounding_of
 from qconvert.parity.role_groups import RoleGroup, role_groups, wholes
 from qconvert.parity.summary import Draws
 from qconvert.parity.tensors import Progress

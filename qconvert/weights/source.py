@@ -14,6 +14,7 @@ from qconvert.core.errors import FormatError, SourceError
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
+from qconvert.formats.base import InputScale, check_scales
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.quantized_view import Problem, QuantizedView, Stored, view
 from reference_model.config import ModelConfig
@@ -156,6 +157,27 @@ class CheckpointWeights:
             return stored.format.unpack(parts, stored.scheme, (run, cols), whole=(rows, cols))
         except FormatError as error:
             raise FormatError(f"{stored.name}: {error}") from None
+
+    def input_scale(self, role: TensorRole) -> InputScale | None:
+        """What is stored of the inputs of a quantized matrix; ``None`` where nothing is.
+
+        Raises:
+            FormatError: it is zero, negative or not finite; names the module.
+        """
+        stored = self._stored(role)
+        if stored.format is None or stored.scheme is None:
+            return None
+        rows, cols = stored.shape
+        for spec in stored.format.parts(stored.scheme, (rows, cols)):
+            if spec.inputs is not None:
+                part = stored.parts[spec.suffix]
+                number = self.checkpoint.read(part.tensor, part.begin, part.end)
+                try:
+                    check_scales(number, spec.suffix)
+                except FormatError as error:
+                    raise FormatError(f"{stored.name}: {error}") from None
+                return InputScale(number=float(number), divides=spec.inputs == "divides")
+        return None
 
     def matrix(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> Tensor:
         """The float32 values of one tensor in its own shape, or of a run of its rows, whatever is stored.

@@ -77,12 +77,17 @@ class Loaded:
 
 
 def load_in_vllm(
-    checkpoints: Mapping[str, Path], folder: Path, *, intended: Mapping[str, Path], drafting: Collection[str]
+    checkpoints: Mapping[str, Path],
+    folder: Path,
+    *,
+    intended: Mapping[str, Path],
+    drafting: Collection[str],
+    native: Collection[str] = (),
 ) -> dict[str, Loaded]:
-    """Load every checkpoint, all in one process; results and log go into ``folder``.
+    """Load every checkpoint, each in a fork of one process; results and log go into ``folder``.
 
     ``intended`` names the checkpoint whose weights a damaged one should have, ``drafting`` those whose MTP head is
-    asked and not the model itself.
+    asked and not the model itself, ``native`` those that run with vLLM's own kernels.
     """
     jobs = []
     for name, checkpoint in checkpoints.items():
@@ -90,7 +95,15 @@ def load_in_vllm(
         out.mkdir(parents=True)
         prompts = prompts_for(checkpoint)
         draft = name in drafting
-        jobs.append({"checkpoint": str(checkpoint), "prompts": prompts, "draft": draft, "out": str(out)})
+        jobs.append(
+            {
+                "checkpoint": str(checkpoint),
+                "prompts": prompts,
+                "draft": draft,
+                "emulate": name not in native,
+                "out": str(out),
+            }
+        )
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     with (folder / "log").open("w", encoding="utf-8") as log:
         ended = subprocess.run(

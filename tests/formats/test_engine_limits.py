@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
-from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, bnb4, int4
 from qconvert.formats.engine_limits import TRANSFORMERS, VLLM, Written, engine_limits
 from qconvert.formats.table import format_for, scheme_for
 from tests.formats.test_transformers_reads_it import EXPERTS, REFUSED
@@ -56,6 +58,21 @@ def test_transformers_is_said_to_read_some_wrong_and_others_only_with_more_insta
         ("awq", True): ["refused"],
         ("awq", False): ["restricted"],
     }
+
+
+@pytest.mark.parametrize(
+    ("shape", "said_of_it"),
+    [((96, 128), []), ((96, 160), ["inputs"]), ((40, 128), ["outputs"]), ((40, 160), ["outputs", "inputs"])],
+)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_shapes_that_bitsandbytes_misreads_are_said(
+    kind: Literal["nf4", "fp4"], shape: tuple[int, int], said_of_it: list[str]
+) -> None:
+    scheme = bnb4(kind)
+    written = Written(scheme=scheme, format=format_for(scheme).name, experts=False, shape=shape)
+    found = [limit for limit in engine_limits([written]) if limit.engine == TRANSFORMERS]
+    assert [limit.effect for limit in found] == ["restricted"] * len(found)
+    assert [next(side for side in ("inputs", "outputs") if side in limit.says) for limit in found] == said_of_it
 
 
 def test_each_limit_is_said_once_and_names_its_engine() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional
@@ -33,12 +34,40 @@ def test_four_bit_codes_are_theirs_and_mean_the_same(kind: Literal["nf4", "fp4"]
     theirs = {"weight." + name: part for name, part in state.as_dict(packed=True).items()}
     assert torch.equal(parts["weight"], packed) and theirs.keys() == parts.keys() - {"weight"}
     assert all(torch.equal(parts[name], part) for name, part in theirs.items())
-    # With AVX-512 bitsandbytes 0.50 misreads blocks that go over the end of a row: rows of whole ones.
-    whole = weights(192)
-    packed, state = functional.quantize_4bit(whole, blocksize=64, quant_type=kind)
+    assert torch.allclose(theirs_of(kind, weights(192)), ours_of(kind, weights(192)), rtol=1e-6, atol=0)
+
+
+def ours_of(kind: Literal["nf4", "fp4"], w: Tensor) -> Tensor:
+    return quantize(w, bnb4(kind)).quantized.dequantize()
+
+
+def theirs_of(kind: Literal["nf4", "fp4"], w: Tensor) -> Tensor:
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type=kind)
     state.dtype = torch.float32
-    means = quantize(whole, bnb4(kind)).quantized.dequantize()
-    assert torch.allclose(functional.dequantize_4bit(packed, state), means, rtol=1e-6, atol=0)
+    return functional.dequantize_4bit(packed, state)
+
+
+def multiplied(kind: Literal["nf4", "fp4"], rows: int, cols: int) -> Tensor:
+    """What a linear module of theirs gives for units."""
+    module = bitsandbytes.nn.Linear4bit(cols, rows, bias=False, compress_statistics=False, quant_type=kind)
+    module = module.bfloat16().to("cpu").eval()
+    with torch.no_grad():
+        product: Tensor = module(torch.eye(cols, dtype=torch.bfloat16))
+    return product
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="about CPUs with AVX-512")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_avx512_makes_of_odd_shapes(kind: Literal["nf4", "fp4"]) -> None:
+    """What limits say: blocks that go over the end of a row are misread, and products fail."""
+    wrong = theirs_of(kind, weights(160)) != ours_of(kind, weights(160))
+    assert wrong.any(1).tolist() == [False] + [True] * 23
+    if functional.has_avx512bf16():
+        assert multiplied(kind, 64, 128).shape == (128, 64)
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            multiplied(kind, 32, 160)
+        with pytest.raises(AssertionError, match="N must be divisible"):
+            multiplied(kind, 24, 192)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 import reference_model.moe
 from qconvert.core.scheme import FP8, FP8_BLOCK, INT8, Scheme, int4
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.layers import LayerScores
 from qconvert.parity.logits import TokenScores
-from qconvert.parity.model import compare_models, served_rounding
+from qconvert.parity.model import compare_models
 from qconvert.plan.policy import Rule
 from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights

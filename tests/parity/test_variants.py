@@ -13,8 +13,9 @@ import torch
 from qconvert.core.role import Kind, TensorRole
 from qconvert.core.scheme import FP8, Scheme, int4
 from qconvert.parity.heads import Side
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.kept_states import KeptStates
-from qconvert.parity.model import compare_models, served_rounding
+from qconvert.parity.model import compare_models
 from qconvert.parity.variants import Setting, Variant, run_variants
 from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.overlay import OverlaidWeights

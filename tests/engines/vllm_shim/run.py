@@ -1,7 +1,8 @@
 """Load checkpoints in vLLM one after the other and save the log-probabilities that each gives to some prompts.
 
 Usage: run.py JOBS, a JSON file with a list of
-``{"checkpoint": DIR, "prompts": [[token, ...], ...], "draft": false, "out": DIR}``.
+``{"checkpoint": DIR, "prompts": [[token, ...], ...], "draft": false, "emulate": true, "out": DIR}``; ``emulate`` puts
+dequantization in place of vLLM's kernels.
 Each folder ``out`` gets ``result.json``: the error if there was one, the layers that were emulated, the seconds; and,
 if there was no error, ``logprobs.safetensors`` with float32 log-probabilities of the whole vocabulary by prompt number:
 after each of its tokens but the last [tokens - 1, V], or, of a draft, those of the MTP head for the token after the
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -33,7 +36,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from vllm import LLM, SamplingParams
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.models.qwen3_5_mtp import Qwen3_5MTP
 
 REFUSALS = (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -41,21 +43,53 @@ REFUSALS = (AssertionError, AttributeError, LookupError, OSError, RuntimeError, 
 
 
 def main(jobs: str) -> None:
-    """Run all jobs of the file; a checkpoint that cannot be loaded does not keep the next ones from running."""
-    emulate.install()
+    """Run all jobs of the file, each in a fork of this process: vLLM is imported once, and nothing is left of a job.
+
+    A checkpoint that cannot be loaded, or a kernel that ends its process, does not keep the next ones from running.
+    """
     for job in json.loads(Path(jobs).read_text(encoding="utf-8")):
-        begin = time.perf_counter()
-        emulate.emulated.clear()
-        out = Path(job["out"])
-        error = None
-        answer = draft_logprobs if job["draft"] else prompt_logprobs
-        try:
-            save_file(answer(job["checkpoint"], job["prompts"]), out / "logprobs.safetensors")
-        except REFUSALS as raised:
-            error = f"{type(raised).__name__}: {raised}"
-        result = {"error": error, "emulated": emulate.emulated, "seconds": time.perf_counter() - begin}
-        (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
-        cleanup_dist_env_and_memory()
+        child = os.fork()
+        if child == 0:
+            in_a_fork(job)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status < 0:
+            write_result(job, error=f"ended by {signal.Signals(-status).name}")
+        elif status > 0:
+            raise SystemExit(f"{job['checkpoint']}: see above")
+
+
+def in_a_fork(job: dict[str, Any]) -> NoReturn:
+    """Run one job and end the process without what Python does at its end, which is the parent's."""
+    status = 1
+    try:
+        run(job)
+        status = 0
+    finally:
+        if status:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(job: dict[str, Any]) -> None:
+    """One checkpoint, with vLLM's kernels or without them."""
+    begin = time.perf_counter()
+    if job["emulate"]:
+        emulate.install()
+    error = None
+    answer = draft_logprobs if job["draft"] else prompt_logprobs
+    try:
+        save_file(answer(job["checkpoint"], job["prompts"]), Path(job["out"]) / "logprobs.safetensors")
+    except REFUSALS as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    write_result(job, error=error, seconds=time.perf_counter() - begin)
+
+
+def write_result(job: dict[str, Any], *, error: str | None, seconds: float | None = None) -> None:
+    """What came of a job, beside its log-probabilities."""
+    result = {"error": error, "emulated": emulate.emulated, "seconds": seconds}
+    (Path(job["out"]) / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def load(checkpoint: str, **options: Any) -> LLM:
