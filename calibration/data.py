@@ -57,7 +57,7 @@ def shipped_texts(model: Path) -> tuple[Text, ...]:
     """
     paths = sorted(path for path in SHIPPED.glob("*") if path.suffix in (".txt", ".jsonl"))
     if not paths:
-        raise UsageError(f"{SHIPPED} holds no texts: install the package whole, or give some with --text")
+        raise UsageError(f"{SHIPPED} holds no texts: install the package whole, or give some of your own")
     framed = chat_template(model) is not None
     return tuple(Text(name=path.stem, path=path) for path in paths if framed or path.suffix != ".jsonl")
 
@@ -148,7 +148,7 @@ def _windows(name: str, read: Sequence[_Read], length: int) -> Tensor:
         return cut(stream, length)
     except ValueError as error:
         files = ", ".join(str(one.text.path) for one in read)
-        raise UsageError(f"the text {name!r} ({files}): {error}; give more of it or a shorter --window") from None
+        raise UsageError(f"the text {name!r} ({files}): {error}; give more of it or ask for shorter windows") from None
 
 
 def _drawn(name: str, windows: Tensor, seed: int) -> list[tuple[str, Tensor]]:
