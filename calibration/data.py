@@ -81,7 +81,9 @@ def calibration_windows(
         SourceError: the tokenizer cannot be read.
     """
     if window < 2 or tokens < window:
-        raise UsageError(f"windows of {window} tokens, {tokens} tokens in all: give windows of at least 2, and one")
+        raise UsageError(
+            f"windows of {window} tokens, {tokens} tokens in all: a window has at least 2, and there has to be one"
+        )
     chosen = tuple(texts) or shipped_texts(model)
     read = _read(model, chosen)
     domains = {name: _windows(name, [one for one in read if one.text.name == name], window) for name in _names(chosen)}

@@ -244,7 +244,8 @@ class _Room:
     def best_of(self, choices: Choices) -> Decision:
         """The decision that costs least of those that fit; there is one."""
         if self.asked.bits is None:
-            return within(choices, self.limit, choices.lightest(both), self.beside, self.written)
+            others = any(rule.scheme is not None for rule in self.asked.rules)
+            return within(choices, self.limit, choices.lightest(both), self.beside, self.written, others=others)
         found = choices.decide(self.limit, _tensors)
         return choices.lightest(_tensors) if found is None else found
 
