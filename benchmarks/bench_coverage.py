@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from calibration.capture import capture
-from calibration.coverage import FEW, cover
+from calibration.coverage import cover
 from calibration.data import calibration_windows
 from calibration.statistics import Statistics
+from qconvert.core.coverage import FEW
 from qconvert.memory import available_bytes
 from qconvert.weights.source import CheckpointWeights
 

@@ -62,13 +62,19 @@ def _few(config: ModelConfig) -> ModelConfig:
     return replace(config, text=replace(config.text, vocab_size=2048, num_experts=16), vision=None)
 
 
+def _experts(config: ModelConfig) -> ModelConfig:
+    """The same layers with 2,048 words: 1.7 GB a layer, for what takes all experts of a layer."""
+    return replace(config, text=replace(config.text, vocab_size=2048), vision=None)
+
+
 SIZES = {
     **PRESETS,
     "tiny": _tiny(PRESETS["35b-a3b"], 8),
     "many": _tiny(PRESETS["35b-a3b"], 512),
     "few": _few(PRESETS["35b-a3b"]),
+    "experts": _experts(PRESETS["35b-a3b"]),
 }
-"""The public sizes, one to try programs on, and one of many steps that have little to do."""
+"""The public sizes, one to try programs on, one of many steps that have little to do, and two for what experts take."""
 
 
 def shrink(config: ModelConfig, layers: int, *, mtp: bool, vision: bool) -> ModelConfig:

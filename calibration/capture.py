@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from calibration.coverage import Coverage, cover
+from calibration.coverage import cover
 from calibration.coverage_picture import picture
 from calibration.data import CalibrationWindows
 from calibration.observer import LayerObserver
-from calibration.sites import HEAD, MTP_FC, layer_prefix
+from calibration.sites import HEAD, MTP_FC
 from calibration.statistics import DOCUMENT, SCHEMA, Statistics
 from qconvert import __version__
+from qconvert.core.coverage import Coverage, layer_name
 from qconvert.core.errors import DataError, UsageError, explain_going_on
 from qconvert.core.role import Section
 from qconvert.io.disk import disk_errors, sync_file, sync_folder
@@ -205,7 +206,7 @@ class _Capture:
         self.files += [_layer_file(Section.TEXT, n) for n in range(first)]
         self._ticks = count(1 + first * len(inputs))
         for n in range(first, self._depth):
-            observer = LayerObserver(layer_prefix(Section.TEXT, n), len(inputs))
+            observer = LayerObserver(layer_name(Section.TEXT, n), len(inputs))
 
             def give(record: LayerRecord, observer: LayerObserver = observer) -> None:
                 self._hidden.put(record.batch, record.hidden)
@@ -227,14 +228,14 @@ class _Capture:
         finish(self._config, self._source, self._hidden, torch.float32)
         outside = LayerObserver("", len(self._batches))
         layers = [
-            LayerObserver(layer_prefix(Section.MTP, n), len(self._batches))
+            LayerObserver(layer_name(Section.MTP, n), len(self._batches))
             for n in range(self._config.mtp_num_hidden_layers if self._has_head else 0)
         ]
         for b in range(len(self._batches)):
             _look(outside, b, HEAD, self._hidden[b])
 
         def rounding(b: int) -> Callable[[str], Callable[[Tensor], Tensor] | None]:
-            owners = {layer_prefix(Section.MTP, n): one.rounding(b) for n, one in enumerate(layers)}
+            owners = {layer_name(Section.MTP, n): one.rounding(b) for n, one in enumerate(layers)}
             owners[MTP_FC] = outside.rounding(b)
 
             def of(module: str) -> Callable[[Tensor], Tensor] | None:

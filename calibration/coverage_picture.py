@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.coverage import FEW, Coverage, LayerCoverage
+from qconvert.core.coverage import FEW, Coverage, LayerCoverage
 
 _LEFT, _TOP, _WIDTH, _ROW = 120, 58, 560, 14
 _CLASSES = (

@@ -57,7 +57,7 @@ def shipped_texts(model: Path) -> tuple[Text, ...]:
     """
     paths = sorted(path for path in SHIPPED.glob("*") if path.suffix in (".txt", ".jsonl"))
     if not paths:
-        raise UsageError(f"{SHIPPED} holds no texts: install the package whole, or give some with --text")
+        raise UsageError(f"{SHIPPED} holds no texts: install the package whole, or give some of your own")
     framed = chat_template(model) is not None
     return tuple(Text(name=path.stem, path=path) for path in paths if framed or path.suffix != ".jsonl")
 
@@ -81,7 +81,9 @@ def calibration_windows(
         SourceError: the tokenizer cannot be read.
     """
     if window < 2 or tokens < window:
-        raise UsageError(f"windows of {window} tokens, {tokens} tokens in all: give windows of at least 2, and one")
+        raise UsageError(
+            f"windows of {window} tokens, {tokens} tokens in all: a window has at least 2, and there has to be one"
+        )
     chosen = tuple(texts) or shipped_texts(model)
     read = _read(model, chosen)
     domains = {name: _windows(name, [one for one in read if one.text.name == name], window) for name in _names(chosen)}
@@ -148,7 +150,7 @@ def _windows(name: str, read: Sequence[_Read], length: int) -> Tensor:
         return cut(stream, length)
     except ValueError as error:
         files = ", ".join(str(one.text.path) for one in read)
-        raise UsageError(f"the text {name!r} ({files}): {error}; give more of it or a shorter --window") from None
+        raise UsageError(f"the text {name!r} ({files}): {error}; give more of it or ask for shorter windows") from None
 
 
 def _drawn(name: str, windows: Tensor, seed: int) -> list[tuple[str, Tensor]]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from qconvert.arch.inputs import FIRST_READER
+from qconvert.core.coverage import layer_name
 from qconvert.core.role import Kind, Section, TensorRole
 
 GATE_UP = "mlp.experts.gate_up_proj"
@@ -14,27 +16,18 @@ DOWN = "mlp.experts.down_proj"
 HEAD = "lm_head"
 MTP_FC = "mtp.fc"
 
-_IN_LAYER: dict[Kind, str] = {
+_NAMES: dict[Kind, str] = {
     Kind.ATTENTION_QUERY: "self_attn.q_proj",
-    Kind.ATTENTION_KEY: "self_attn.q_proj",
-    Kind.ATTENTION_VALUE: "self_attn.q_proj",
     Kind.ATTENTION_OUTPUT: "self_attn.o_proj",
     Kind.LINEAR_QKV: "linear_attn.in_proj_qkv",
-    Kind.LINEAR_Z: "linear_attn.in_proj_qkv",
-    Kind.LINEAR_A: "linear_attn.in_proj_qkv",
-    Kind.LINEAR_B: "linear_attn.in_proj_qkv",
     Kind.LINEAR_OUTPUT: "linear_attn.out_proj",
     Kind.SHARED_GATE: "mlp.shared_expert.gate_proj",
-    Kind.SHARED_UP: "mlp.shared_expert.gate_proj",
     Kind.SHARED_DOWN: "mlp.shared_expert.down_proj",
-    Kind.EXPERT_GATE_UP: GATE_UP,
     Kind.EXPERT_GATE: GATE_UP,
-    Kind.EXPERT_UP: GATE_UP,
     Kind.EXPERT_DOWN: DOWN,
 }
-_DENSE = frozenset(site for site in _IN_LAYER.values() if site not in (GATE_UP, DOWN))
+_DENSE = frozenset(_NAMES.values()) - {GATE_UP, DOWN}
 _OUTSIDE = {(Section.TEXT, Kind.HEAD): HEAD, (Section.MTP, Kind.MTP_FC): MTP_FC}
-_BLOCKS = {Section.TEXT: "layers", Section.MTP: "mtp.layers"}
 _EXPERT = re.compile(r"((?:mtp\.)?layers\.\d+)\.mlp\.experts\.(\d+)\.(gate_up_proj|down_proj)")
 _MODULE = re.compile(r"(?:mtp\.)?layers\.\d+\.(.+)")
 
@@ -44,13 +37,8 @@ def site_of(role: TensorRole) -> str | None:
     outside = _OUTSIDE.get((role.section, role.kind))
     if outside is not None:
         return outside
-    inside = _IN_LAYER.get(role.kind)
-    return None if inside is None else f"{layer_prefix(role.section, role.layer)}.{inside}"
-
-
-def layer_prefix(section: Section, layer: int | None) -> str:
-    """How the names of a layer's sites begin: ``layers.3`` or ``mtp.layers.0``."""
-    return f"{_BLOCKS[section]}.{layer}"
+    first = FIRST_READER.get(role.kind)
+    return None if first is None else f"{layer_name(role.section, role.layer)}.{_NAMES[first]}"
 
 
 def dense_site(module: str) -> str | None:

@@ -19,7 +19,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from calibration.sites import DOWN, GATE_UP, layer_prefix, site_of
+from calibration.sites import DOWN, GATE_UP, site_of
+from qconvert.core.coverage import layer_name
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.core.role import Section, TensorRole
 from qconvert.core.tensor_info import TensorInfo
@@ -186,13 +187,13 @@ class Statistics:
         Raises:
             KeyError: no such layer.
         """
-        return self._read(f"{layer_prefix(section, layer)}.{CO_VISITS}")
+        return self._read(f"{layer_name(section, layer)}.{CO_VISITS}")
 
     def layers(self) -> Iterator[LayerVisits]:
         """What the experts of each layer got, the decoder's first, then the prediction head's."""
         for section in (Section.TEXT, Section.MTP):
             layer = 0
-            while (site := f"{layer_prefix(section, layer)}.{GATE_UP}") + f".{TOKENS}" in self._places:
+            while (site := f"{layer_name(section, layer)}.{GATE_UP}") + f".{TOKENS}" in self._places:
                 inputs = self._places[f"{site}.{MEAN_SQUARE}"].shape[-1]
                 yield LayerVisits(section=section, layer=layer, tokens=self._read(f"{site}.{TOKENS}"), inputs=inputs)
                 layer += 1

@@ -20,7 +20,7 @@ from qconvert.io.hashing import new_hash
 from qconvert.io.shard_writer import BACKGROUND_BYTES, ShardWriter
 from qconvert.manifest import MANIFEST_FILE, manifest_parts, summary
 from qconvert.memory import return_large_blocks, working_memory
-from qconvert.rounding_by import By, run_by
+from qconvert.rounding_by import By, check_memory_by, run_by
 from qconvert.run import CPU, Progress, check_memory
 from qconvert.weights.boundaries import states_beside
 
@@ -92,6 +92,7 @@ def carry_out(
         warm_up(plan)
         left = working_memory(max_memory, BACKGROUND_BYTES)
         check_memory(plan, left)
+        check_memory_by(task.calibration, checkpoint, jobs, left)
         identity = {
             "qconvert version": __version__,
             "source": checkpoint.file_hash,

@@ -20,7 +20,7 @@ from qconvert.plan.layout import DEFAULT_SHARD_BYTES
 from qconvert.plan.policy import Policy
 from qconvert.plan.reencoding import Reencoding, plan_reencoding
 from qconvert.plan.refolding import plan_folding
-from qconvert.rounding_by import By, plan_by
+from qconvert.rounding_by import By, check_memory_by, plan_by
 from qconvert.run import CPU, Progress, check_memory
 
 
@@ -28,6 +28,7 @@ def plan_conversion(
     source: Path,
     policy: Policy,
     *,
+    jobs: int = 2,
     max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     from_quantized: bool = False,
@@ -38,14 +39,16 @@ def plan_conversion(
 
     Raises:
         SourceError: ``source`` is no checkpoint that can be converted.
-        PlanError: the policy asks for something impossible.
+        PlanError: the policy asks for something impossible, or the memory does not suffice.
         FormatError: a matrix does not fit the format of its scheme.
     """
     with Checkpoint.open(source) as checkpoint:
         plan = build_plan(checkpoint, policy, shard_bytes=shard_bytes, from_quantized=from_quantized, fold=fold)
         plan = plan_by(plan, checkpoint, calibration)
-    refuse_unreadable_plan(plan, source)
-    check_memory(plan, working_memory(max_memory, BACKGROUND_BYTES))
+        refuse_unreadable_plan(plan, source)
+        memory = working_memory(max_memory, BACKGROUND_BYTES)
+        check_memory(plan, memory)
+        check_memory_by(calibration, checkpoint, jobs, memory)
     return plan
 
 

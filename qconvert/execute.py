@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -57,12 +57,14 @@ class Fit:
         loss: the same as it was rounded.
         tokens: that reached it.
         support: what its second moments rest on, see ``numerics.hessian.Support``.
+        inputs: how many it has.
     """
 
     nearest_loss: float
     loss: float
     tokens: int
     support: str
+    inputs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ class Outcome:
         if self.scale_error is not None:
             note["scale_error"] = self.scale_error
         if self.fit is not None:
-            note["fit"] = [self.fit.nearest_loss, self.fit.loss, self.fit.tokens, self.fit.support]
+            note["fit"] = asdict(self.fit)
         return note
 
     @classmethod
@@ -100,7 +102,7 @@ class Outcome:
             source_hash=note["source"],
             loss=loss and Loss(squared_error=loss[0], signal=loss[1]),
             scale_error=note.get("scale_error"),
-            fit=fit and Fit(nearest_loss=fit[0], loss=fit[1], tokens=fit[2], support=fit[3]),
+            fit=fit and Fit(**fit),
         )
 
 

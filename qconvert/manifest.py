@@ -12,6 +12,7 @@ from math import log10
 from typing import Any
 
 from qconvert import __version__
+from qconvert.core.coverage import LayerCoverage, layer_name
 from qconvert.core.plan import Folding, Plan
 from qconvert.execute import Loss, Outcome
 from qconvert.io.file_record import FileRecord
@@ -172,11 +173,13 @@ def fit_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """What rounding on text gave: by role path the error of outputs over that of rounding to nearest, and coverage.
 
     Nothing where matrices were not rounded so, ``None`` for an error that is not known. Coverage counts routed experts'
-    matrices: all of them, those that no token reached, and those that fewer tokens reached than they have inputs.
+    matrices: all of them, those that no token reached, and those that fewer tokens reached than they have inputs; and
+    tells of the experts of each layer how many tokens they got.
     """
     losses: dict[str, tuple[float, float]] = {}
     support: Counter[str] = Counter()
-    fewest = 0
+    reached: dict[str, dict[int, int]] = {}
+    inputs: dict[str, int] = {}
     for step in plan.steps:
         fit = outcomes[step.key].fit
         if fit is None:
@@ -184,18 +187,22 @@ def fit_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         nearest, loss = losses.get(step.role.path, (0.0, 0.0))
         losses[step.role.path] = (nearest + fit.nearest_loss, loss + fit.loss)
         if step.role.expert is not None:
-            fewest = min(fewest, fit.tokens) if support else fit.tokens
             support[fit.support] += 1
+            layer = layer_name(step.role.section, step.role.layer)
+            reached.setdefault(layer, {})[step.role.expert] = fit.tokens
+            inputs[layer] = max(inputs.get(layer, 0), fit.inputs)
     if not losses:
         return {}
+    layers = [LayerCoverage.of(name, inputs[name], tokens) for name, tokens in reached.items()]
     return {
         LOSS_OVER_NEAREST: {path: round(loss / near, 6) if near else None for path, (near, loss) in losses.items()},
         EXPERT_COVERAGE: {
             "matrices": support.total(),
-            "fewest_tokens": fewest,
+            "fewest_tokens": min((layer.least for layer in layers), default=0),
             "fewer_tokens_than_inputs": support["few"],
             "no_token": support["pooled"],
             "no_information": support["none"],
+            "layers": [layer.entry() for layer in layers],
         },
     }
 

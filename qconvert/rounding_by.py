@@ -16,8 +16,10 @@ from qconvert.io.sink import Sink
 from qconvert.plan.weighing import weigh
 from qconvert.run import Progress, run
 from qconvert.sequential.calibration import METHODS, Calibration
+from qconvert.sequential.memory import check_room
 from qconvert.sequential.run import plan_calibrated, run_calibrated
 from qconvert.weights.boundaries import Boundaries
+from qconvert.weights.source import CheckpointWeights
 
 By = Calibration | ByStatistics
 
@@ -35,6 +37,16 @@ def plan_by(plan: Plan, source: Checkpoint, by: By | None) -> Plan:
             return weigh(plan, source, by.statistics)
         case Calibration():
             return plan_calibrated(plan, source, by)
+
+
+def check_memory_by(by: By | None, source: Checkpoint, jobs: int, memory: int) -> None:
+    """Refuse what does not fit beside the steps of a plan themselves, before anything is begun.
+
+    Raises:
+        PlanError: a calibrated conversion needs more than ``memory``.
+    """
+    if isinstance(by, Calibration):
+        check_room(CheckpointWeights(source).config.text, jobs, memory, by.tokens)
 
 
 def run_by(

@@ -19,6 +19,7 @@ from qconvert.io.sink import Sink
 from qconvert.largest_values import LargestValues
 from qconvert.matrix_reader import MatrixReader, StoppedError
 from qconvert.memory import give_back
+from qconvert.numerics.threads import one_thread
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,7 @@ def run(
                 progress(done, total)
 
     warm_up(plan)
-    with _one_thread_a_step(), ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
+    with one_thread(), ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
         try:
             futures = [pool.submit(work) for _ in range(jobs)]  # one for each step would take two kilobytes of each
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -160,14 +161,3 @@ class _Budget:
         """Let steps that wait see that the run has ended."""
         with self._changed:
             self._changed.notify_all()
-
-
-@contextmanager
-def _one_thread_a_step() -> Iterator[None]:
-    """Torch sums in an order that depends on its thread count: give every step one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

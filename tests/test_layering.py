@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.run": {
         "qconvert.core", "qconvert.io", "qconvert.matrix_reader", "qconvert.largest_values", "qconvert.execute",
-        "qconvert.memory",
+        "qconvert.memory", "qconvert.numerics.threads",
     },
     "qconvert.memory": {"qconvert.core"},
     "qconvert.device": {"qconvert.core"},
@@ -88,7 +88,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.rounding_by": {
         "qconvert.core", "qconvert.io", "qconvert.plan.weighing", "qconvert.execute", "qconvert.run",
-        "qconvert.sequential", "qconvert.weights.boundaries",
+        "qconvert.sequential", "qconvert.weights.boundaries", "qconvert.weights.source",
     },
     "qconvert.carry_out": {
         "qconvert.core", "qconvert.io", "qconvert.run", "qconvert.execute", "qconvert.manifest", "qconvert.memory",

@@ -159,7 +159,15 @@ def both(size: Size) -> int:
     return size.both
 
 
-def within(choices: Choices, target: int, least: Decision, beside: int, written: Callable[[Decision], int]) -> Decision:
+def within(
+    choices: Choices,
+    target: int,
+    least: Decision,
+    beside: int,
+    written: Callable[[Decision], int],
+    *,
+    others: bool = False,
+) -> Decision:
     """The best decision whose files take at most ``target`` bytes.
 
     What headers take is known for certain of a plan alone: what they take too much is taken off the budget.
@@ -169,14 +177,15 @@ def within(choices: Choices, target: int, least: Decision, beside: int, written:
         target: bytes.
         least: the decision that takes the fewest, which fits.
         beside: bytes of the files that no decision changes.
-        written: what the files of a decision take, from its plan; not asked of one that rounds nothing.
+        written: what the files of a decision take, from its plan; not asked of one with which nothing is rounded.
+        others: something is rounded whatever is decided.
     """
     budget = target - beside
     while True:
         found = choices.decide(budget, both)
         if found is None:
             return least
-        if all(way.scheme is None for way in found.ways):
+        if not others and all(way.scheme is None for way in found.ways):
             return found
         over = written(found) - target
         if over <= 0:

@@ -49,7 +49,7 @@ class Together:
     @property
     def share(self) -> float:
         """What remains of a loss alone when the others are there too."""
-        return self.loss.kl / self.alone if self.alone > 0 else 1.0
+        return max(self.loss.kl, 0.0) / self.alone if self.alone > 0 else 1.0
 
 
 @dataclass(slots=True, kw_only=True)

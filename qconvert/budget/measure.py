@@ -13,6 +13,7 @@ from torch import Tensor
 from qconvert.budget.losses import Loss, Losses, Together, key
 from qconvert.budget.parts import SCHEMES, Part
 from qconvert.core.errors import Interrupted
+from qconvert.io.disk import disk_errors
 from qconvert.memory import available_bytes
 from qconvert.parity.attribution import TOGETHER, duration
 from qconvert.parity.heads import Side, scan_heads
@@ -59,7 +60,10 @@ def measure(
         return
     firsts = [min(part.layer for part in some) for some, _ in missing]
     spare = available_bytes() // 8
-    with SpillStore(spare) as store:
+    folder = losses.path.parent
+    with disk_errors(losses.path):
+        folder.mkdir(parents=True, exist_ok=True)
+    with SpillStore(spare, folder) as store:
         seconds: list[float] = []
         start = perf_counter()
 

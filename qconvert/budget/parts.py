@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qconvert.core.errors import FormatError, UsageError
+from qconvert.core.errors import UsageError
 from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
 from qconvert.core.scheme import FP8, INT8, Group, Scheme, int4
-from qconvert.formats.table import format_for
+from qconvert.parity.sensitivity import storable
 from qconvert.plan.policy import Rule
 from qconvert.weights.source import CheckpointWeights
 
@@ -104,7 +104,7 @@ def parts_of(source: CheckpointWeights, schemes: Sequence[str], *, rules: Sequen
 def _part(
     source: CheckpointWeights, group: str, layer: int, roles: tuple[TensorRole, ...], schemes: Sequence[str]
 ) -> Part:
-    fitting = tuple(name for name in schemes if all(_storable(source, role, SCHEMES[name]) for role in roles))
+    fitting = tuple(name for name in schemes if all(_fits(source, role, SCHEMES[name]) for role in roles))
     first = source.stored[roles[0]].plain
     stacked = first is not None and len(source.checkpoint.tensors[first.tensor].shape) > 2
     return Part(group=group, layer=layer, roles=roles, schemes=fitting, stacked=stacked)
@@ -122,12 +122,8 @@ def _check(schemes: Sequence[str]) -> None:
         raise UsageError(f"name schemes to choose among, each once, such as {','.join(DEFAULT_SCHEMES)}")
 
 
-def _storable(source: CheckpointWeights, role: TensorRole, scheme: Scheme) -> bool:
-    rows, cols = source.stored[role].shape
-    try:
-        format_for(scheme).check(scheme, (rows, cols))
-    except FormatError:
-        return False
-    # vLLM splits experts both ways
-    split = role.kind in EXPERT_KINDS and isinstance(scheme.blocking, Group)
-    return not split or (isinstance(scheme.blocking, Group) and rows % scheme.blocking.size == 0)
+def _fits(source: CheckpointWeights, role: TensorRole, scheme: Scheme) -> bool:
+    """Whether a format and vLLM, which splits experts both ways, take the matrix in a scheme."""
+    rows = source.stored[role].shape[0]
+    divided = scheme.blocking.size if role.kind in EXPERT_KINDS and isinstance(scheme.blocking, Group) else 1
+    return storable(source, role, scheme) and rows % divided == 0

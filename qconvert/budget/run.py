@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Asked:
         bits: of the tensors that the budget decides, for each of their weights, scales included.
         schemes: names in ``parts.SCHEMES``.
         layers_apart: routed experts of each layer may have a scheme of their own.
-        search: scales are searched, in what is measured and in what is written.
+        search: scales are searched, in what is measured.
+        search_written: and in what is written; not where a method chooses scales for what inputs count.
         rules: of the user; what they decide, the budget does not.
         text_named: the user says which text; measurements on another one are refused.
     """
@@ -62,6 +63,7 @@ class Asked:
     schemes: tuple[str, ...]
     layers_apart: bool = False
     search: bool = False
+    search_written: bool = False
     rules: tuple[Rule, ...] = ()
     text_named: bool = False
     from_quantized: bool = False
@@ -130,36 +132,34 @@ def decide(
                 "there is nothing that a budget could decide: the rules of the policy decide everything, or no matrix "
                 f"can be stored in {', '.join(asked.schemes)}"
             )
-        losses = _losses(weights, asked, parts, text, progress, tell)
-        choices = Choices(
-            ways=tuple(
-                tuple(
-                    Way(
-                        part=part,
-                        scheme=name,
-                        size=size_of(weights, part, name),
-                        kl=0.0 if name is None else losses.among_others(part, name),
-                    )
-                    for name in (None, *part.schemes)
-                )
-                for part in parts
-            ),
-            layers_apart=asked.layers_apart,
-        )
+        free = Choices(ways=tuple(_ways(weights, part) for part in parts), layers_apart=asked.layers_apart)
         count = sum(math.prod(weights.stored[role].shape) for part in parts for role in part.roles)
-        written = _Written(weights, asked)
-        decision, beside = _fitting(choices, asked, count, written)
+        room = _room(free, asked, count, _Written(weights, asked))
+        losses = _losses(weights, asked, parts, text, progress, tell)
+        choices = replace(free, ways=tuple(tuple(_costing(way, losses) for way in ways) for ways in free.ways))
+        decision = room.best_of(choices)
     own = _own(decision, asked)
     return Budgeted(
         decision=decision,
         rules=(*asked.rules, *own),
         own=own,
         losses=losses,
-        beside=beside,
+        beside=room.beside,
         weights=count,
         points=frontier(choices, both, POINTS),
         uniform=tuple(_uniform(choices, asked.schemes)),
     )
+
+
+def _ways(weights: CheckpointWeights, part: Part) -> tuple[Way, ...]:
+    """What a part takes, before it is known what it costs."""
+    return tuple(
+        Way(part=part, scheme=name, size=size_of(weights, part, name), kl=0.0) for name in (None, *part.schemes)
+    )
+
+
+def _costing(way: Way, losses: Losses) -> Way:
+    return way if way.scheme is None else replace(way, kl=losses.among_others(way.part, way.scheme))
 
 
 def policy_of(rules: Sequence[Rule]) -> Policy:
@@ -214,7 +214,7 @@ class _Written:
 
 
 def _own(decision: Decision, asked: Asked) -> tuple[Rule, ...]:
-    return rules_of(decision, search=asked.search, whole=not asked.rules, budget=said(asked))
+    return rules_of(decision, search=asked.search_written, whole=not asked.rules, budget=said(asked))
 
 
 def said(asked: Asked) -> str:
@@ -226,14 +226,44 @@ def _tensors(size: Size) -> int:
     return size.tensors
 
 
-def _fitting(choices: Choices, asked: Asked, count: int, written: Callable[[Decision], int]) -> tuple[Decision, int]:
-    """The decision, and the bytes of files that no decision changes."""
-    least = choices.lightest(both if asked.bits is None else _tensors)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Room:
+    """A budget that can be kept.
+
+    Attributes:
+        limit: bytes of tensors where bits are asked for, else of all files.
+        beside: bytes of files that no decision changes.
+        written: what the files of a decision take, from its plan.
+    """
+
+    asked: Asked
+    limit: int
+    beside: int
+    written: Callable[[Decision], int]
+
+    def best_of(self, choices: Choices) -> Decision:
+        """The decision that costs least of those that fit; there is one."""
+        if self.asked.bits is None:
+            others = any(rule.scheme is not None for rule in self.asked.rules)
+            return within(choices, self.limit, choices.lightest(both), self.beside, self.written, others=others)
+        found = choices.decide(self.limit, _tensors)
+        return choices.lightest(_tensors) if found is None else found
+
+
+def _room(choices: Choices, asked: Asked, count: int, written: Callable[[Decision], int]) -> _Room:
+    """Hold the budget against what the parts take, which is known before anything is measured.
+
+    Raises:
+        PlanError: it does not suffice, or for the model as it is.
+        UsageError: there is none.
+    """
+    counted = both if asked.bits is None else _tensors
+    least = choices.lightest(counted)
     smallest = written(least)
     beside = smallest - least.size.both
     if asked.bits is not None:
-        found = choices.decide(math.floor(asked.bits * count / 8), _tensors)
-        if found is None:
+        limit = math.floor(asked.bits * count / 8)
+        if least.size.tensors > limit:
             raise PlanError(
                 f"{said(asked)} are impossible: with every part at its fewest bits there are "
                 f"{8 * least.size.tensors / count:.5g}, scales included, and the files take {smallest:,} bytes; ask "
@@ -241,16 +271,17 @@ def _fitting(choices: Choices, asked: Asked, count: int, written: Callable[[Deci
             )
     elif asked.target is None:
         raise UsageError("no budget: give bytes or bits")
-    elif smallest > asked.target:
-        raise PlanError(
-            f"{said(asked)} are impossible: with every part at its fewest bits the files take {smallest:,} bytes, of "
-            f"which {beside:,} are what no budget changes; ask for as many, or name schemes with fewer bits"
-        )
     else:
-        found = within(choices, asked.target, least, beside, written)
-    if not asked.rules and all(way.scheme is None for way in found.ways):
+        limit = asked.target
+        if smallest > limit:
+            raise PlanError(
+                f"{said(asked)} are impossible: with every part at its fewest bits the files take {smallest:,} bytes, "
+                f"of which {beside:,} are what no budget changes; ask for as many, or name schemes with fewer bits"
+            )
+    kept = sum(counted(ways[0].size) for ways in choices.ways)
+    if not asked.rules and kept + (beside if asked.bits is None else 0) <= limit:
         raise PlanError(f"{said(asked)} hold the model as it is: there is nothing to round, copy it")
-    return found, beside
+    return _Room(asked=asked, limit=limit, beside=beside, written=written)
 
 
 def _uniform(choices: Choices, schemes: Sequence[str]) -> list[tuple[str, Point]]:

@@ -133,6 +133,7 @@ class BudgetOptions:
             schemes=tuple((self.candidates or ",".join(DEFAULT_SCHEMES)).replace(" ", "").split(",")),
             layers_apart=engine is not None,
             search=search,
+            search_written=search and method not in BY_TEXT,
             rules=rules,
             # with a method that reads text, what is named may be for that alone
             text_named=(text.named and method not in BY_TEXT) or self.tokens != TOKENS,
@@ -144,7 +145,7 @@ class BudgetOptions:
             with CheckpointWeights.open(folder) as weights:
                 vocabulary = weights.config.text.vocab_size
             found = calibration_windows(
-                folder, vocabulary, texts=text.texts, tokens=self.tokens, window=text.window, seed=text.seed
+                folder, vocabulary, texts=text.texts_of(folder), tokens=self.tokens, window=text.window, seed=text.seed
             )
             return Text(batches=found.batches, record=found.record)
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from calibration.capture import PICTURE, capture
-from calibration.coverage import FEW, Coverage
+from calibration.coverage import warnings
 from calibration.data import CalibrationWindows, calibration_windows
 from qconvert.cli import console
 from qconvert.cli.options import PROCESSORS, Fresh, Jobs, Json, parse_size
+from qconvert.core.coverage import FEW, Coverage
 from qconvert.io.hub import resolve
 from qconvert.memory import available_bytes, resident_bytes, working_memory
 from qconvert.texts.documents import Text
@@ -104,7 +105,7 @@ def _document(out: Path, windows: CalibrationWindows, coverage: Coverage, second
         "seconds": round(seconds, 3),
         "windows": windows.record,
         "coverage": [layer.entry() for layer in coverage.layers],
-        "warnings": [*_notes(windows), *coverage.warnings()],
+        "warnings": [*_notes(windows), *warnings(coverage)],
     }
 
 
@@ -112,7 +113,7 @@ def _show(source: Path, out: Path, windows: CalibrationWindows, coverage: Covera
     domains = ", ".join(f"{name} {one['tokens']:,}" for name, one in windows.record["domains"].items())
     console.say(f"{windows.tokens:,} tokens in windows of {windows.record['window']}: {domains}")
     show_coverage(coverage)
-    for warning in (*_notes(windows), *coverage.warnings()):
+    for warning in (*_notes(windows), *warnings(coverage)):
         console.say(f"warning: {warning}", style="yellow")
     console.say(f"in {seconds:.1f} s: {out}, with {PICTURE} in it")
     command = ["qconvert", "quantize", str(source), "OUT", "--method", "imatrix", "--stats", str(out)]

@@ -10,12 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from calibration.data import calibration_windows, shipped_texts
+from qconvert.cli import console
 from qconvert.cli.calibrate import TOKENS, WINDOW
+from qconvert.core.coverage import Coverage, LayerCoverage
 from qconvert.core.errors import UsageError
+from qconvert.io.shard_writer import BACKGROUND_BYTES
 from qconvert.manifest import EXPERT_COVERAGE
 from qconvert.manifest_reader import read_manifest
+from qconvert.memory import working_memory
 from qconvert.numerics.hessian import DAMPING
 from qconvert.sequential.calibration import Calibration, method_named
+from qconvert.sequential.memory import Needs, check_room, needs
 from qconvert.texts.documents import Text
 from qconvert.weights.source import CheckpointWeights
 
@@ -116,6 +121,28 @@ class TextOptions:
         )
 
 
+def needs_of(source: Path, jobs: int, tokens: int, limit: int) -> Needs:
+    """What a calibrated conversion of ``source`` needs with so many ``jobs`` and tokens; before text is read.
+
+    Raises:
+        SourceError: ``source`` cannot be run.
+        PlanError: not even one token fits into a process that may hold ``limit`` bytes.
+    """
+    with CheckpointWeights.open(source) as weights:
+        config = weights.config.text
+    check_room(config, jobs, working_memory(limit, BACKGROUND_BYTES), tokens=1)
+    return needs(config, jobs, tokens)
+
+
+def show_needs(found: Needs, jobs: int, limit: int, out: Path) -> None:
+    """Memory and disk, for ``--dry-run``."""
+    console.say(
+        f"memory: {console.gigabytes(found.work)} of {console.gigabytes(limit)} for a layer and {jobs} experts that "
+        f"are rounded at once; {console.gigabytes(found.waiting)} wait between, on disk what memory does not hold; "
+        f"{console.gigabytes(found.kept)} beside {out} for a run that goes on"
+    )
+
+
 def again_by(out: Path, source: Path, data: Sequence[str]) -> Calibration:
     """What the calibrated conversion ``out`` of ``source`` was done by, if ``data`` is the text.
 
@@ -139,6 +166,14 @@ def again_by(out: Path, source: Path, data: Sequence[str]) -> Calibration:
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{out}: its manifest does not say how it was calibrated: {error}") from error
     return options.calibration(str(noted.get("method")), source)
+
+
+def coverage_of(record: Mapping[str, Any] | None) -> Coverage | None:
+    """How many tokens the experts of each layer got in a calibrated conversion, from what its manifest says."""
+    found = (record or {}).get(EXPERT_COVERAGE, {}).get("layers")
+    if record is None or not found:
+        return None
+    return Coverage(layers=tuple(map(LayerCoverage.of_entry, found)), tokens=record["tokens"])
 
 
 def coverage_warnings(record: Mapping[str, Any] | None) -> Iterator[str]:

@@ -52,14 +52,23 @@ def show_plan(plan: Plan, *, engines: bool = True) -> None:
         console.say(f"left out: {', '.join(names[:_LISTED])}{more} ({reason})")
 
 
+def refuse_existing(out: Path) -> None:
+    """Refuse an output that is there already.
+
+    Raises:
+        OutputError: it is.
+    """
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists already; choose another output folder or remove it")
+
+
 def preview(plan: Plan, out: Path, *, json: bool, engines: bool = True) -> None:
     """What ``--dry-run`` prints.
 
     Raises:
         OutputError: ``out`` is there already.
     """
-    if os.path.lexists(out):
-        raise OutputError(f"{out} exists already; choose another output folder or remove it")
+    refuse_existing(out)
     if json:
         console.show_parts(plan_text(plan))
     else:

@@ -22,7 +22,7 @@ from qconvert.cli.budget import (
     SensitivityTokens,
     TargetSize,
 )
-from qconvert.cli.calibrate import TOKENS, WINDOW
+from qconvert.cli.calibrate import TOKENS, WINDOW, show_coverage
 from qconvert.cli.calibrated import (
     CalibrationData,
     CalibrationSeed,
@@ -31,7 +31,10 @@ from qconvert.cli.calibrated import (
     Damping,
     Propagate,
     TextOptions,
+    coverage_of,
     coverage_warnings,
+    needs_of,
+    show_needs,
 )
 from qconvert.cli.options import (
     PROCESSORS,
@@ -47,7 +50,7 @@ from qconvert.cli.options import (
     parse_hash,
     parse_size,
 )
-from qconvert.cli.planned import limits, preview, show_plan
+from qconvert.cli.planned import limits, preview, refuse_existing, show_plan
 from qconvert.cli.statistics import RTN, Method, Stats, check_method, statistics_of
 from qconvert.convert import convert, plan_conversion
 from qconvert.core.by_statistics import IMATRIX
@@ -192,6 +195,8 @@ def quantize(
         shard_bytes = parse_size(max_shard_size)
         hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)
+        refuse_existing(out)
+        needed = needs_of(folder, jobs, text.tokens, limit) if method in BY_TEXT else None
         budgeted = None
         if budget.given:
             budgeted = budget.decide(
@@ -208,12 +213,14 @@ def quantize(
             calibration = text.calibration(method, folder) if method in BY_TEXT else statistics
             if dry_run:
                 plan = plan_conversion(
-                    folder, rules, max_memory=limit, shard_bytes=shard_bytes,
+                    folder, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
                     from_quantized=from_quantized, fold=fold, calibration=calibration,
                 )  # fmt: skip
                 preview(plan, out, json=json)
                 if budgeted is not None and not json:
                     budgeted.show()
+                if needed is not None and not json:
+                    show_needs(needed, jobs, limit, out)
                 _warn(warnings, json=json)
                 return 0
             start = time.perf_counter()
@@ -264,6 +271,9 @@ def _report(
     show_plan(done.plan)
     if budgeted is not None:
         budgeted.show()
+    coverage = coverage_of(done.record.get(CALIBRATION))
+    if coverage is not None:
+        show_coverage(coverage)
     _warn(warnings, json=json)
     for path, value in done.record.get(CALIBRATION, {}).get(LOSS_OVER_NEAREST, {}).items():
         if value is not None:

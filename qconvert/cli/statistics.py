@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from calibration.coverage import cover
+from calibration.coverage import cover, warnings
 from calibration.statistics import Statistics
 from qconvert.core.by_statistics import IMATRIX, ByStatistics
 from qconvert.core.errors import UsageError
@@ -60,5 +60,5 @@ def statistics_of(stats: Path | None, source: Path) -> Iterator[tuple[ByStatisti
     with Checkpoint.open(source) as checkpoint:
         found = Statistics.open(stats, checkpoint)
     with found:
-        tokens = found.entry.get("tokens", 0)
-        yield ByStatistics(method=IMATRIX, statistics=found), cover(tuple(found.layers()), tokens).warnings()
+        coverage = cover(tuple(found.layers()), found.entry.get("tokens", 0))
+        yield ByStatistics(method=IMATRIX, statistics=found), warnings(coverage, again="qconvert calibrate")

@@ -38,7 +38,7 @@ class Compensated:
     """A rounded matrix and what rounding cost, weighted by the damped Hessian.
 
     Attributes:
-        nearest_loss: sum over rows of ``e H e^T`` of rounding to nearest, scales searched unless they are ``largest``.
+        nearest_loss: sum over rows of ``e H e^T`` of rounding to nearest with the same scales.
         loss: the same of ``quantized``; no larger.
         rows_left: rows that are rounded to nearest, because feedback was no better.
     """
@@ -60,7 +60,7 @@ def gptq(w: Tensor, scheme: Scheme, factor: Factor, *, scales: Scales = "weighte
 
     Weighted scales have the least sum of ``factor.importance * error**2`` in each block. What feedback is greedy about
     it may lose: rows that share scales are rounded to nearest when that loses no more, so nothing is ever worse than
-    rounding to nearest.
+    rounding to nearest with the same scales.
 
     Computed in float32, losses summed in float64, on one thread: the same bits for any number of threads.
 
@@ -77,17 +77,18 @@ def gptq(w: Tensor, scheme: Scheme, factor: Factor, *, scales: Scales = "weighte
         ValueError: the group does not divide K, or the factor has another number of inputs.
     """
     _check(scheme)
-    nearest = quantize(w, scheme, search=scales != "largest", second=second).quantized
-    start = nearest
     if scales == "weighted":
-        start = quantize_by_importance(w, scheme, factor.importance, second=second).quantized
+        nearest = quantize_by_importance(w, scheme, factor.importance, second=second).quantized
+    else:
+        nearest = quantize(w, scheme, search=scales == "searched", second=second).quantized
     with one_thread():
         before = row_losses(nearest.dequantize() - w.to(torch.float32), factor)
-        fed_back, after = with_feedback(w, start, factor)
+        fed_back, after = with_feedback(w, nearest, factor)
     shared = _rows_per_scale(scheme, len(before))
     better = (_sums(after, shared) < _sums(before, shared)).repeat_interleave(shared)[: len(before)]
+    codes = torch.where(better[:, None], fed_back.codes.view(torch.uint8), nearest.codes.view(torch.uint8))
     return Compensated(
-        quantized=_chosen(better, fed_back, nearest),
+        quantized=replace(nearest, codes=codes.view(nearest.codes.dtype)),
         nearest_loss=float(before.sum()),
         loss=float(torch.where(better, after, before).sum()),
         rows_left=len(before) - int(better.sum()),
@@ -113,23 +114,28 @@ def with_feedback(w: Tensor, start: QuantizedTensor, factor: Factor) -> tuple[Qu
         raise FormatError("error feedback is not available where groups of columns are not consecutive")
     _check(start.scheme)
     rule = Rule(scheme=start.scheme)
-    values, losses = _feed_back(w.to(torch.float32).index_select(1, factor.order), start, rule, factor)
-    codes = rule.codes(values.index_select(1, factor.order.argsort()))
+    values, losses = _feed_back(_in_order(w, factor), start, rule, factor)
+    codes = rule.codes(values.index_select(0, factor.order.argsort()).T.contiguous())
     return replace(start, codes=codes), losses
 
 
 def row_losses(error: Tensor, factor: Factor) -> Tensor:
     """``e (H + damping I) e^T`` of every row of ``error`` [N, K], float64 [N]: products in float32, on one thread."""
-    ordered = error.to(torch.float32).index_select(1, factor.order)
-    # The lower half of unit, all zeros, is left out.
+    ordered = _in_order(error, factor)
     total = torch.zeros(len(error), dtype=torch.float64, device=error.device)
     step = 2 * COLUMNS
     with one_thread():
-        for begin in range(0, error.shape[1], step):
+        for begin in range(0, len(ordered), step):
             end = begin + step
-            missed = ordered[:, :end] @ factor.unit[:end, begin:end]
-            total += (missed.square_() @ factor.pivots[begin:end]).to(torch.float64)
+            # The lower half of unit, all zeros, is left out.
+            missed = factor.unit[:end, begin:end].T @ ordered[:end]
+            total += (factor.pivots[begin:end] @ missed.square_()).to(torch.float64)
     return total
+
+
+def _in_order(w: Tensor, factor: Factor) -> Tensor:
+    """``w`` [N, K] with the factor's order of columns, float32 [K, N]: what is done to a column is done to a run."""
+    return w.to(torch.float32).T.contiguous().index_select(0, factor.order)
 
 
 def _check(scheme: Scheme) -> None:
@@ -138,33 +144,31 @@ def _check(scheme: Scheme) -> None:
 
 
 def _feed_back(w: Tensor, nearest: QuantizedTensor, rule: Rule, factor: Factor) -> tuple[Tensor, Tensor]:
-    """Values of the grid [N, K] and the loss of every row, float64 [N]; columns in the factor's order."""
-    rows, cols = w.shape
+    """Values of the grid [K, N] of ``w`` [K, N], both in the factor's order, and the loss of every row, float64 [N]."""
+    cols, rows = w.shape
     scale, zero, group = _scales(nearest, rule)
     group = group[factor.order]
     loop = loop_compiled if w.device.type == "cpu" else loop_with_torch
-    values, target = torch.empty_like(w), w.clone()
+    values, errors = torch.empty_like(w), torch.empty_like(w)
     total = torch.zeros(rows, dtype=torch.float64, device=w.device)
     for begin in range(0, cols, COLUMNS):
-        end = min(cols, begin + COLUMNS)
-        here = slice(begin, end)
-        blocks = Columns(
-            w=w[:, here].contiguous(),
-            target=target[:, here].contiguous(),
+        here = slice(begin, min(cols, begin + COLUMNS))
+        run = Columns(
+            w=w[here],
+            target=torch.addmm(w[here], factor.unit[:begin, here].T, errors[:begin]),
             unit=factor.unit[here, here].contiguous(),
+            pivots=factor.pivots[here],
             scale=scale,
             zero=zero,
             group=group[here].contiguous(),
         )
-        values[:, here], errors, missed = loop(blocks, rule)
-        total += (missed.square_() @ factor.pivots[here]).to(torch.float64)
-        if end < cols:
-            target[:, end:].addmm_(errors, factor.unit[here, end:])
+        values[here], errors[here], losses = loop(run, rule)
+        total += losses.to(torch.float64)
     return values, total
 
 
 def _scales(nearest: QuantizedTensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """What multiplies codes and where zero is, float32 [N, G], and which of them each column has, int64 [K]."""
+    """What multiplies codes and where zero is, float32 [G, N], and which of them each column has, int64 [K]."""
     rows, cols = nearest.shape
     scale = nearest.scale.to(torch.float32)
     if nearest.second_scale is not None:
@@ -179,7 +183,7 @@ def _scales(nearest: QuantizedTensor, rule: Rule) -> tuple[Tensor, Tensor, Tenso
         case Block(rows=tall, cols=wide):
             scale, zero = (part.repeat_interleave(tall, dim=0)[:rows] for part in (scale, zero))
     group = torch.arange(cols, device=scale.device).div_(wide, rounding_mode="floor")
-    return scale.expand(rows, -1).contiguous(), zero.expand(rows, -1).contiguous(), group
+    return scale.expand(rows, -1).T.contiguous(), zero.expand(rows, -1).T.contiguous(), group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,35 +191,39 @@ class Columns:
     """A run of C columns in the factor's order.
 
     Attributes:
-        w: float32 [N, C].
-        target: ``w`` moved by what the columns before the run lost, float32 [N, C]; used up.
+        w: float32 [C, N].
+        target: ``w`` moved by what the columns before the run lost, float32 [C, N].
         unit: this run's part of the factor, float32 [C, C].
-        scale: what codes are multiplied by, float32 [N, G].
-        zero: zero points around 0, float32 [N, G].
+        pivots: likewise, float32 [C].
+        scale: what codes are multiplied by, float32 [G, N].
+        zero: zero points around 0, float32 [G, N].
         group: which scale each column has, int64 [C].
     """
 
     w: Tensor
     target: Tensor
     unit: Tensor
+    pivots: Tensor
     scale: Tensor
     zero: Tensor
     group: Tensor
 
 
 def loop_with_torch(run: Columns, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """Round column by column: values of the grid, ``w`` and then the target less what they mean, each [N, C].
+    """Round column by column: values of the grid and ``w`` less what they mean, each [C, N], and losses [N], float32.
 
     For every device, and the oracle of the compiled loop.
     """
-    values, errors, missed = (torch.empty_like(run.w) for _ in range(3))
+    values, errors, aims = torch.empty_like(run.w), torch.empty_like(run.w), run.target.clone()
+    losses = torch.zeros_like(run.w[0])
     for i, g in enumerate(run.group.tolist()):
-        by, point, target = run.scale[:, g], run.zero[:, g], run.target[:, i]
+        by, point, target = run.scale[g], run.zero[g], aims[i]
         value = rule.meant(rule.values(target, by, point))
         meant = (value - point) * by
-        values[:, i], errors[:, i], missed[:, i] = value, run.w[:, i] - meant, target - meant
-        run.target[:, i + 1 :] += errors[:, i, None] * run.unit[i, i + 1 :]
-    return values, errors, missed
+        values[i], errors[i] = value, run.w[i] - meant
+        losses += (target - meant).square_() * run.pivots[i]
+        aims[i + 1 :] += errors[i] * run.unit[i, i + 1 :, None]
+    return values, errors, losses
 
 
 def loop_compiled(run: Columns, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,13 +231,13 @@ def loop_compiled(run: Columns, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     # Here, because importing numba takes a quarter of a second.
     from qconvert.numerics.gptq_kernels import feed_back
 
-    values, errors, missed = (torch.empty_like(run.w) for _ in range(3))
-    parts = (run.w, run.target, run.unit, run.scale, run.zero, run.group)
+    values, errors, losses = torch.empty_like(run.w), torch.empty_like(run.w), torch.empty_like(run.w[0])
+    parts = (run.w, run.target, run.unit, run.pivots, run.scale, run.zero, run.group)
     low, high = np.array(rule.code_range, np.float32)
     least, magic = _FLOAT_STEPS.get(rule.scheme.grid, (0, 0))
     arguments = (low, high, np.uint32(least), np.uint32(magic))
-    feed_back(*(part.numpy() for part in parts), *arguments, *(part.numpy() for part in (values, errors, missed)))
-    return values, errors, missed
+    feed_back(*(part.numpy() for part in parts), *arguments, *(part.numpy() for part in (values, errors, losses)))
+    return values, errors, losses
 
 
 def _rows_per_scale(scheme: Scheme, rows: int) -> int:
@@ -245,23 +253,3 @@ def _rows_per_scale(scheme: Scheme, rows: int) -> int:
 def _sums(losses: Tensor, shared: int) -> Tensor:
     """Losses of runs of ``shared`` rows, the last one shorter; NaN in one is NaN in the sum, and not less than any."""
     return torch.nn.functional.pad(losses, (0, -len(losses) % shared)).view(-1, shared).sum(1)
-
-
-def _chosen(better: Tensor, new: QuantizedTensor, old: QuantizedTensor) -> QuantizedTensor:
-    """Rows of ``new`` where ``better`` [N] says so, with their scales; of ``old`` elsewhere."""
-    shared = _rows_per_scale(old.scheme, len(better))
-    zero_point = None
-    if new.zero_point is not None and old.zero_point is not None:
-        zero_point = _rows_of(better[::shared], new.zero_point, old.zero_point)
-    return replace(
-        old,
-        codes=_rows_of(better, new.codes, old.codes),
-        scale=_rows_of(better[::shared], new.scale, old.scale),
-        zero_point=zero_point,
-    )
-
-
-def _rows_of(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows as integers of their size: not every type of codes and scales can be chosen from."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[old.itemsize]
-    return torch.where(better[:, None], new.view(bits), old.view(bits)).view(old.dtype)

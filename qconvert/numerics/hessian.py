@@ -82,9 +82,15 @@ class Moments:
 
     def hessian(self) -> Tensor:
         """``X^T X / T`` [K, K]; zeros without a token."""
+        return self.share(1.0)
+
+    def share(self, of: float) -> Tensor:
+        """``X^T X / T`` [K, K] times ``of``, a matrix of its own."""
+        by = of / max(self.tokens, 1)
+        if self.tokens >= self.inputs:
+            return self.kept * by
         with one_thread():
-            gram = _square(self.kept) if self.tokens < self.inputs else self.kept
-            return gram / max(self.tokens, 1)
+            return _square(self.kept).mul_(by)
 
 
 def _square(rows: Tensor) -> Tensor:
@@ -146,14 +152,20 @@ def blended(own: Moments, pooled: Moments | None = None, *, prior: int | None = 
     Raises:
         ValueError: ``pooled`` has another number of inputs.
     """
-    matrix, support = own.hessian(), Support.OWN if own.tokens >= own.inputs else Support.FEW
+    support = Support.OWN if own.tokens >= own.inputs else Support.FEW
     if pooled is not None and pooled.tokens:
         if pooled.inputs != own.inputs:
             raise ValueError(f"{own.inputs} inputs are pooled with {pooled.inputs}")
         counts = own.inputs if prior is None else prior
         share = counts / (own.tokens + counts) if own.tokens else 1.0
-        matrix = torch.lerp(matrix, pooled.hessian().to(matrix.dtype), share)
+        matrix = own.share(1.0 - share)
+        if pooled.tokens >= pooled.inputs:
+            matrix.add_(pooled.kept.to(matrix.dtype), alpha=share / pooled.tokens)
+        else:
+            matrix.add_(pooled.share(share).to(matrix.dtype))
         support = support if own.tokens else Support.POOLED
+    else:
+        matrix = own.hessian()
     if not bool(matrix.diagonal().any()):
         support = Support.NONE
     return Hessian(matrix=matrix, tokens=own.tokens, support=support)
@@ -237,22 +249,21 @@ def factorize(hessian: Hessian, *, damping: float = DAMPING, by_size: bool = Tru
         order = diagonal.argsort(descending=True, stable=True)
     # Backwards, because what there is factorises from the top left and the last input has to be the first.
     backwards = order.flip(0)
-    scaled = (matrix / size).to(torch.float32).index_select(0, backwards).index_select(1, backwards)
-    share = damping
+    scaled = matrix.index_select(0, backwards).index_select(1, backwards).div_(size).to(torch.float32)
+    share, undamped = damping, scaled.diagonal().clone()
     with one_thread():
-        lower = _cholesky(scaled, share)
+        lower = _cholesky(scaled, undamped + share)
         for _ in range(_DAMPING_TRIES):
             if lower is not None:
                 break
             share *= _DAMPING_STEP
-            lower = _cholesky(scaled, share)
+            lower = _cholesky(scaled, undamped + share)
     if lower is None:
-        lower = (scaled.diagonal().clamp(min=0.0) + share).sqrt().diag()
-    roots = lower.diagonal().clone()
-    lower /= roots
+        lower = (undamped.clamp(min=0.0) + share).sqrt().diag()
+    roots = lower.diagonal().flip(0)
     return Factor(
-        unit=lower.flip((0, 1)),
-        pivots=roots.flip(0).square_() * size,
+        unit=lower.flip((0, 1)).div_(roots),
+        pivots=roots.square().mul_(size),
         order=order,
         damping=share * size,
         dead=dead,
@@ -261,9 +272,8 @@ def factorize(hessian: Hessian, *, damping: float = DAMPING, by_size: bool = Tru
     )
 
 
-def _cholesky(matrix: Tensor, damping: float) -> Tensor | None:
-    """The lower triangle whose square is the damped matrix; ``None`` where float32 finds none."""
-    damped = matrix.clone()
-    damped.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(damped)
+def _cholesky(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
+    """The lower triangle whose square is the matrix with another diagonal; ``None`` where float32 finds none."""
+    matrix.diagonal().copy_(diagonal)
+    lower, info = torch.linalg.cholesky_ex(matrix)
     return None if bool(info) or not bool(torch.isfinite(lower.diagonal()).all()) else lower

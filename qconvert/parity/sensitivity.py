@@ -91,7 +91,7 @@ def pieces_of(
     out = []
     for group in groups:
         for scheme in schemes:
-            if not all(_storable(source, role, scheme) for role in wholes(group.roles)):
+            if not all(storable(source, role, scheme) for role in wholes(group.roles)):
                 continue
             for layer in group.layers if by_layer else (None,):
                 roles = group.roles if layer is None else group.of_layer(layer)
@@ -99,7 +99,8 @@ def pieces_of(
     return tuple(out)
 
 
-def _storable(source: CheckpointWeights, role: TensorRole, scheme: Scheme) -> bool:
+def storable(source: CheckpointWeights, role: TensorRole, scheme: Scheme) -> bool:
+    """Whether the usual format of a scheme holds the matrix with ``role``."""
     rows, cols = source.stored[role].shape
     try:
         format_for(scheme).check(scheme, (rows, cols))

@@ -23,7 +23,7 @@ from qconvert.core.plan import Step
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.numerics.hessian import Moments, blended, factorize, no_moments
 from qconvert.sequential.calibration import Calibration
-from qconvert.sequential.mlp import MlpInputs, Name, inner, round_mlp
+from qconvert.sequential.mlp import MlpInputs, Name, Shown, inner, round_mlp
 from qconvert.sequential.ordered import in_order
 from qconvert.sequential.places import LayerSteps, MlpSteps
 from qconvert.sequential.rounder import Rounder, Way, to_nearest, with_feedback
@@ -33,7 +33,7 @@ from reference_model.config import LayerType
 from reference_model.layer import DecoderLayer
 from reference_model.layer_pass import load_layer
 from reference_model.layerwise import HiddenStates
-from reference_model.load import ActivationStore, ExpertWeights
+from reference_model.load import ActivationStore
 from reference_model.moe import Dispatch, Visits, dispatch
 from reference_model.span import place_tokens
 
@@ -217,7 +217,7 @@ def _round_experts(
         at, slot = (part[ends[e] - where.counts[e] : ends[e]] for part in (where.token, where.slot))
         return at, visits.weights[at, slot]
 
-    def expert(e: int) -> ExpertWeights:
+    def expert(e: int) -> Shown:
         at, weights = visitors(e)
         counts = _with_mean_square_one(weights)
 
@@ -238,12 +238,15 @@ def _round_experts(
             _pass_on(shop, shown, *visitors(e), inputs, sums)
 
 
-def _pass_on(shop: Shop, shown: ExpertWeights, at: Tensor, weights: Tensor, inputs: RowStore, sums: RowStore) -> None:
+def _pass_on(shop: Shop, shown: Shown, at: Tensor, weights: Tensor, inputs: RowStore, sums: RowStore) -> None:
     """Add what an expert gives its tokens ``at`` [R], times ``weights`` [R], ``ROWS`` of them at a time."""
+    expert = shown.weights
 
     def given(begin: int) -> Tensor:
-        rows = inputs.gather(at[begin : begin + ROWS])
-        return (inner(rows, shown.gate, shown.up) @ shown.down.T).mul_(weights[begin : begin + ROWS, None])
+        between = shown.inner
+        if between is None:
+            between = inner(inputs.gather(at[begin : begin + ROWS]), expert.gate, expert.up)
+        return (between @ expert.down.T).mul_(weights[begin : begin + ROWS, None])
 
     starts = range(0, len(at), ROWS)
     for begin, rows in zip(starts, in_order(shop.pool, given, starts, shop.jobs), strict=True):
@@ -274,11 +277,9 @@ def _round_shared(shop: Shop, layer: DecoderLayer, steps: MlpSteps, inputs: RowS
         return ((rows, share(rows) / size.sqrt()) for rows in chunks())
 
     reads = MlpInputs(width=shared.gate_proj.in_features, runs=runs)
-    shown: ExpertWeights = round_mlp(
-        steps, lambda name: linears[name].weight.detach(), reads, shop.rounder, shop.calibration
-    )
+    shown = round_mlp(steps, lambda name: linears[name].weight.detach(), reads, shop.rounder, shop.calibration)
     for name, linear in linears.items():
-        _replace(linear, getattr(shown, name))
+        _replace(linear, getattr(shown.weights, name))
 
 
 def _with_mean_square_one(weights: Tensor) -> Tensor:

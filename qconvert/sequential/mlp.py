@@ -49,6 +49,19 @@ class MlpInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """An expert as the layers behind it see it.
+
+    Attributes:
+        weights: float32.
+        inner: what it computes between for its own tokens [R, F], float32, where that is known and not much.
+    """
+
+    weights: ExpertWeights
+    inner: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Mlp:
     """What the two methods have in common."""
 
@@ -62,16 +75,18 @@ class _Mlp:
         """Of what gate and up read."""
         own = no_moments(self.inputs.width)
         for rows, counts in self.inputs.runs():
-            own = own.add(rows.to(torch.float32) * counts[:, None])
+            own = own.add(counts[:, None] * rows)  # counts are float32
         return blended(own, self.inputs.layer)
 
-    def inner_moments(self, gate: Tensor, up: Tensor) -> tuple[Moments, Moments | None]:
-        """Of what down reads: from the expert's own tokens, and from the layer's."""
-        own = no_moments(gate.shape[0])
-        for rows, counts in self.inputs.runs():
-            own = own.add(inner(rows, gate, up).mul_(counts[:, None]))
+    def inner_moments(self, gate: Tensor, up: Tensor) -> tuple[Moments, Moments | None, Tensor | None]:
+        """Of what down reads: from the expert's own tokens, and from the layer's; the former, if they are one run."""
+        own, given = no_moments(gate.shape[0]), None
+        for n, (rows, counts) in enumerate(self.inputs.runs()):
+            some = inner(rows, gate, up)
+            given = None if n else some
+            own = own.add(counts[:, None] * some)
         sample = self.inputs.sample
-        return own, None if sample is None else no_moments(gate.shape[0]).add(inner(sample, gate, up))
+        return own, None if sample is None else no_moments(gate.shape[0]).add(inner(sample, gate, up)), given
 
     def factor(self, hessian: Hessian) -> Factor:
         """With the damping that was asked for."""
@@ -89,8 +104,8 @@ class _Mlp:
 
 def round_mlp(
     steps: MlpSteps, original: Original, inputs: MlpInputs, rounder: Rounder, calibration: Calibration
-) -> ExpertWeights:
-    """Round the matrices that ``steps`` name, and return all three as the layers behind shall see them, float32.
+) -> Shown:
+    """Round the matrices that ``steps`` name, and return all three as the layers behind shall see them.
 
     ``down`` is rounded for what gate and up give after they are rounded, unless nothing is to be propagated.
 
@@ -111,8 +126,8 @@ def inner(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(wide @ gate.T).mul_(wide @ up.T)
 
 
-def _by_feedback(mlp: _Mlp) -> ExpertWeights:
-    gate = up = down = None
+def _by_feedback(mlp: _Mlp) -> Shown:
+    gate = up = down = given = None
     if mlp.steps.gate is not None or mlp.steps.up is not None:
         hessian = mlp.hessian()
         factor = mlp.factor(hessian)
@@ -122,20 +137,20 @@ def _by_feedback(mlp: _Mlp) -> ExpertWeights:
         del factor
     shown = mlp.shown("gate", gate), mlp.shown("up", up)
     if mlp.steps.down is not None:
-        hessian = blended(*mlp.inner_moments(*shown))
-        factor = mlp.factor(hessian)
-        down = mlp.round("down", with_feedback(factor), factor, hessian.tokens)
-    return ExpertWeights(gate=shown[0], up=shown[1], down=mlp.shown("down", down))
+        own, layer, given = mlp.inner_moments(*shown)
+        factor = mlp.factor(blended(own, layer))
+        down = mlp.round("down", with_feedback(factor), factor, own.tokens)
+    return Shown(weights=ExpertWeights(gate=shown[0], up=shown[1], down=mlp.shown("down", down)), inner=given)
 
 
-def _by_scaling(mlp: _Mlp) -> ExpertWeights:
+def _by_scaling(mlp: _Mlp) -> Shown:
     """AWQ from up to down where both are rounded, of what they read as it is in the source; then to nearest."""
     gate = up = down = None
     over: Tensor | None = None
     losses = (0.0, 0.0)
     behind: Hessian | None = None
     if mlp.steps.down is not None:
-        own, layer = mlp.inner_moments(mlp.original("gate"), mlp.original("up"))
+        own, layer, _ = mlp.inner_moments(mlp.original("gate"), mlp.original("up"))
         behind = blended(own, layer)
         if mlp.steps.up is not None:
             sizes = own if own.tokens or layer is None else layer
@@ -150,7 +165,8 @@ def _by_scaling(mlp: _Mlp) -> ExpertWeights:
         up = mlp.round("up", to_nearest(hessian, rows_over=over), hessian, hessian.tokens)
     if behind is not None:
         down = mlp.round("down", to_nearest(behind, columns=over, losses=losses), behind, behind.tokens)
-    return ExpertWeights(gate=mlp.shown("gate", gate), up=mlp.shown("up", up), down=mlp.shown("down", down))
+    weights = ExpertWeights(gate=mlp.shown("gate", gate), up=mlp.shown("up", up), down=mlp.shown("down", down))
+    return Shown(weights=weights)
 
 
 def _scheme(steps: MlpSteps) -> Scheme:

@@ -6,14 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from qconvert.arch.inputs import FIRST_READER, READERS
 from qconvert.core.plan import Plan, Quantize, Step
 from qconvert.core.role import Kind, Section
 
-_MIXER = {
-    Kind.ATTENTION_QUERY, Kind.ATTENTION_KEY, Kind.ATTENTION_VALUE,
-    Kind.LINEAR_QKV, Kind.LINEAR_Z, Kind.LINEAR_A, Kind.LINEAR_B,
-}  # fmt: skip
-_MIXED = {Kind.ATTENTION_OUTPUT, Kind.LINEAR_OUTPUT}
+_MIXER = {*READERS[Kind.ATTENTION_QUERY], *READERS[Kind.LINEAR_QKV]}
+_MIXED = {*READERS[Kind.ATTENTION_OUTPUT], *READERS[Kind.LINEAR_OUTPUT]}
 _MLP = {
     Kind.EXPERT_GATE: "gate",
     Kind.EXPERT_UP: "up",
@@ -114,7 +112,7 @@ def _marked(step: Step, method: str) -> Step:
 def looks_at_inputs(step: Step) -> bool:
     """Whether text reaches the matrix that a step rounds: not in the vision tower, nor where the head begins."""
     role = step.role
-    reached = role.kind is Kind.HEAD or role.kind in _MLP or role.kind in _MIXER or role.kind in _MIXED
+    reached = role.kind is Kind.HEAD or role.kind in FIRST_READER
     return isinstance(step.action, Quantize) and reached and role.section is not Section.VISION
 
 

@@ -158,7 +158,7 @@ class Rounder:
         outcome = Outcome(
             source_hash=source_hash.hexdigest(),
             loss=Loss(squared_error=squared_error, signal=signal),
-            fit=Fit(nearest_loss=nearest_loss, loss=loss, tokens=tokens, support=support),
+            fit=Fit(nearest_loss=nearest_loss, loss=loss, tokens=tokens, support=support, inputs=shape[1]),
         )
         if write:
             self._sink.commit(step.key, list(pieces.values()), outcome.note())

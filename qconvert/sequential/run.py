@@ -29,13 +29,13 @@ from qconvert.numerics.rounding_bitsandbytes import is_bitsandbytes
 from qconvert.numerics.threads import one_thread
 from qconvert.run import Progress, run, step_bytes
 from qconvert.sequential.calibration import Calibration
-from qconvert.sequential.layer import ROWS, Shop, round_layer
-from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps, marked
+from qconvert.sequential.layer import Shop, round_layer
+from qconvert.sequential.memory import check_room
+from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps, looks_at_inputs, marked
 from qconvert.sequential.rounder import Rounder
 from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
-from reference_model.config import TextConfig
 from reference_model.layer_drafts import enter_head
 from reference_model.layer_pass import Batch
 from reference_model.layerwise import HiddenStates, embed, finish
@@ -71,6 +71,12 @@ def _check(plan: Plan, calibration: Calibration) -> None:
                 f"{step.key} is rounded to {step.action.scheme}, whose scales bitsandbytes takes from the largest "
                 "values: use --method rtn"
             )
+        if step.action.search and looks_at_inputs(step):
+            raise PlanError(
+                f"{step.key} is to have scales with the least squared error (search = true): --method "
+                f"{calibration.method} chooses scales by what inputs count; drop the search from the rule that decides "
+                "it"
+            )
         if step.mosaic is not None or step.stack:
             raise PlanError(
                 f"{step.key} is laid together from other matrices: quantize with --method {calibration.method} first, "
@@ -105,7 +111,7 @@ def run_calibrated(
         sink: takes the bytes.
         calibration: method and text.
         jobs: threads; each works on one expert, or one batch, alone.
-        memory: bytes; what ``needed_bytes`` leaves of it holds what waits between layers, the rest is on disk.
+        memory: bytes; what ``check_room`` leaves of it holds what waits between layers, the rest is on disk.
         states: where hidden states are kept between layers, for a run that goes on; ``None`` keeps none.
         progress: called with source bytes done and in all.
 
@@ -162,37 +168,6 @@ def run_calibrated(
         finally:
             stop.set()
     return outcomes | finished | rounder.outcomes
-
-
-def needed_bytes(config: TextConfig, jobs: int, tokens: int) -> int:
-    """Memory that a layer of 32-bit weights without its experts takes, and ``jobs`` experts that are rounded at once.
-
-    An expert takes its second moments in six places (summed up, blended, damped, split, turned around, in use), its
-    matrices in four, and what it reads and gives for ``ROWS`` tokens twice. What heads give has more inputs, and is
-    rounded alone. Where each token goes takes 32 bytes a visit: numbers of experts, their order, weights.
-    """
-    hidden, width = config.hidden_size, config.moe_intermediate_size
-    mixer = max(config.conv_dim + 2 * config.value_dim, 2 * config.query_dim + 2 * config.key_value_dim)
-    layer = (mixer + config.query_dim + 3 * config.shared_expert_intermediate_size) * hidden
-    expert = 6 * hidden**2 + 4 * 3 * width * hidden + 2 * ROWS * (hidden + 2 * width)
-    heads = 6 * max(config.query_dim, config.value_dim) ** 2
-    visits = 32 * tokens * (config.num_experts_per_tok + config.folded_experts)
-    return 4 * (layer + 2 * hidden**2 + max(jobs * expert, heads)) + visits
-
-
-def check_room(config: TextConfig, jobs: int, memory: int, tokens: int) -> int:
-    """What of ``memory`` is left for what waits.
-
-    Raises:
-        PlanError: nothing is.
-    """
-    needed = needed_bytes(config, jobs, tokens)
-    if needed > memory:
-        raise PlanError(
-            f"a layer and {jobs} experts that are rounded at once need {needed / 2**20:.0f} MiB, but only "
-            f"{memory / 2**20:.0f} MiB are left of the memory limit: raise --max-memory, or give fewer --jobs or tokens"
-        )
-    return memory - needed
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,8 @@ class Reader:
         if self._loaded is None:
             if not path.is_file():
                 raise UsageError(
-                    f"{self._model} has no {TOKENIZER} to read a text with: use --tokens for random tokens, or give "
-                    "token ids"
+                    f"{self._model} has no {TOKENIZER} to read a text with: give token ids "
+                    "(.npy, or token_ids in .jsonl)"
                 )
             try:
                 # unlike from_file this raises a narrow error

@@ -88,6 +88,8 @@ def test_what_headers_take_beyond_what_was_thought_is_made_room_for(
     target = written(least) + more
     found = within(some, target, least, written(least) - least.size.both, written)
     assert written(found) <= target or all(way.scheme is None for way in found.ways)
+    beside = written(least) - least.size.both
+    assert written(within(some, target, least, beside, written, others=True)) <= target
     assert found.kl <= least.kl
     if len(set(headers)) == 1:
         best = some.decide(least.size.both + more, both)

@@ -10,8 +10,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qconvert.cli.app import app
+from qconvert.convert import convert
+from qconvert.core.dtypes import DType
+from qconvert.core.scheme import FP8
+from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_file
 from qconvert.io.hashing import SHA256
+from qconvert.plan.policy import default_policy
 from tests.budget.known import known
 from tests.checkpoints import make_tiny
 
@@ -75,6 +80,48 @@ def test_the_method_of_rounding_is_another_question(method: str, source: Path, t
     deep = ("--deep", source, "--calibration-data", tmp_path / "ids.npy", "--max-memory", "8GiB")
     verified = CliRunner().invoke(app, list(map(str, ("verify", tmp_path / "out", *deep))))
     assert verified.exit_code == 0, verified.output
+
+
+def test_statistics_decide_scales_within_a_budget_too(source: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 400, 192))
+    text = ("--text", tmp_path / "ids.npy", "--tokens", "192", "--window", "24")
+    made = CliRunner().invoke(app, list(map(str, ("calibrate", source, "-o", tmp_path / "stats", *text))))
+    assert made.exit_code == 0, made.output
+    stats = ("--stats", tmp_path / "stats")
+    budget = ("--target-size", "1.1MB", *measured_searched(source))
+    done = run(source, tmp_path / "out", *budget, "--method", "imatrix", *stats)
+    assert done.exit_code == 0, done.output
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) <= 1_100_000
+    assert "by the mean squares of its inputs" in (tmp_path / "out" / "manifest.json").read_text()
+    deep = ("--deep", source, *stats, "--max-memory", "8GiB")
+    verified = CliRunner().invoke(app, list(map(str, ("verify", tmp_path / "out", *deep))))
+    assert verified.exit_code == 0, verified.output
+
+
+def test_a_quantized_source_is_rounded_anew_within_a_budget(source: Path, tmp_path: Path) -> None:
+    fp8 = tmp_path / "fp8"
+    convert(source, fp8, default_policy(FP8), jobs=1, max_memory=8 << 30)
+    known(fp8, tmp_path / "fp8.json")
+    budget = ("--target-size", "1.1MB", "--sensitivities", tmp_path / "fp8.json")
+    refused = run(fp8, tmp_path / "out", *budget)
+    assert refused.exit_code != 0 and "--from-quantized" in refused.output
+    done = run(fp8, tmp_path / "out", *budget, "--from-quantized")
+    assert done.exit_code == 0, done.output
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) <= 1_100_000
+    with Checkpoint.open(tmp_path / "out") as out:
+        assert not any(info.dtype is DType.F8_E4M3 for info in out.tensors.values())
+    deep = ("--deep", fp8, "--max-memory", "8GiB")
+    verified = CliRunner().invoke(app, list(map(str, ("verify", tmp_path / "out", *deep))))
+    assert verified.exit_code == 0, verified.output
+
+
+def test_nothing_is_measured_for_an_output_that_is_there_or_memory_that_is_not(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    there = run(source, tmp_path / "out", "--bits", "6")
+    assert there.exit_code == 5 and "exists already" in there.output
+    small = run(source, tmp_path / "other", "--bits", "6", "--method", "gptq", "--jobs", "9999")
+    assert small.exit_code == 4 and "--max-memory" in small.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from qconvert.budget.losses import read_losses
 from qconvert.budget.parts import GROUPS, matches_of, parts_of
 from qconvert.budget.run import Text, decide
 from qconvert.convert import convert
-from qconvert.core.errors import Interrupted, SourceError, UsageError
+from qconvert.core.errors import Interrupted, PlanError, SourceError, UsageError
 from qconvert.core.scheme import int4
 from qconvert.io.fingerprint import fingerprint
 from qconvert.parity.attribution import TOGETHER
@@ -81,6 +81,15 @@ def test_a_second_budget_reads_no_text(source: Path, measured: Path) -> None:
     found = decide(source, asked(measured, bits=9.0, schemes=SCHEMES), nothing_to_read)
     assert found.decision.kl > 0
     assert measured.read_bytes() == before
+
+
+@pytest.mark.parametrize(("budget", "says"), [({"target": 99}, "impossible"), ({"bits": 99.0}, "as it is")])
+def test_a_budget_that_decides_nothing_is_refused_before_anything_is_measured(
+    budget: dict[str, Any], says: str, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=says):
+        decide(source, asked(tmp_path / "none.json", schemes=SCHEMES, **budget), nothing_to_read)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_was_killed_measures_what_is_missing(source: Path, measured: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from calibration.coverage import Coverage, cover
+from calibration.coverage import cover, warnings
 from calibration.coverage_picture import picture
 from calibration.statistics import LayerVisits
+from qconvert.core.coverage import Coverage, LayerCoverage
 from qconvert.core.role import Section
 
 
@@ -29,22 +30,26 @@ def test_experts_are_counted_by_what_they_got() -> None:
     assert second.unreached == (0, 1)
     assert (found.experts, found.unreached, found.few, found.fewer_than_inputs) == (12, 3, 4, 9)
     assert first.entry()["unreached"] == [0]
+    assert LayerCoverage.of_entry(first.entry()) == first
 
 
 def test_nothing_is_said_where_everybody_got_enough() -> None:
-    assert coverage([50, 60, 400]).warnings() == ()
+    assert warnings(coverage([50, 60, 400])) == ()
 
 
 def test_experts_without_a_token_are_a_matter_of_other_text() -> None:
-    (warning,) = coverage([100, 0, 0, 100], [100, 0, 100, 100]).warnings()
+    (warning,) = warnings(coverage([100, 0, 0, 100], [100, 0, 100, 100]))
     assert warning.startswith("3 of 8 experts got no token, most of them (2) in layers.0")
     assert "--text" in warning and "other domains" in warning
 
 
 def test_experts_with_few_are_a_matter_of_more() -> None:
-    (warning,) = coverage([100, 7, 100], tokens=1000).warnings()
+    found = coverage([100, 7, 100], tokens=1000)
+    (warning,) = warnings(found)
     assert warning.startswith("1 of 3 experts got fewer than 50 tokens")
     assert "about 7,200 tokens give every one 50" in warning
+    (elsewhere,) = warnings(found, again="qconvert calibrate")
+    assert elsewhere == f"{warning} These are options of `qconvert calibrate`."
 
 
 @pytest.mark.parametrize("layers", [[[0, 49, 50, 99, 100, 700], [0, 0, 60, 60, 60, 820]], [[500, 500]]])

@@ -97,7 +97,7 @@ def test_texts_of_one_name_are_one_domain(tmp_path: Path) -> None:
     [
         ({"window": 1}, "windows of 1 tokens"),
         ({"tokens": 7}, "7 tokens in all"),
-        ({"window": 90, "tokens": 900}, r"the text 'a' .*50 tokens do not fill one window of 90.* shorter --window"),
+        ({"window": 90, "tokens": 900}, r"the text 'a' .*50 tokens do not fill one window of 90.* shorter windows"),
         ({"vocabulary": 40}, r"'a': token ids from 0 to 47, the vocabulary of .* has 40"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.cli.calibrated import coverage_warnings
+from qconvert.cli.calibrated import coverage_of, coverage_warnings
 from qconvert.convert import convert
 from qconvert.core.errors import PlanError, UsageError
 from qconvert.core.scheme import NVFP4, bnb4, int4
@@ -37,6 +37,10 @@ def test_every_code_is_finite_and_the_text_is_said_to_be_short(
     assert coverage["matrices"] == 2 * 24 * 3
     assert coverage["no_token"] > 0
     assert coverage["fewest_tokens"] == 0
+    found = coverage_of(done.record[CALIBRATION])
+    assert found is not None and found.experts == 2 * 24 and found.tokens == len(ids[0])
+    assert [layer.name for layer in found.layers] == ["layers.0", "layers.1"]
+    assert 3 * found.unreached == coverage["no_token"] and found.fewer_than_inputs == 2 * 24
     warnings = list(coverage_warnings(done.record[CALIBRATION]))
     assert any("no token reached" in warning and "--calibration-data" in warning for warning in warnings)
     convert(source, tmp_path / "rtn", default_policy(int4(32), search=True))
@@ -65,6 +69,8 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(source:
     gptq, awq = (Calibration(method=method, batches=(ids,)) for method in ("gptq", "awq"))
     with pytest.raises(PlanError, match="--method rtn"):
         convert(source, tmp_path / "out", default_policy(bnb4("nf4")), calibration=gptq)
+    with pytest.raises(PlanError, match=r"search = true.*drop the search"):
+        convert(source, tmp_path / "out", default_policy(int4(32), search=True), calibration=gptq)
     with pytest.raises(PlanError, match="--method gptq does"):
         convert(source, tmp_path / "out", default_policy(NVFP4), calibration=awq)
     with pytest.raises(UsageError, match="vocabulary"):

@@ -16,6 +16,7 @@ from qconvert.core.scheme import int4
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.plan.builder import build_plan
 from qconvert.plan.policy import Rule, default_policy
+from qconvert.sequential import memory
 from qconvert.sequential import run as running
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.places import calibrated_steps
@@ -127,7 +128,7 @@ def test_a_whole_conversion_is_verified_by_repeating_it(source: Path, whole: str
 def test_a_plan_that_does_not_fit_says_so_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "needed_bytes", lambda config, jobs, tokens: 1 << 40)
+    monkeypatch.setattr(memory, "needs", lambda config, jobs, tokens: memory.Needs(work=1 << 40, waiting=0, kept=0))
     monkeypatch.setattr(running, "run", lambda *a, **k: pytest.fail("something is written"))
     with pytest.raises(PlanError, match="--max-memory"):
         convert(source, tmp_path / "out", POLICY, calibration=CALIBRATION)
