@@ -5,10 +5,11 @@
     python benchmarks/bench_quantize.py wide [--rounds 3] [--json FILE]
 
 For every scheme a round runs qconvert, then the floor (reading the input while as many bytes as qconvert's output has
-are written and fsynced, and nothing else), then every peer that has the scheme. All run on the same two processors with
-as many threads, on the same folder, which is read once before each so that it lies in the page cache (``--cold`` drops
-it instead). Outputs of peers, which do not fsync, are fsynced by this program and the time is added. Each output's
-headers are looked at for routed experts in fewer bits, then it is removed: at most one lies on the disk at a time.
+are written and fsynced, and nothing else), then qconvert again without reading back what it wrote, as peers do not
+either, then every peer that has the scheme. All run on the same two processors with as many threads, on the same
+folder, which is read once before each so that it lies in the page cache (``--cold`` drops it instead). Outputs of
+peers, which do not fsync, are fsynced by this program and the time is added. Each output's headers are looked at for
+routed experts in fewer bits, then it is removed: at most one lies on the disk at a time.
 
 Every candidate converts the small demo checkpoint once before, untimed, so that compiled kernels and libraries lie in
 their caches. Imports are timed apart and are part of the wall time as well.
@@ -298,6 +299,7 @@ def main() -> int:
     env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(options.threads))}
     wanted = [
         ours(options.threads),
+        ours(options.threads, read_back=False),
         *(each for each in peers(options.peer_folder.absolute()) if each.key in options.peers),
     ]
     candidates, found, missing = usable(wanted, env)

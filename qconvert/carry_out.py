@@ -76,6 +76,7 @@ def carry_out(
     jobs: int,
     max_memory: int | None,
     fresh: bool,
+    read_back: bool,
     algorithm: str,
     device: torch.device = CPU,
     progress: Progress,
@@ -101,7 +102,8 @@ def carry_out(
             "calibration": "none" if task.calibration is None else task.calibration.hash,
         }
         states = states_beside(out, identity)
-        with ShardWriter(out, plan.layout, identity=identity, fresh=fresh, algorithm=algorithm) as sink:
+        writer = ShardWriter(out, plan.layout, identity=identity, fresh=fresh, read_back=read_back, algorithm=algorithm)
+        with writer as sink:
             try:
                 if fresh:
                     states.remove(foreign=True)

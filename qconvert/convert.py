@@ -64,6 +64,7 @@ def convert(
     fold: bool = False,
     calibration: By | None = None,
     fresh: bool = False,
+    read_back: bool = True,
     algorithm: str = XXH3,
     device: torch.device = CPU,
     progress: Progress = lambda done, total: None,
@@ -87,6 +88,8 @@ def convert(
         calibration: round matrices for what this text lets reach them, or by statistics of ``source``; ``None``
             rounds them to nearest.
         fresh: start over instead of going on from what an earlier run left.
+        read_back: compare every byte that is written with its hash after it is durable, before ``out`` appears; what
+            an earlier run left is compared in any case.
         algorithm: hash of the tensors in the manifest, one of ``hashing.ALGORITHMS``.
         device: where matrices are rounded: by compiled kernels on a CPU, by the plain torch expressions elsewhere.
         progress: called with source bytes done and in all.
@@ -113,6 +116,7 @@ def convert(
         jobs=jobs,
         max_memory=max_memory,
         fresh=fresh,
+        read_back=read_back,
         algorithm=algorithm,
         device=device,
         progress=progress,
@@ -152,6 +156,7 @@ def move_codes(
     max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     fresh: bool = False,
+    read_back: bool = True,
     algorithm: str = XXH3,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
@@ -179,6 +184,7 @@ def move_codes(
         jobs=jobs,
         max_memory=max_memory,
         fresh=fresh,
+        read_back=read_back,
         algorithm=algorithm,
         progress=progress,
     )
@@ -214,6 +220,7 @@ def refold(
     max_memory: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     fresh: bool = False,
+    read_back: bool = True,
     algorithm: str = XXH3,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
@@ -242,6 +249,7 @@ def refold(
         jobs=jobs,
         max_memory=max_memory,
         fresh=fresh,
+        read_back=read_back,
         algorithm=algorithm,
         progress=progress,
     )

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .results import OURS, UNREAD
+
 SCHEMES = ("int4-g128", "int8", "fp8", "fp8-block")
 _PEERS = Path(__file__).parents[1] / "peers"
 _OUR_SCHEMES = {
@@ -44,17 +46,18 @@ class Candidate:
     fsyncs: bool = False
 
 
-def ours(threads: int) -> Candidate:
-    """The qconvert of this process's environment."""
+def ours(threads: int, *, read_back: bool = True) -> Candidate:
+    """The qconvert of this process's environment, which reads back what it writes or trusts the disk."""
     program = Path(sys.executable).with_name("qconvert")
+    beside = () if read_back else ("--no-read-back",)
 
     def command(source: Path, out: Path, scheme: str) -> list[str]:
-        options = [*_OUR_SCHEMES[scheme], "--jobs", str(threads), "--json"]
+        options = [*_OUR_SCHEMES[scheme], "--jobs", str(threads), "--json", *beside]
         return [str(program), "quantize", str(source), str(out), *options]
 
     return Candidate(
-        key="qconvert",
-        title="qconvert",
+        key=OURS if read_back else UNREAD,
+        title="qconvert" if read_back else "qconvert --no-read-back",
         schemes=SCHEMES,
         python=Path(sys.executable),
         command=command,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 FLOOR = "floor"
 OURS = "qconvert"
+UNREAD = "qconvert-no-read-back"
+"""The same, that trusts the disk as peers do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +72,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lead:
-    """How far qconvert is ahead of the best peer that rounds every expert, each figure beside its own best peer."""
+    """How far a qconvert is ahead of the best peer that rounds every expert, each figure beside its own best peer."""
 
     scheme: str
+    candidate: str
     wall: float
     wall_peer: str
     cpu: float
@@ -117,27 +120,29 @@ def _row(group: Sequence[Run], input_bytes: int, imports: float, floor: float | 
 
 
 def leads(table: Iterable[Row]) -> list[Lead]:
-    """One lead a scheme that qconvert and at least one peer that rounds every expert have finished."""
+    """Those of the schemes that a qconvert and at least one peer that rounds every expert have finished."""
     by_scheme: dict[str, list[Row]] = {}
     for row in table:
         if row.failure is None and row.quantized and row.candidate != FLOOR:
             by_scheme.setdefault(row.scheme, []).append(row)
     found = []
     for scheme, finished in by_scheme.items():
-        mine = next((row for row in finished if row.candidate == OURS), None)
-        others = [row for row in finished if row.candidate != OURS]
-        if mine is None or not others:
+        mine = [row for row in finished if row.candidate in (OURS, UNREAD)]
+        others = [row for row in finished if row.candidate not in (OURS, UNREAD)]
+        if not others:
             continue
         fastest, cheapest = min(others, key=lambda row: row.wall), min(others, key=lambda row: row.cpu)
-        found.append(
+        found += [
             Lead(
                 scheme=scheme,
-                wall=fastest.wall / mine.wall,
+                candidate=row.candidate,
+                wall=fastest.wall / row.wall,
                 wall_peer=fastest.candidate,
-                cpu=cheapest.cpu / mine.cpu,
+                cpu=cheapest.cpu / row.cpu,
                 cpu_peer=cheapest.candidate,
             )
-        )
+            for row in mine
+        ]
     return found
 
 
@@ -149,17 +154,21 @@ _HEAD = (
 
 def markdown(table: Sequence[Row], titles: Mapping[str, str]) -> str:
     """One Markdown table a scheme, and below it what qconvert gains on the best peers."""
-    gained = {lead.scheme: lead for lead in leads(table)}
+    gained = leads(table)
     parts = []
     for scheme in dict.fromkeys(row.scheme for row in table):
         lines = [f"### {scheme}", "", _line(_HEAD), _line(["---", *["---:"] * (len(_HEAD) - 2), "---"])]
         lines += [_line(_cells(row, titles)) for row in table if row.scheme == scheme]
-        if lead := gained.get(scheme):
-            lines += [
-                "",
-                f"Of qconvert's wall time the fastest peer, {titles[lead.wall_peer]}, takes {lead.wall:.1f} times as "
-                f"much; of its CPU seconds the most frugal, {titles[lead.cpu_peer]}, {lead.cpu:.1f} times as many.",
-            ]
+        for lead in gained:
+            if lead.scheme == scheme:
+                mine, fastest, cheapest = (
+                    titles.get(key, key) for key in (lead.candidate, lead.wall_peer, lead.cpu_peer)
+                )
+                lines += [
+                    "",
+                    f"Of the wall time of {mine} the fastest peer, {fastest}, takes {lead.wall:.1f} times as much; of "
+                    f"its CPU seconds the most frugal, {cheapest}, {lead.cpu:.1f} times as many.",
+                ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

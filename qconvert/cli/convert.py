@@ -20,6 +20,7 @@ from qconvert.cli.options import (
     Json,
     MaxMemory,
     MaxShardSize,
+    ReadBack,
     parse_hash,
     parse_size,
 )
@@ -46,6 +47,7 @@ def convert(
     jobs: Jobs = PROCESSORS,
     max_memory: MaxMemory = "1GiB",
     fresh: Fresh = False,
+    read_back: ReadBack = True,
     max_shard_size: MaxShardSize = "5GB",
     algorithm: HashName = "xxh3-128",
     json: Json = False,
@@ -75,7 +77,8 @@ def convert(
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:
             done = move_codes(
-                folder, out, asked, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
+                folder, out, asked, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
+                fresh=fresh, read_back=read_back,
                 algorithm=hashes, progress=lambda now, total: advance("moving", now, total),
             )  # fmt: skip
         _report(done, folder, time.perf_counter() - start, json=json)

@@ -21,6 +21,7 @@ from qconvert.cli.options import (
     Json,
     MaxMemory,
     MaxShardSize,
+    ReadBack,
     parse_hash,
     parse_size,
 )
@@ -139,6 +140,7 @@ def export_onnx(
     jobs: Jobs = PROCESSORS,
     max_memory: MaxMemory = "1GiB",
     fresh: Fresh = False,
+    read_back: ReadBack = True,
     max_shard_size: MaxShardSize = "5GB",
     algorithm: HashName = "xxh3-128",
     json: Json = False,
@@ -202,7 +204,7 @@ def export_onnx(
         start = time.perf_counter()
         with console.progress(in_bytes=True, quiet=json) as advance:
             done = write_package(
-                folder, out, options, jobs=jobs, max_memory=limit, fresh=fresh,
+                folder, out, options, jobs=jobs, max_memory=limit, fresh=fresh, read_back=read_back,
                 algorithm=hashes, progress=lambda now, total: advance("writing", now, total), say=notes.append,
             )  # fmt: skip
         _report(done, folder, notes, time.perf_counter() - start, json=json)

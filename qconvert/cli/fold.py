@@ -21,6 +21,7 @@ from qconvert.cli.options import (
     Json,
     MaxMemory,
     MaxShardSize,
+    ReadBack,
     check_fold_engine,
     parse_hash,
     parse_size,
@@ -42,6 +43,7 @@ def fold(
     jobs: Jobs = PROCESSORS,
     max_memory: MaxMemory = "1GiB",
     fresh: Fresh = False,
+    read_back: ReadBack = True,
     max_shard_size: MaxShardSize = "5GB",
     algorithm: HashName = "xxh3-128",
     json: Json = False,
@@ -65,7 +67,8 @@ def fold(
     def call() -> int:
         check_fold_engine(engine)
         return _refold(
-            source, out, Folding.FOLDED, dry_run=dry_run, jobs=jobs, max_memory=max_memory, fresh=fresh,
+            source, out, Folding.FOLDED, dry_run=dry_run, jobs=jobs, max_memory=max_memory,
+            fresh=fresh, read_back=read_back,
             max_shard_size=max_shard_size, algorithm=algorithm, json=json,
         )  # fmt: skip
 
@@ -79,6 +82,7 @@ def unfold(
     jobs: Jobs = PROCESSORS,
     max_memory: MaxMemory = "1GiB",
     fresh: Fresh = False,
+    read_back: ReadBack = True,
     max_shard_size: MaxShardSize = "5GB",
     algorithm: HashName = "xxh3-128",
     json: Json = False,
@@ -91,7 +95,8 @@ def unfold(
 
     def call() -> int:
         return _refold(
-            source, out, Folding.UNFOLDED, dry_run=dry_run, jobs=jobs, max_memory=max_memory, fresh=fresh,
+            source, out, Folding.UNFOLDED, dry_run=dry_run, jobs=jobs, max_memory=max_memory,
+            fresh=fresh, read_back=read_back,
             max_shard_size=max_shard_size, algorithm=algorithm, json=json,
         )  # fmt: skip
 
@@ -107,6 +112,7 @@ def _refold(
     jobs: int,
     max_memory: str,
     fresh: bool,
+    read_back: bool,
     max_shard_size: str,
     algorithm: str,
     json: bool,
@@ -119,7 +125,8 @@ def _refold(
     start = time.perf_counter()
     with console.progress(in_bytes=True, quiet=json) as advance:
         done = refold(
-            folder, out, folding, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes, fresh=fresh,
+            folder, out, folding, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
+            fresh=fresh, read_back=read_back,
             algorithm=hashes, progress=lambda now, total: advance("moving", now, total),
         )  # fmt: skip
     _report(done, folder, folding, time.perf_counter() - start, json=json)

@@ -31,6 +31,15 @@ MaxMemory = Annotated[str, typer.Option(help="What the whole process may hold, s
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on from what an earlier run left.")]
 
+ReadBack = Annotated[
+    bool,
+    typer.Option(
+        "--read-back/--no-read-back",
+        help="Read every byte back from the disk and compare it before OUT appears: the disk moves twice as much. "
+        "`qconvert verify` does the same at any time.",
+    ),
+]
+
 MaxShardSize = Annotated[str, typer.Option(help="Largest output file.")]
 
 HashName = Annotated[str, typer.Option("--hash", help=f"Of tensors and files in manifest.json: {' or '.join(HASHES)}.")]

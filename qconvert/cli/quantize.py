@@ -46,6 +46,7 @@ from qconvert.cli.options import (
     Json,
     MaxShardSize,
     QuantizeEngine,
+    ReadBack,
     check_fold_engine,
     parse_hash,
     parse_size,
@@ -124,6 +125,7 @@ def quantize(
         ),
     ] = None,
     fresh: Fresh = False,
+    read_back: ReadBack = True,
     max_shard_size: MaxShardSize = "5GB",
     algorithm: HashName = "xxh3-128",
     device: Device = "cpu",
@@ -227,7 +229,8 @@ def quantize(
             with console.progress(in_bytes=True, quiet=json) as advance:
                 done = convert(
                     folder, out, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
-                    from_quantized=from_quantized, fold=fold, calibration=calibration, fresh=fresh, algorithm=hashes,
+                    from_quantized=from_quantized, fold=fold, calibration=calibration,
+                    fresh=fresh, read_back=read_back, algorithm=hashes,
                     device=place, progress=lambda now, total: advance("rounding", now, total),
                 )  # fmt: skip
             warnings = (*warnings, *coverage_warnings(done.record.get(CALIBRATION)))

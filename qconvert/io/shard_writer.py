@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -35,7 +35,7 @@ BACKGROUND_BYTES = RING_BYTES + READ_BYTES
 
 
 class ShardWriter:
-    """A ``Sink`` of safetensors files in a folder that appears when all of it is written and read back.
+    """A ``Sink`` of safetensors files in a folder that appears when all of it is durable, and by default read back.
 
     Used as a context manager it removes what it wrote unless ``finish`` or ``suspend`` was reached. Join the threads
     that write before leaving.
@@ -55,6 +55,7 @@ class ShardWriter:
         *,
         identity: Identity = MappingProxyType({}),
         fresh: bool = False,
+        read_back: bool = True,
         algorithm: str = XXH3,
         metadata: Mapping[str, str] = PYTORCH_METADATA,
     ) -> None:
@@ -65,6 +66,7 @@ class ShardWriter:
             layout: every tensor of every file.
             identity: what an earlier run must have had in common with this one, besides layout and algorithm.
             fresh: remove what an earlier run left instead of going on.
+            read_back: compare every byte with its hash after it is durable, not only what an earlier run left.
             algorithm: hash of the tensors.
             metadata: of every file's header.
 
@@ -97,10 +99,11 @@ class ShardWriter:
             if not steps:
                 with disk_errors(self.path):
                     self._folder.journal.append([begin_line(identity)])
-            read_back = ReadBack(self._place, algorithm)
-            committer = Committer(self.path, self._folder.journal, read_back.expect)
-            self._background = WriteBehind(committer), committer, read_back
-            read_back.expect(list(steps.values()))
+            comparing = ReadBack(self._place, algorithm)
+            durable = comparing.expect if read_back else _nobody
+            committer = Committer(self.path, self._folder.journal, durable)
+            self._background = WriteBehind(committer), committer, comparing
+            comparing.expect(list(steps.values()))
         except BaseException:
             self.suspend()
             raise
@@ -139,7 +142,7 @@ class ShardWriter:
     def finish(
         self, extra: Extra = MappingProxyType({}), accept: Callable[[Path], None] = lambda folder: None
     ) -> dict[str, str]:
-        """Wait until all is durable and has been read back, add ``extra`` and the index, publish.
+        """Wait until all is durable and what shall be read back has been, add ``extra`` and the index, publish.
 
         ``accept`` sees the hidden folder as it will appear, and keeps it from appearing by raising.
 
@@ -300,6 +303,10 @@ def _check_layout(layout: Layout, headers: Mapping[str, bytes]) -> None:
             raise PlanError(f"the output layout has a file {shard!r}; expected a plain name ending in {WEIGHTS_SUFFIX}")
     if len({info.name for info in layout.tensors}) != len(layout.tensors):
         raise PlanError("the output layout names a tensor twice")
+
+
+def _nobody(steps: Sequence[Finished]) -> None:
+    """Nobody wants to know what is durable."""
 
 
 def _file_parts(path: Path) -> Iterator[bytes]:

@@ -51,6 +51,7 @@ def export_onnx(
     jobs: int = 2,
     max_memory: int | None = None,
     fresh: bool = False,
+    read_back: bool = True,
     algorithm: str = XXH3,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda sentence: None,
@@ -67,6 +68,7 @@ def export_onnx(
         jobs: steps that run at once.
         max_memory: bytes that the whole process may hold.
         fresh: start over instead of going on from what an earlier run left.
+        read_back: see ``convert``.
         algorithm: hash of the tensors in the manifest.
         progress: called with source bytes done and in all.
         say: takes a sentence for each part of the checkpoint that the package does not have.
@@ -83,7 +85,15 @@ def export_onnx(
         return task
 
     return carry_out(
-        source, out, decide, jobs=jobs, max_memory=max_memory, fresh=fresh, algorithm=algorithm, progress=progress
+        source,
+        out,
+        decide,
+        jobs=jobs,
+        max_memory=max_memory,
+        fresh=fresh,
+        read_back=read_back,
+        algorithm=algorithm,
+        progress=progress,
     )
 
 

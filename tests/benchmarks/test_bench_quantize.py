@@ -131,7 +131,7 @@ def test_every_line_of_a_table_has_every_column() -> None:
     lines = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert "failed: a \\| b" in text
-    assert "Quick 1.0, takes 5.0 times" in text
+    assert "fastest peer, Quick 1.0, takes 5.0 times" in text
     assert "Frugal 2.0, 7.0 times" in text
 
 

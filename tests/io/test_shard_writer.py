@@ -277,6 +277,21 @@ def test_a_shard_that_is_cut_short_is_noticed(out: Path, monkeypatch: pytest.Mon
     assert_nothing_left(out)
 
 
+def test_who_trusts_the_disk_reads_nothing_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: OutputFile, *_: object) -> None:
+        raise OutputError(f"{file.path} is read")
+
+    monkeypatch.setattr(OutputFile, "read", refuse)
+    with pytest.raises(OutputError, match="is read"), ShardWriter(out, lay_out(TENSORS)) as writer:
+        write_all(writer)
+        writer.finish()
+    assert_nothing_left(out)
+    with ShardWriter(out, lay_out(TENSORS), read_back=False) as writer:
+        write_all(writer)
+        writer.finish()
+    assert_holds(out, TENSORS)
+
+
 CALLS = ["ftruncate", "pwrite", "fsync", "preadv", "mkdir"]
 
 
