@@ -46,17 +46,19 @@ def mtp_graph(
         "Concat", decoder.norm(embedded, Kind.MTP_EMBEDDING_NORM), decoder.norm(hidden, Kind.MTP_HIDDEN_NORM), axis=-1
     )
     x = operators.linear(graph, both, own(Kind.MTP_FC), accuracy_level)
+    normal = decoder.norm(x, Kind.INPUT_NORM, 0)
     present: list[tuple[ir.Value, State]] = []
     for layer in range(layers):
         with graph.scope(f"layers.{layer}"):
             states = attention_states(config, layer)
             past = inputs_of(graph, states, [cache] * len(states))
-            mixed, *after = decoder.attention(decoder.norm(x, Kind.INPUT_NORM, layer), layer, past[0], past[1])
-            x = graph.op("Add", x, mixed)
-            made, _ = decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer)
-            x = graph.op("Add", x, made)
+            mixed, *after = decoder.attention(normal, layer, past[0], past[1])
+            x, normal = decoder.added_norm(x, mixed, Kind.POST_ATTENTION_NORM, layer)
+            made, _ = decoder.moe(normal, layer)
+            x, normal = decoder.added_norm(
+                x, made, *((Kind.NORM,) if layer + 1 == layers else (Kind.INPUT_NORM, layer + 1))
+            )
             present += zip(after, states, strict=True)
-    normal = decoder.norm(x, Kind.NORM)
     logits = operators.linear(graph, normal, head_of(config, weights), accuracy_level)
     graph.output(logits, LOGITS, real_number, ("batch", "sequence", config.vocab_size))
     graph.output(normal, HIDDEN_OUT, real_number, ("batch", "sequence", config.hidden_size))

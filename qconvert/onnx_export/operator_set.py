@@ -49,6 +49,11 @@ class OperatorSet(Protocol):
     def rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension."""
 
+    def added_rms_norm(
+        self, graph: GraphWriter, x: ir.Value, more: ir.Value, weight: ir.Value, eps: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """``x + more``, and its ``rms_norm``: [B, S, D] all."""
+
     def gated_rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, gate: ir.Value, eps: float) -> ir.Value:
         """``rms_norm(x) * silu(gate)``, the norm over each head: x and gate [B, S, Hv dv], weight [dv]."""
 

@@ -37,6 +37,7 @@ SINCE: Mapping[tuple[str, str], Version] = {
     (MICROSOFT, "MoE"): OLDEST,
     (MICROSOFT, "MultiHeadAttention"): OLDEST,
     (MICROSOFT, "QMoE"): OLDEST,
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): OLDEST,
 }
 """Operators that are no older than what is written here; all others of the standard are."""
 
@@ -68,6 +69,7 @@ CUDA_SINCE: Mapping[tuple[str, str], Mapping[ir.DataType, Version]] = {
     (MICROSOFT, "MoE"): dict.fromkeys(_ALL, OLDEST),
     (MICROSOFT, "MultiHeadAttention"): dict.fromkeys(_ALL, OLDEST),
     (MICROSOFT, "QMoE"): dict.fromkeys(_BOTH, OLDEST),
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): dict.fromkeys(_ALL, OLDEST),
 }  # fmt: skip
 """Kernels of the CUDA provider by the narrowest type of their inputs, for all of ONNX Runtime's own operators.
 

@@ -40,6 +40,13 @@ class Standard:
         """See ``OperatorSet``."""
         return graph.op("RMSNormalization", x, weight, axis=-1, epsilon=eps)
 
+    def added_rms_norm(
+        self, graph: GraphWriter, x: ir.Value, more: ir.Value, weight: ir.Value, eps: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """See ``OperatorSet``."""
+        total = graph.op("Add", x, more)
+        return total, self.rms_norm(graph, total, weight, eps)
+
     def gated_rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, gate: ir.Value, eps: float) -> ir.Value:
         """See ``OperatorSet``."""
         shape = graph.op("Concat", graph.integers(0, 0, -1), graph.op("Shape", weight), axis=0)

@@ -50,7 +50,7 @@ def place(
             weights,
             real=placing.spread_real(graph, real),
             bias=placing.attention_bias(graph, mask, count, before, operators.unseen),
-            packing=placing.packing(graph, real, count, config.linear_conv_kernel_dim),
+            packing=placing.packing(graph, real, count, config.conv_dim, config.linear_conv_kernel_dim),
             rotation=placing.rotation(
                 graph, positions, frequencies.numpy(), factor, axis_of_planes(config.rope.mrope_section).numpy()
             ),
@@ -67,6 +67,11 @@ def inputs_of(graph: GraphWriter, states: Sequence[State], kinds: Sequence[ir.Da
 def head_of(config: TextConfig, weights: Weights) -> Weight:
     """The output matrix: the embedding itself when they are tied."""
     return weights(Kind.EMBEDDING if config.tie_word_embeddings else Kind.HEAD)
+
+
+def following_norm(layer: int, layers: int) -> tuple[Kind, int | None]:
+    """What reads the output of a layer: the first norm of the next, or the last of all."""
+    return (Kind.NORM, None) if layer + 1 == layers else (Kind.INPUT_NORM, layer + 1)
 
 
 def text_graph(
@@ -102,6 +107,7 @@ def text_graph(
     positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
     decoder = place(graph, operators, config, weights, tokens, mask, positions, accuracy_level=accuracy_level)
     x = tokens if embedded else operators.look_up(graph, weights(Kind.EMBEDDING), tokens)
+    normal = decoder.norm(x, Kind.INPUT_NORM, 0)
     present: list[tuple[ir.Value, State, ir.DataType]] = []
     tapped: list[tuple[str, ir.Value]] = []
     for layer, kind in enumerate(config.layer_types):
@@ -110,13 +116,12 @@ def text_graph(
             kinds = [cache if state.grows else real_number for state in states]
             past = inputs_of(graph, states, kinds)
             mix = decoder.attention if kind == "full_attention" else decoder.linear_attention
-            mixed, *after = mix(decoder.norm(x, Kind.INPUT_NORM, layer), layer, past[0], past[1])
-            x = graph.op("Add", x, mixed)
-            made, router = decoder.moe(decoder.norm(x, Kind.POST_ATTENTION_NORM, layer), layer)
-            x = graph.op("Add", x, made)
+            mixed, *after = mix(normal, layer, past[0], past[1])
+            x, normal = decoder.added_norm(x, mixed, Kind.POST_ATTENTION_NORM, layer)
+            made, router = decoder.moe(normal, layer)
+            x, normal = decoder.added_norm(x, made, *following_norm(layer, config.num_hidden_layers))
             tapped += [(tap_name(layer, tap), value) for tap, value in zip(TAPS, (mixed, made, router, x), strict=True)]
             present += zip(after, states, kinds, strict=True)
-    normal = decoder.norm(x, Kind.NORM)
     scored = placing.last_real(graph, normal, decoder.real) if last_logits else normal
     logits = operators.linear(graph, scored, head_of(config, weights), accuracy_level)
     if hidden:
