@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from functools import partial
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -75,8 +76,7 @@ def _served_scales(source: CheckpointWeights, activations: Mapping[TensorRole, A
             stacks[_FIRST.get(role.kind, role.kind), role.layer][role] = scale
     taken = {}
     for (kind, _), scales in stacks.items():
-        experts = kind in EXPERT_KINDS
-        scale = max(scales.values(), key=lambda one, experts=experts: one.multiplier if experts else one.number)
+        scale = max(scales.values(), key=attrgetter("multiplier" if kind in EXPERT_KINDS else "number"))
         for role in scales:
             taken[role] = scale.multiplier if activations[role].kind == "static" else scale.divisor
     return taken
