@@ -145,9 +145,10 @@ class MatrixReader:
             form = format_named(packed.format)
             return form.unpack(parts, packed.scheme, (end - begin, packed.shape[1]), whole=packed.shape)
         except FormatError as error:
-            first = reading.inputs[0]
-            place = self._source.path / self.info(first).shard
-            raise DataError(f"{place}: {first.tensor} cannot be read: {error}; get the file again") from None
+            at_fault = [part for part in reading.inputs if part.tensor.endswith(f".{error.part}")]
+            part = (*at_fault, reading.inputs[0])[0]
+            place = self._source.path / self.info(part).shard
+            raise DataError(f"{place}: {part.tensor} cannot be read: {error}; get the file again") from None
 
 
 def _packed(reading: Reading) -> Packed:

@@ -44,7 +44,10 @@ def quantization_of(path: Path) -> dict[str, Any]:
 
 def round_inputs_to_four_bits(path: Path, scale: Callable[[str], float] = lambda module: 1.0) -> None:
     """Make W4A4 of NVFP4: ``scale`` is the ``input_global_scale`` of a module."""
-    inputs = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+    inputs = {
+        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local",
+        "scale_dtype": "torch.float8_e4m3fn",
+    }  # fmt: skip
     groups = quantization_of(path)["config_groups"]
     edit_quantization(path, config_groups={name: one | {"input_activations": inputs} for name, one in groups.items()})
 

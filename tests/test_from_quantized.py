@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -295,17 +296,27 @@ def test_parity_takes_the_quantized_source_for_the_original(sources: Path, tmp_p
     assert min(routed) - 0.1 <= said["sqnr"] <= max(routed) + 0.1
 
 
-def test_an_unreadable_part_is_one_error_that_names_it(sources: Path, tmp_path: Path) -> None:
-    name = "model.language_model.layers.1.mlp.experts.2.up_proj"
-    for folder, change, error, said in (
-        ("zero", lambda t: t[f"{name}.weight_scale_inv"].zero_(), DataError, "weight_scale_inv holds"),
-        ("nan", lambda t: t[f"{name}.weight"].view(torch.uint8).fill_(0x7F), DataError, "49152 NaN"),
-    ):
-        shutil.copytree(sources / "fp8-block", tmp_path / folder)
-        edit_tensors(tmp_path / folder, change)
-        with pytest.raises(error, match=rf"model.*\.safetensors: {name}\.weight.*{said}"):
-            again(tmp_path / folder, tmp_path / "out", default_policy(int4(128)))
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("source", "part", "spoil", "said"),
+    [
+        ("fp8-block", "weight_scale_inv", torch.Tensor.zero_, "holds"),
+        ("fp8-block", "weight", lambda codes: codes.view(torch.uint8).fill_(0x7F), "49152 NaN"),
+        ("gptq", "g_idx", torch.Tensor.zero_, "does not give every group its 128 inputs"),
+        ("gptq", "scales", lambda scales: scales[0, 0].fill_(torch.nan), "holds 1 scales"),
+        ("int4", "weight_shape", lambda shape: shape.add_(1), "the architecture says"),
+        ("nf4", "weight.quant_map", lambda values: values.mul_(2), "is not the codebook nf4"),
+    ],
+)
+def test_an_unreadable_part_is_one_error_that_names_it(
+    sources: Path, tmp_path: Path, source: str, part: str, spoil: Callable[[Tensor], object], said: str
+) -> None:
+    module = "mlp.shared_expert" if source == "nf4" else "mlp.experts.2"
+    name = f"model.language_model.layers.1.{module}.up_proj.{part}"
+    shutil.copytree(sources / source, tmp_path / "src")
+    edit_tensors(tmp_path / "src", lambda t: spoil(t[name]))
+    with pytest.raises(DataError, match=rf"model.*\.safetensors: {name}[ ,].*{said}"):
+        again(tmp_path / "src", tmp_path / "out", default_policy(int4(128)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_contradictions_are_listed_before_anything_is_written(sources: Path, tmp_path: Path) -> None:

@@ -45,9 +45,17 @@ class DataError(QconvertError):
 
 
 class FormatError(QconvertError):
-    """A scheme that a format cannot store, or stored parts that contradict each other."""
+    """A scheme that a format cannot store, or stored parts that contradict each other.
+
+    Attributes:
+        part: suffix of the stored part of a matrix that is at fault; ``None`` where it is none by itself.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, *, part: str | None = None) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 class Interrupted(KeyboardInterrupt):

@@ -114,11 +114,14 @@ def check_parts(parts: Mapping[str, Tensor], specs: tuple[PartSpec, ...]) -> Non
     """
     for spec in specs:
         if spec.suffix not in parts:
-            raise FormatError(f"{spec.suffix} is missing beside {', '.join(sorted(parts)) or 'nothing'}")
+            raise FormatError(
+                f"{spec.suffix} is missing beside {', '.join(sorted(parts)) or 'nothing'}", part=spec.suffix
+            )
         found = parts[spec.suffix]
         if tuple(found.shape) != spec.shape or found.dtype != spec.dtype.torch_dtype:
             raise FormatError(
-                f"{spec.suffix} is {found.dtype} {tuple(found.shape)}, expected {spec.dtype} {spec.shape}"
+                f"{spec.suffix} is {found.dtype} {tuple(found.shape)}, expected {spec.dtype} {spec.shape}",
+                part=spec.suffix,
             )
 
 
@@ -146,4 +149,4 @@ def check_scales(scale: Tensor, suffix: str, *, signed: bool = False) -> None:
     wrong = ~(((values != 0) if signed else (values > 0)) & values.isfinite())
     if bool(wrong.any()):
         kinds = "zero, infinite or NaN" if signed else "zero, negative, infinite or NaN"
-        raise FormatError(f"{suffix} holds {int(wrong.sum())} scales that are {kinds}")
+        raise FormatError(f"{suffix} holds {int(wrong.sum())} scales that are {kinds}", part=suffix)

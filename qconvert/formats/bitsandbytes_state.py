@@ -99,9 +99,9 @@ class Bitsandbytes4:
         check_scales(parts[ABSMAX], ABSMAX)
         described = bytes(parts[self.state].tolist())
         if described != self._described(shape):
-            raise FormatError(f"{self.state} says {described!r}, expected {self._described(shape)!r}")
+            raise FormatError(f"{self.state} says {described!r}, expected {self._described(shape)!r}", part=self.state)
         if not torch.equal(parts[QUANT_MAP], torch.tensor(CODEBOOKS[self.codebook], dtype=torch.float32)):
-            raise FormatError(f"{QUANT_MAP} is not the codebook {self.codebook}")
+            raise FormatError(f"{QUANT_MAP} is not the codebook {self.codebook}", part=QUANT_MAP)
         codes = _swapped(unpack_pairs(parts[WEIGHT].reshape(1, -1))).view(shape)
         return QuantizedTensor(codes=codes, scale=parts[ABSMAX], scheme=scheme, shape=shape)
 
@@ -163,9 +163,11 @@ class Bitsandbytes8:
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SCB], SCB)
         if bool((parts[WEIGHT] == -128).any()):
-            raise FormatError(f"{WEIGHT} holds -128, which LLM.int8 has no place for")
+            raise FormatError(f"{WEIGHT} holds -128, which LLM.int8 has no place for", part=WEIGHT)
         if int(parts[WEIGHT_FORMAT]) != _ROW:
-            raise FormatError(f"{WEIGHT_FORMAT} is {int(parts[WEIGHT_FORMAT])}; only codes in rows can be read")
+            raise FormatError(
+                f"{WEIGHT_FORMAT} is {int(parts[WEIGHT_FORMAT])}; only codes in rows can be read", part=WEIGHT_FORMAT
+            )
         return QuantizedTensor(
             codes=parts[WEIGHT],
             scale=parts[SCB].reshape(-1, 1),

@@ -26,5 +26,5 @@ def check_groups_of_inputs(index: Tensor, scheme: Scheme, shape: tuple[int, int]
         return None
     if not torch.equal(index.sort().values, consecutive):
         size = shape[1] // scheme.scale_shape(*shape)[1]
-        raise FormatError(f"{suffix} does not give every group its {size} inputs")
+        raise FormatError(f"{suffix} does not give every group its {size} inputs", part=suffix)
     return index

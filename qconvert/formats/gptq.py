@@ -70,7 +70,9 @@ class Gptq(Transposed):
         """
         zeros_GN = unpack_int32(stored, bits, rows, signed=False)
         if self.zero_offset and bool((zeros_GN == (1 << bits) - 1).any()):
-            raise FormatError(f"{ZEROS} holds {(1 << bits) - 1} for a zero point less one: engines do not agree on it")
+            raise FormatError(
+                f"{ZEROS} holds {(1 << bits) - 1} for a zero point less one: engines do not agree on it", part=ZEROS
+            )
         return zeros_GN + self.zero_offset
 
     def parts(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[PartSpec, ...]:

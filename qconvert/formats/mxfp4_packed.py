@@ -72,7 +72,7 @@ class Mxfp4Packed:
         check_parts(parts, self.parts(scheme, shape))
         broken = int((parts[SCALE] == _NOT_A_NUMBER).sum())
         if broken:
-            raise FormatError(f"{SCALE} holds {broken} scales that are NaN")
+            raise FormatError(f"{SCALE} holds {broken} scales that are NaN", part=SCALE)
         codes = unpack_pairs(parts[PACKED])
         scale = parts[SCALE].view(torch.float8_e8m0fnu)
         return QuantizedTensor(codes=codes, scale=scale, scheme=scheme, shape=shape)

@@ -113,6 +113,6 @@ def check_second_level(scale: Tensor, suffix: str, packed: Tensor) -> None:
     """
     values = scale.to(torch.float32)
     if wrong := int((~(values >= 0.0)).sum()):
-        raise FormatError(f"{suffix} holds {wrong} scales that are negative or NaN")
+        raise FormatError(f"{suffix} holds {wrong} scales that are negative or NaN", part=suffix)
     if not bool(values.any()) and bool((packed & 0x77).any()):
-        raise FormatError(f"{suffix} holds nothing but zeros, and the codes are others")
+        raise FormatError(f"{suffix} holds nothing but zeros, and the codes are others", part=suffix)

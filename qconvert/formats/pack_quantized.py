@@ -101,7 +101,9 @@ class PackQuantized:
         check_parts(parts, self.parts(scheme, shape))
         check_scales(parts[SCALE], SCALE, signed=True)
         if tuple(parts[SHAPE].tolist()) != (whole or shape):
-            raise FormatError(f"{SHAPE} says {parts[SHAPE].tolist()}, the architecture says {list(whole or shape)}")
+            raise FormatError(
+                f"{SHAPE} says {parts[SHAPE].tolist()}, the architecture says {list(whole or shape)}", part=SHAPE
+            )
         rows, cols = shape
         zero_point = None
         if not scheme.symmetric:

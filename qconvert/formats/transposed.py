@@ -101,7 +101,9 @@ class Transposed(Protocol):
         codes = self.unpack_codes(parts[CODES], bits, shape)
         zeros_GN = self.unpack_zeros(parts[ZEROS], bits, shape[0])
         if scheme.symmetric and bool((zeros_GN != middle).any()):
-            raise FormatError(f"{ZEROS} holds zero points other than {middle}, but the configuration says symmetric")
+            raise FormatError(
+                f"{ZEROS} holds zero points other than {middle}, but the configuration says symmetric", part=ZEROS
+            )
         return QuantizedTensor(
             codes=(codes - middle).view(torch.int8) if scheme.symmetric else codes,
             scale=flipped(parts[SCALES]),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qconvert.convert import convert
-from qconvert.core.scheme import FP8, FP8_BLOCK, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, int4
+from qconvert.core.scheme import FP8, FP8_BLOCK, LLM_INT8, MXFP4, NVFP4, W8A8, Scheme, bnb4, int4
 from qconvert.engine_check.rule import Effect, Engine
 from qconvert.engine_check.run import RULES, check_checkpoint, describe
 from qconvert.plan.policy import Policy, Rule, default_policy
@@ -56,6 +56,7 @@ BASES: dict[str, Policy] = {
     "fp8 shared": default_policy(FP8, rules=preset_rules("fusable", FP8)),
     "mxfp4": default_policy(MXFP4),
     "nvfp4": default_policy(NVFP4),
+    "nf4": default_policy(bnb4("nf4")),
     "llm-int8": default_policy(LLM_INT8),
 }
 
@@ -216,6 +217,10 @@ CASES = (
     Case(rule="transformers-gptq", base="gptq", says="in gptq", module=EXPERTS),
     Case(rule="transformers-awq-experts", base="awq", says="in awq", module=EXPERTS),
     Case(rule="transformers-awq", base="awq singles", says="in awq", module=f"{TEXT}layers.0.linear_attn.out_proj"),
+    Case(rule="transformers-nf4-rows", base="tiny nf4", says="bitsandbytes-nf4",
+         module=f"{TEXT}layers.0.linear_attn.in_proj_qkv"),
+    Case(rule="transformers-nf4-outputs", base="nf4 of other heads", says="bitsandbytes-nf4",
+         module=f"{TEXT}layers.0.linear_attn.in_proj_qkv"),
     Case(rule="vllm-bitsandbytes", base="llm-int8", says="bitsandbytes", module=f"{TEXT}layers.0.linear_attn.out_proj"),
     Case(rule="vllm-mxfp4-activations", base="mxfp4", says="mxfp4-pack-quantized", module=EXPERTS),
 )  # fmt: skip
@@ -237,6 +242,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             elif name == "tiny fusable":
                 make_tiny(root / "tiny")
                 convert(root / "tiny", path, BASES["fusable"], max_memory=4 << 30)
+            elif name == "tiny nf4":
+                make_tiny(root / "rows")
+                convert(root / "rows", path, BASES["nf4"], max_memory=4 << 30)
+            elif name == "nf4 of other heads":
+                config = tiny_config(group=128) | {"dtype": "bfloat16"}
+                config["text_config"]["linear_key_head_dim"] = 10
+                tensors = {name: tensor.bfloat16() for name, tensor in tiny_tensors(config).items()}
+                save_checkpoint(root / "outputs", config, tensors)
+                convert(root / "outputs", path, BASES["nf4"], max_memory=4 << 30)
             elif name == "tiny wide":
                 config = tiny_config() | {"dtype": "bfloat16"}
                 config["text_config"]["moe_intermediate_size"] = 96

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.logits import score
 from qconvert.weights.source import CheckpointWeights
 from reference_model.load import load_weights
@@ -57,12 +58,19 @@ class Loaded:
     draft: bool
     answers: Mapping[str, Tensor] = field(repr=False)
 
-    def divergence(self) -> Tensor:
-        """KL(reference || vLLM) of every position: our model in float32 with the dequantized weights in BF16."""
+    def divergence(self, *, served: bool = False) -> Tensor:
+        """KL(reference || vLLM) of every position: our model in float32 with the dequantized weights in BF16.
+
+        ``served`` rounds the inputs of single matrices as `qconvert parity` does for what is served.
+        """
         with CheckpointWeights.open(self.checkpoint, round_to=torch.bfloat16) as weights:
             with torch.device("meta"):
                 model = CausalLM(weights.config.text)
             load_weights(model, weights, torch.float32)
+            rounding = served_rounding(weights) if served else None
+        for name, module in model.named_modules():
+            if rounding is not None and isinstance(module, nn.Linear) and (of := rounding(name)) is not None:
+                module.register_forward_pre_hook(lambda _, given, of=of: of(given[0]))
         with torch.no_grad():
             return torch.cat([self._of_prompt(model, n, prompt) for n, prompt in enumerate(self.prompts)])
 

@@ -21,7 +21,7 @@ from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.plan.presets import preset_rules
 from tests.checkpoints import save_checkpoint, tiny_config, tiny_tensors
 from tests.conftest import Prove
-from tests.edits import edit_quantization, edit_tensors, quantization_of
+from tests.edits import edit_quantization, edit_tensors, quantization_of, round_inputs_to_four_bits
 from tests.engines.engine import Loaded, load_in_vllm
 from tests.tolerances import tolerances
 
@@ -131,6 +131,8 @@ COMMANDS = {
     "int4-g32": "--scheme int4",
     "int4-g128": "--scheme int4",
     "int4-everywhere": "--scheme int4",
+    "int4-and-int8": "--scheme int4 --preset mixed",
+    "int4-fusable": "--scheme int4 --preset fusable",
     "int4-g32-asym": "--scheme int4 --asymmetric",
     "int8-everywhere": "--scheme int8",
     "w8a8-everywhere": "--scheme w8a8",
@@ -145,6 +147,12 @@ COMMANDS = {
     "awq-everywhere": "--scheme int4 --format awq",
 }
 """How `qconvert quantize` is asked for what a policy writes."""
+
+
+WITH_LINEARS = ("everywhere", "int4-and-int8", "int4-fusable")
+"""Those in which more than experts is rounded."""
+
+FOUR_BITS = "nvfp4 with four-bit inputs"
 
 
 def swap_gate_and_up(tensors: dict[str, Tensor]) -> None:
@@ -168,6 +176,13 @@ def forget_mtp(path: Path) -> None:
     edit_quantization(path, ignore=[entry for entry in quantization_of(path)["ignore"] if "mtp" not in entry])
 
 
+def forget(path: Path, field: str, entry: str) -> None:
+    entries = quantization_of(path)[field]
+    assert entry in entries
+    edit_quantization(path, **{field: [one for one in entries if one != entry]})
+
+
+LISTED = "modules_to_not_convert"
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "gate and up of all experts swapped": ("int4-g128", lambda path: edit_tensors(path, swap_gate_and_up), None),
     "a layer's up missing": ("int4-g128", lambda path: edit_tensors(path, drop_a_layer_s_up), None),
@@ -177,6 +192,16 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
         "fp8-block",
         lambda path: edit_quantization(path, modules_to_not_convert=[]),
         "not initialized from checkpoint.*visual",
+    ),
+    "one entry short, of names": (
+        "fp8-block",
+        lambda path: forget(path, LISTED, "model.language_model.layers.0.linear_attn.in_proj_a"),
+        "some but not all shards of .*layers.0.linear_attn.in_proj_ba",
+    ),
+    "one entry short, of parts of names": (
+        "awq",
+        lambda path: forget(path, LISTED, ".linear_attn.out_proj"),
+        "no module or parameter named 'layers.0.linear_attn.out_proj.weight'",
     ),
     "MTP not ignored": ("int4-g128", forget_mtp, r"fc\.weight.* in Qwen3_5MultiTokenPredictor"),
 }
@@ -214,6 +239,8 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Loaded]:
     for name, (policy, *_) in REAL_HEADS.items():
         done = convert(root / "real-original", root / f"real-{name}", policy, max_memory=4 << 30)
         checkpoints[f"real-{name}"] = done.out
+    checkpoints[FOUR_BITS] = shutil.copytree(checkpoints["nvfp4-everywhere"], root / "four-bit-inputs")
+    round_inputs_to_four_bits(checkpoints[FOUR_BITS])
     checkpoints |= {draft: checkpoints[name] for draft, name in DRAFTS.items()}
     intended = {}
     for number, (fault, (name, damage, _)) in enumerate(FAULTS.items()):
@@ -249,9 +276,15 @@ def test_unquantized_weights_mean_the_same_to_both(loads: Mapping[str, Loaded]) 
 def test_a_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded], name: str, prove: Prove) -> None:
     check(loads[name], "demo")
     assert loads[name].emulated == POLICIES[name][1]
-    for what in ("experts", "linears") if "everywhere" in name else ("experts",):
+    for what in ("experts", "linears") if name.endswith(WITH_LINEARS) else ("experts",):
         if name in COMMANDS:
             prove(written=COMMANDS[name], what=what, engine="vLLM", version=VLLM, result="loads right")
+
+
+def test_four_bit_inputs_are_read_with_their_scales(loads: Mapping[str, Loaded]) -> None:
+    """As others write them; what they do is in test_vllm_kernels.py."""
+    check(loads[FOUR_BITS], "demo")
+    assert loads[FOUR_BITS].emulated == POLICIES["nvfp4-everywhere"][1]
 
 
 def test_a_text_only_conversion_is_read_as_it_was_meant(loads: Mapping[str, Loaded]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ from torch import Tensor, nn
 
 from qconvert.cli.demo import CHECKPOINT
 from qconvert.convert import convert
-from qconvert.core.scheme import FP8, FP8_BLOCK, LLM_INT8, W8A8, Activation, Int, Scheme
+from qconvert.core.scheme import FP8, FP8_BLOCK, LLM_INT8, NVFP4, W8A8, Activation, Int, Scheme
 from qconvert.numerics.activations import quantize_activations
 from qconvert.parity.windows import HELD_OUT
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.plan.presets import preset_rules
 from tests.checkpoints import make_tiny
+from tests.edits import round_inputs_to_four_bits
 from tests.tolerances import tolerances
 
 Simulated = Callable[[Tensor], Tensor]
 
 LIMITS = tolerances("conversion")
+ALWAYS_ACTIVE = preset_rules("mixed", FP8)
 KEEP_EXPERTS = Rule(match="text.expert.*", scheme=None, reason="transformers has them in 16 bits, whatever is stored")
 SCHEMES: dict[str, tuple[Scheme, str | None]] = {
     "w8a8": (W8A8, None),
@@ -129,6 +132,24 @@ def test_the_rule_of_compressed_tensors_is_known_to_the_bit(real_heads: Path, tm
     attention = {at: one for at, one in modules.items() if ".shared_expert." not in at}
     same = attention if scheme is FP8 else modules if scheme is FP8_BLOCK else {}
     with ours_instead(same, as_served(scheme.activation)):  # what we simulate is the same rule there
+        assert torch.equal(logits(model, ids), theirs)
+
+
+def test_four_bit_inputs_are_rounded_by_the_same_rule(real_heads: Path, tmp_path: Path) -> None:
+    """NVFP4 as others write it; transformers has each matrix's own scale of inputs, and here all have the same."""
+    gate = Rule(match="text.attention.query.output_gate", scheme=NVFP4, reason="by name, or it is refused")
+    policy = default_policy(NVFP4, rules=(KEEP_EXPERTS, gate, *(replace(rule, scheme=NVFP4) for rule in ALWAYS_ACTIVE)))
+    convert(real_heads, tmp_path / "out", policy)
+    over = 448.0 * 6.0 / 16.0
+    round_inputs_to_four_bits(tmp_path / "out", lambda module: over)
+    ids = some_ids(400)
+    model = loaded(tmp_path / "out", ids)
+    modules = quantized_modules(model)
+    theirs = logits(model, ids)
+    with ours_instead(modules, lambda x: x):
+        assert kl(logits(model, ids), theirs) > 100 * LIMITS["kl_to_transformers"]  # rounding shows
+    activation = Activation(kind="dynamic", grid=NVFP4.grid, group=16)
+    with ours_instead(modules, lambda x: quantize_activations(x, activation, over)):
         assert torch.equal(logits(model, ids), theirs)
 
 

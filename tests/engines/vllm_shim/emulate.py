@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import vllm.model_executor.kernels.linear as kernels
 import vllm.model_executor.layers.quantization.auto_awq as awq
 import vllm.model_executor.layers.quantization.auto_gptq as gptq
 
@@ -34,11 +35,13 @@ import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compre
 import vllm.model_executor.layers.quantization.fp8 as fp8
 from torch import Tensor, nn
 from torch.nn import functional
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms.interface import PlatformEnum
 
 VERSION = "0.32.0"
 AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -89,6 +92,11 @@ def install() -> None:
     emulate_experts(fp8.Fp8MoEMethod, from_fp8)
     emulate_experts(gptq.AutoGPTQMoEMethod, from_gptq)
     emulate_experts(awq.AutoAWQMoEMethod, from_awq)
+
+
+def allow_software() -> None:
+    """Let vLLM use its emulation of NVFP4, which is for any device but listed for GPUs alone."""
+    kernels._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [EmulationNvFp4LinearKernel]
 
 
 class NoKernel:

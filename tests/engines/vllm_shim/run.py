@@ -2,7 +2,7 @@
 
 Usage: run.py JOBS, a JSON file with a list of
 ``{"checkpoint": DIR, "prompts": [[token, ...], ...], "draft": false, "emulate": true, "out": DIR}``; ``emulate`` puts
-dequantization in place of vLLM's kernels.
+dequantization in place of vLLM's kernels; without it they are those that vLLM finds for this processor.
 Each folder ``out`` gets ``result.json``: the error if there was one, the layers that were emulated, the seconds; and,
 if there was no error, ``logprobs.safetensors`` with float32 log-probabilities of the whole vocabulary by prompt number:
 after each of its tokens but the last [tokens - 1, V], or, of a draft, those of the MTP head for the token after the
@@ -77,6 +77,8 @@ def run(job: dict[str, Any]) -> None:
     begin = time.perf_counter()
     if job["emulate"]:
         emulate.install()
+    else:
+        emulate.allow_software()
     error = None
     answer = draft_logprobs if job["draft"] else prompt_logprobs
     try:
