@@ -77,6 +77,7 @@ class Budgeted:
     Attributes:
         rules: those of the user, then those of the decision.
         own: those of the decision alone.
+        file_bytes: what the files with weights take, from their plan.
         beside: bytes of the files that no budget changes.
         weights: numbers in all parts.
         points: what other budgets buy.
@@ -87,15 +88,11 @@ class Budgeted:
     rules: tuple[Rule, ...]
     own: tuple[Rule, ...]
     losses: Losses
+    file_bytes: int
     beside: int
     weights: int
     points: tuple[Point, ...]
     uniform: tuple[tuple[str, Point], ...]
-
-    @property
-    def file_bytes(self) -> int:
-        """Of all files with weights, but for the digits of offsets."""
-        return self.beside + self.decision.size.both
 
     def bits(self, size: Size) -> float:
         """Of each weight of all parts together."""
@@ -138,12 +135,14 @@ def decide(
         losses = _losses(weights, asked, parts, text, progress, tell)
         choices = replace(free, ways=tuple(tuple(_costing(way, losses) for way in ways) for ways in free.ways))
         decision = room.best_of(choices)
+        taken = room.written(decision)
     own = _own(decision, asked)
     return Budgeted(
         decision=decision,
         rules=(*asked.rules, *own),
         own=own,
         losses=losses,
+        file_bytes=taken,
         beside=room.beside,
         weights=count,
         points=frontier(choices, both, POINTS),

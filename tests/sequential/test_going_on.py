@@ -56,7 +56,7 @@ def test_threads_and_memory_change_nothing(
     source: Path, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(source, tmp_path / "one", POLICY, calibration=CALIBRATION, jobs=1)
-    monkeypatch.setattr(running, "check_room", lambda config, jobs, memory, tokens: -1)
+    monkeypatch.setattr(running, "check_room", lambda *_: -1)
     convert(source, tmp_path / "three", POLICY, calibration=CALIBRATION, jobs=3)  # all that waits is on disk
     assert digest(tmp_path / "one") == digest(tmp_path / "three") == whole
 
@@ -128,7 +128,7 @@ def test_a_whole_conversion_is_verified_by_repeating_it(source: Path, whole: str
 def test_a_plan_that_does_not_fit_says_so_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "needs", lambda config, jobs, tokens: memory.Needs(work=1 << 40, waiting=0, kept=0))
+    monkeypatch.setattr(memory, "needs", lambda *_: memory.Needs(work=1 << 40, waiting=0, kept=0))
     monkeypatch.setattr(running, "run", lambda *a, **k: pytest.fail("something is written"))
     with pytest.raises(PlanError, match="--max-memory"):
         convert(source, tmp_path / "out", POLICY, calibration=CALIBRATION)
