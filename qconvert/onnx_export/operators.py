@@ -69,7 +69,9 @@ CUDA_SINCE: Mapping[tuple[str, str], Mapping[ir.DataType, Version]] = {
     (MICROSOFT, "MoE"): dict.fromkeys(_ALL, OLDEST),
     (MICROSOFT, "MultiHeadAttention"): dict.fromkeys(_ALL, OLDEST),
     (MICROSOFT, "QMoE"): dict.fromkeys(_BOTH, OLDEST),
-    (MICROSOFT, "SkipSimplifiedLayerNormalization"): dict.fromkeys(_ALL, OLDEST),
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): {
+        ir.DataType.FLOAT: OLDEST, **dict.fromkeys(_BOTH, DEFAULT)
+    },
 }  # fmt: skip
 """Kernels of the CUDA provider by the narrowest type of their inputs, for all of ONNX Runtime's own operators.
 
