@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,9 +11,18 @@ import torch
 from qconvert.numerics.threads import side_by_side
 
 
+@pytest.fixture
+def two() -> Iterator[None]:
+    """Torch on two threads, as on a machine of two processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("jobs", [1, 2, 3])
 def test_results_come_in_the_order_of_the_items_from_threads_of_one_thread_each(jobs: int) -> None:
-    before = torch.get_num_threads()
     meeting = threading.Barrier(jobs, timeout=60)
 
     def call(n: int) -> tuple[int, int]:
@@ -21,7 +31,7 @@ def test_results_come_in_the_order_of_the_items_from_threads_of_one_thread_each(
 
     with side_by_side(jobs) as each:
         assert list(each(call, range(6))) == [(n, 1) for n in range(6)]
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
