@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,12 +35,13 @@ from qconvert.io.file_record import hash_span
 from qconvert.io.fingerprint import fingerprint
 from qconvert.io.hashing import XXH3, new_hash
 from qconvert.io.partial_folder import PartialFolder
-from qconvert.numerics.threads import one_thread
+from qconvert.numerics.threads import side_by_side
 from qconvert.weights.boundaries import Boundaries, identity_hash
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
+from reference_model.each import Each
 from reference_model.layer_drafts import has_prediction_head, run_drafts
-from reference_model.layer_pass import Batch, Each, Lane, LayerRecord, one_by_one, pass_layer
+from reference_model.layer_pass import Batch, Lane, LayerRecord, pass_layer
 from reference_model.layerwise import HiddenStates, embed, finish
 
 Progress = Callable[[str, int, int], None]
@@ -135,7 +134,7 @@ def _run(
         identity=identity_hash(identity),
         advice="--fresh starts over",
     )
-    with SpillStore(memory // 2, folder) as store, _side_by_side(jobs) as each:
+    with SpillStore(memory // 2, folder) as store, side_by_side(jobs) as each:
         run = _Capture(source, folder, windows, store, memory // 4, each, progress)
         run.decoder(boundaries)
         run.head()
@@ -150,17 +149,6 @@ def _read_back(folder: Path, tokens: int) -> Coverage:
     with disk_errors(folder / PICTURE):
         (folder / PICTURE).write_text(picture(coverage), encoding="utf-8")
     return coverage
-
-
-@contextmanager
-def _side_by_side(jobs: int) -> Iterator[Each]:
-    """Calls on ``jobs`` threads, each with one thread of torch: their number decides the bits of a sum."""
-    with one_thread():
-        if jobs == 1:
-            yield one_by_one
-            return
-        with ThreadPoolExecutor(jobs, thread_name_prefix="batch") as pool:
-            yield pool.map
 
 
 class _Capture:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from reference_model.attention import AttentionCache, AttentionKind, GatedAttention
 from reference_model.cache import LayerCache
 from reference_model.config import LayerType, TextConfig
 from reference_model.delta_net import DeltaNetCache, GatedDeltaNet
+from reference_model.load import WeightSource, fill_weights
 from reference_model.moe import Routing, SparseMoe
 from reference_model.norm import RMSNorm
 from reference_model.span import Span
@@ -57,3 +59,28 @@ class DecoderLayer(nn.Module):
         mixed, new = self.mix(x, span, cache)
         out, routing = self.mlp(self.post_attention_layernorm(mixed))
         return mixed + out, routing, new
+
+
+def load_layer(
+    config: TextConfig,
+    source: WeightSource,
+    prefix: str,
+    layer_type: LayerType,
+    dtype: torch.dtype,
+    attention: AttentionKind = "sdpa",
+) -> DecoderLayer:
+    """A layer without its routed experts."""
+    with torch.device("meta"):
+        layer = DecoderLayer(config, layer_type, attention)
+    fill_weights(layer, source, dtype, prefix=prefix, skip=("mlp.experts.",))
+    return layer
+
+
+def same_weights(one: DecoderLayer, other: DecoderLayer) -> bool:
+    """Whether two layers of ``load_layer``, of the same configuration, have the same weights."""
+    if one.layer_type != other.layer_type:
+        return False
+    ours, theirs = (
+        {name: weight for name, weight in layer.named_parameters() if not weight.is_meta} for layer in (one, other)
+    )
+    return ours.keys() == theirs.keys() and all(torch.equal(weight, theirs[name]) for name, weight in ours.items())

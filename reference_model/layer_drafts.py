@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from reference_model.config import TextConfig
+from reference_model.each import Each, one_by_one
 from reference_model.layer_pass import (
     ROWS_BYTES,
     Batch,
-    Each,
     InputRounding,
     Lane,
     LayerRecord,
     leave_inputs,
-    one_by_one,
     pass_layer,
 )
 from reference_model.layerwise import HiddenStates, look_up

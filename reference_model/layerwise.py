@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from reference_model.attention import AttentionKind
 from reference_model.config import TextConfig
+from reference_model.each import Each, one_by_one
 from reference_model.layer_pass import (
     ROWS_BYTES,
     Batch,
@@ -129,6 +130,7 @@ def run_layers(
     input_rounding: InputRounding = leave_inputs,
     store: ActivationStore | None = None,
     rows_bytes: int = ROWS_BYTES,
+    each: Each = one_by_one,
 ) -> HiddenStates:
     """Hidden states [B, T, D] of token batches [B, T] after the final norm.
 
@@ -146,6 +148,7 @@ def run_layers(
         input_rounding: simulates engines that round activations.
         store: where batches wait; in memory by default. The results stay there.
         rows_bytes: memory for what enters the experts of a layer together. Less of it reads every expert more often.
+        each: as in ``pass_layer``.
 
     Raises:
         WeightError: weights are missing, left over, or do not fit, all of them named; nothing has been read then.
@@ -163,7 +166,7 @@ def run_layers(
 
     lane = Lane(take=hidden.__getitem__, give=wait, rounding=input_rounding)
     for n in range(config.num_hidden_layers):
-        pass_layer(config, source, n, inputs, (lane,), dtype, attention=attention, rows_bytes=rows_bytes)
+        pass_layer(config, source, n, inputs, (lane,), dtype, attention=attention, rows_bytes=rows_bytes, each=each)
     finish(config, source, hidden, dtype)
     return hidden
 

@@ -16,6 +16,9 @@ from torch.nn import functional
 from reference_model.config import TextConfig
 from reference_model.norm import widen
 
+FEW_ROWS = 64
+"""Tokens up to which an expert's products are made with tokens as columns; see ``few_rows_linear``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
@@ -104,13 +107,13 @@ def expert_mlp(
 def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` for the handful of tokens that an expert gets; x [rows, K], weight [N, K], result [rows, N].
 
-    In fp32 a CPU takes less time for it with tokens as columns, in whole vector registers: more than 8 are filled up
-    with zeros to a multiple of 8. In other types it takes more.
+    In fp32 a CPU with AVX2 takes less time for some tens of tokens with these as columns, in whole vector registers:
+    they are filled up with zeros to a multiple of 8. For fewer, for more and in other types it takes more.
     """
-    if x.dtype != torch.float32:
-        return functional.linear(x, weight)
     rows = x.shape[0]
-    filled = functional.pad(x, (0, 0, 0, -rows % 8)) if rows > 8 else x
+    if x.dtype != torch.float32 or not 8 < rows <= FEW_ROWS:
+        return functional.linear(x, weight)
+    filled = functional.pad(x, (0, 0, 0, -rows % 8))
     return (weight @ filled.t()).t()[:rows]
 
 
@@ -187,12 +190,17 @@ class SparseMoe(nn.Module):
             experts=torch.cat((routing.experts, always), dim=-1), weights=torch.cat((routing.weights, share), dim=-1)
         )
 
-    def with_shared(self, x: Tensor, experts: Tensor) -> Tensor:
-        """What the experts gave for x [T, D], and the gated shared expert's part where it is a module: [T, D]."""
+    def shared(self, x: Tensor) -> Tensor | None:
+        """The gated shared expert's part for x [T, D], the same shape; ``None`` where experts hold it folded."""
         if self.shared_expert is None:
-            return experts
-        out: Tensor = experts + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+            return None
+        out: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         return out
+
+    def with_shared(self, x: Tensor, experts: Tensor) -> Tensor:
+        """What the experts gave for x [T, D], and the shared expert's part: [T, D]."""
+        shared = self.shared(x)
+        return experts if shared is None else experts + shared
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Run x [..., D] token by token; also says where the router sent the tokens."""

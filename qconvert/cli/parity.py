@@ -33,6 +33,8 @@ _HEADLINES = (
     ("top1_agreement", "same most likely token"),
     ("greedy_common_mean", "tokens in common, mean"),
     ("greedy_never_parted", "prompts that never part"),
+    ("draft_acceptance_original", "drafts accepted, original"),
+    ("draft_acceptance_converted", "drafts accepted, converted"),
     ("perplexity_original", "perplexity, original"),
     ("perplexity_converted", "perplexity, converted"),
 )
@@ -208,7 +210,8 @@ def show(result: ParityReport) -> None:
         console.show(table)
     if result.attribution is not None:
         show_attribution(result.attribution)
-    console.say(f"{result.identical:,} tensors are identical")
+    if result.tensors or result.identical:
+        console.say(f"{result.identical:,} tensors are identical")
     for note in result.notes:
         console.say(note)
     for metric in result.metrics:
@@ -233,5 +236,6 @@ def _show_model(result: ParityReport) -> None:
 
 
 def _value(metric: Metric) -> str:
-    number = f"{metric.value:.2%}" if metric.unit == "fraction" else f"{metric.value:.5g} {metric.unit}".rstrip()
+    unit = "" if metric.unit == "count" else metric.unit
+    number = f"{metric.value:.2%}" if unit == "fraction" else f"{metric.value:.5g} {unit}".rstrip()
     return number if metric.limit is None else f"{number} (limit {metric.limit:g})"

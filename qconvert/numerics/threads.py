@@ -1,9 +1,11 @@
-"""Matrix products that give the same bits whatever number of threads the process is set to."""
+"""Work on several threads, and matrix products that give the same bits whatever their number is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,3 +26,17 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def side_by_side(jobs: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A ``map`` that makes ``jobs`` calls at once, each with one thread of torch, so that bits do not follow ``jobs``.
+
+    It asks for all items before it gives a result, unless ``jobs`` is 1.
+    """
+    with one_thread():
+        if jobs == 1:
+            yield map
+            return
+        with ThreadPoolExecutor(jobs, thread_name_prefix="side by side") as pool:
+            yield pool.map

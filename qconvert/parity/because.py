@@ -64,10 +64,24 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1 or abs(value) >= 1000 else f"{value:.4f}".rstrip("0").rstrip(".")
 
 
+_UNSAID = ("fraction", "count")
+"""Units that numbers are told without: the first is per cent then."""
+
+
 def interval(metric: Metric) -> str:
     """The value with its unit, and the interval of one that is not exact."""
-    value = f"{number(metric.value)} {metric.unit}".strip()
-    return value if metric.low == metric.high else f"{value} [{number(metric.low)}, {number(metric.high)}]"
+    value = f"{_figure(metric, metric.value)} {'' if metric.unit in _UNSAID else metric.unit}".strip()
+    if metric.low == metric.high:
+        return value
+    return f"{value} [{_figure(metric, metric.low)}, {_figure(metric, metric.high)}]"
+
+
+def _figure(metric: Metric, value: float) -> str:
+    """A number without its unit; shares are per cent, and nearly all is not all."""
+    if metric.unit != "fraction":
+        return number(value)
+    digits = 4 if value == 1 or f"{100 * value:.4g}" != "100" else 7
+    return f"{100 * value:.{digits}g}%"
 
 
 def bound(metric: Metric) -> str:
@@ -76,7 +90,7 @@ def bound(metric: Metric) -> str:
 
 
 def _bound(metric: Metric) -> str:
-    return f"{'at most' if metric.better == 'low' else 'at least'} {number(float(metric.limit or 0))}"
+    return f"{'at most' if metric.better == 'low' else 'at least'} {_figure(metric, float(metric.limit or 0))}"
 
 
 def _measured(metric: Metric) -> str:

@@ -323,7 +323,7 @@ def common_curve(found: Common, where: str) -> Curve:
         name="greedy_common",
         where=where,
         x_label="tokens after the prompt",
-        y_label="prompts on which both still say the same, %",
+        y_label="prompts still continued alike, %",
         points=tuple(
             (float(n), 100 * float((~found.parted | (found.tokens >= n)).mean())) for n in range(found.limit + 1)
         ),

@@ -18,6 +18,7 @@ from qconvert.parity.heads import Side, scan_heads
 from qconvert.parity.summary import Draws
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
+from reference_model.each import Each, one_by_one
 from reference_model.layer_drafts import has_prediction_head, run_drafts
 from reference_model.layerwise import HiddenStates
 
@@ -44,6 +45,7 @@ def accepted(
     hidden: HiddenStates,
     chosen: Tensor,
     memory: int,
+    each: Each = one_by_one,
 ) -> NDArray[np.bool_]:
     """See ``DraftScores``, of one model.
 
@@ -53,13 +55,14 @@ def accepted(
         hidden: final outputs [B, T, D].
         chosen: its likeliest token at every position but the last of each window, int64, in their order.
         memory: bytes for the head's states, and again for the tokens that enter its experts together.
+        each: as in ``pass_layer``.
     """
     config = source.config.text
     best = _Best(sum(ids.shape[0] * (ids.shape[1] - 2) for ids in batches))
     with SpillStore(memory) as store:
         drafts = HiddenStates(store=store, count=len(batches), name="draft")
-        run_drafts(config, source, batches, hidden, drafts, torch.float32, rows_bytes=memory)
-        scan_heads([Side(source=source, hidden=drafts)], [(best.add, (0,))])
+        run_drafts(config, source, batches, hidden, drafts, torch.float32, rows_bytes=memory, each=each)
+        scan_heads([Side(source=source, hidden=drafts)], [(best.add, (0,))], each=each)
     # the choice after token t + 1 stands one place further in its window
     counts = [ids.shape[0] * (ids.shape[1] - 1) for ids in batches]
     later = [

@@ -81,6 +81,7 @@ JUDGED: Mapping[str, Judged] = {
     "router_mass_moved": Judged(),
     "hidden_cosine": Judged(better="high", ideal=1.0),
     "hidden_error": Judged(),
+    "kl_lens": Judged(),
     "state_drift": Judged(),
     "execution_error": Judged(),
     "sqnr": Judged(better="high", where="all quantized tensors", ideal=None, of_model=False),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from torch import Tensor
 
-from qconvert.core.metric import Metric
+from qconvert.core.metric import Metric, exact
 from qconvert.core.role import EXPERT_KINDS, Section
 from qconvert.numerics.error import ErrorSums
 from qconvert.parity.drafts import draft_metrics
 from qconvert.parity.layers import drift_curve, layer_metrics
-from qconvert.parity.model import Comparison
+from qconvert.parity.model import Comparison, ModelComparison
 from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.summary import TokenPlaces, percentile_curve, summarize, summarize_parts
 from qconvert.parity.tensors import TensorComparison
@@ -21,13 +22,29 @@ FORCED = "teacher-forced"
 
 def model_metrics(found: Comparison, places: TokenPlaces, seed: int) -> Iterator[Metric]:
     """Both ways of running the converted model."""
-    for model in (found.plain, found.served):
-        yield from summarize(model.scores, model.mode, seed)
-        yield from summarize_parts(model.scores, model.mode, places, seed)
-        if model.drafts is not None:
-            yield from draft_metrics(model.drafts, model.mode, seed)
-        yield from layer_metrics(model.layers, model.mode)
-        yield from layer_metrics(model.forced, f"{model.mode}, {FORCED}")
+    plain = tuple(_of_scores(found.plain, places, seed))
+    yield from plain
+    yield from _of_layers(found.plain)
+    if found.served.scores is found.plain.scores:
+        for one in plain:
+            yield replace(one, where=one.where.replace(found.plain.mode, found.served.mode, 1))
+    else:
+        yield from _of_scores(found.served, places, seed)
+    yield from _of_layers(found.served)
+
+
+def _of_scores(model: ModelComparison, places: TokenPlaces, seed: int) -> Iterator[Metric]:
+    yield from summarize(model.scores, model.mode, seed)
+    yield from summarize_parts(model.scores, model.mode, places, seed)
+    if model.drafts is not None:
+        yield from draft_metrics(model.drafts, model.mode, seed)
+
+
+def _of_layers(model: ModelComparison) -> Iterator[Metric]:
+    for n, kl in enumerate(model.lens):
+        yield exact("kl_lens", model.mode, kl, "nats", layer=n)
+    yield from layer_metrics(model.layers, model.mode)
+    yield from layer_metrics(model.forced, f"{model.mode}, {FORCED}")
 
 
 def model_curves(found: Comparison) -> Iterator[Curve]:

@@ -38,7 +38,7 @@ from qconvert.parity.saved import LikeliestScan, save_logprobs
 from qconvert.parity.series import Curve, ExpertUse
 from qconvert.parity.served import run_packages
 from qconvert.parity.serving import config_causes, serving_causes
-from qconvert.parity.sides import comparable, left_out, open_side
+from qconvert.parity.sides import comparable, left_out, open_side, refuse_foreign
 from qconvert.parity.tensors import Outcome, Progress, WeightsComparison, compare_weights
 from qconvert.parity.windows import choose_windows
 from qconvert.weights.boundaries import Boundaries
@@ -70,6 +70,8 @@ def compare(
         OutputError: hidden states do not fit into memory and cannot be written to disk.
     """
     options = options or ParityOptions()
+    for side in (original, converted):
+        refuse_foreign(side)
     _check_extras(original, converted, options)
     if any(side.is_file() and holds_states(side) for side in (original, converted)):
         return compare_states(original, converted, options, progress)
@@ -144,7 +146,7 @@ def compare(
                     boundaries=boundaries,
                     scan_original=engines.watch_original(watching),
                     scan_served=engines.watch_converted(),
-                    on_original=engines.watch_layers(),
+                    watch=engines.watch_layers(),
                     kept=kept,
                 )
                 engines.scan_own(watching)
@@ -262,7 +264,7 @@ def _boundaries(
     for source in (ours, theirs):
         folder = source.checkpoint.path
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".safetensors"):
+            if path.suffix in (".json", ".safetensors", ".onnx"):
                 state = path.stat()
                 identity.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
     for ids in batches:

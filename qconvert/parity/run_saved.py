@@ -17,6 +17,7 @@ from qconvert.core.errors import UsageError
 from qconvert.core.metric import Metric, exact
 from qconvert.io.source_folder import is_package
 from qconvert.memory import available_bytes
+from qconvert.numerics.threads import side_by_side
 from qconvert.parity.heads import Side, scan_heads
 from qconvert.parity.input_rounding import served_rounding
 from qconvert.parity.limits import in_force, judged
@@ -157,17 +158,17 @@ def _against(
     def tick(record: LayerRecord) -> None:
         progress("layers", next(done), total)
 
-    with ExitStack() as stack:
+    with side_by_side(torch.get_num_threads()) as each, ExitStack() as stack:
         sides = []
         for of in roundings:
             store = stack.enter_context(SpillStore(quarter))
             hidden = run_layers(
                 config, source, batches, torch.float32, on_layer=tick, input_rounding=of, store=store,
-                rows_bytes=quarter,
+                rows_bytes=quarter, each=each,
             )  # fmt: skip
             sides.append(Side(source=source, hidden=hidden, rounding=of))
         scans = [KnownTokensScan(saved.ids, saved.windows.targets) for _ in sides]
-        scan_heads(sides, [(scan.add, (n,)) for n, scan in enumerate(scans)], partial(progress, "logits"))
+        scan_heads(sides, [(scan.add, (n,)) for n, scan in enumerate(scans)], partial(progress, "logits"), each)
     if served is not None:
         scans.append(served)
     found = [scan.against(saved, original=original) for scan in scans]

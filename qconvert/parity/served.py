@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from qconvert.io.source_folder import is_package
@@ -47,7 +48,7 @@ class Engines:
         self.ours, self.theirs = ours, theirs
         self._scan = VocabularyScan(targets)
         layered = theirs is not None and theirs.layered and (ours is None or ours.layered)
-        self._sums = [LayerSums(config.num_experts) for _ in range(config.num_hidden_layers if layered else 0)]
+        self._sums = [LayerSums() for _ in range(config.num_hidden_layers if layered else 0)]
 
     @property
     def tapped(self) -> bool:
@@ -61,7 +62,7 @@ class Engines:
             return
         yield described()
         if self.tapped and not self._sums:
-            yield "As served there are no numbers of layers with --work, nor against a package without taps."
+            yield "As served there are no numbers of layers: the other package gives none. Export it with --taps."
         elif self.theirs is not None and not self.tapped:
             yield (
                 "The package gives no states of its layers: as served there are no numbers of layers, and a fault of "
@@ -94,17 +95,23 @@ class Engines:
 
         return see
 
-    def watch_layers(self) -> Callable[[LayerRecord], None] | None:
-        """What shall see the original's layers."""
-        if not self._sums or self.ours is not None:
-            return None
+    def watch_layers(self) -> Engines | None:
+        """Who shall see the original's layers."""
+        return self if self._sums and self.ours is None else None
 
-        def see(record: LayerRecord) -> None:
-            routing = record.routing
-            ours = Passed(hidden=record.hidden, experts=routing.experts, weights=routing.weights)
-            self._compare(record.layer, record.batch, ours)
+    def see(self, record: LayerRecord) -> None:
+        """Compare what a layer of the original did to a batch with the same of the package."""
+        routing = record.routing
+        ours = Passed(hidden=record.hidden, experts=routing.experts, weights=routing.weights)
+        self._compare(record.layer, record.batch, ours)
 
-        return see
+    def kept(self) -> Iterator[tuple[str, Tensor]]:
+        """The sums so far: a package is run anew by a run that goes on, layers that have passed are not."""
+        yield "engine.sums", torch.stack([one.sums for one in self._sums])
+
+    def restore(self, kept: Callable[[str], Tensor]) -> None:
+        """Take up what ``kept`` of an earlier run has given."""
+        self._sums = [LayerSums(sums) for sums in kept("engine.sums")]
 
     def scan_own(self, others: Scan | None = None) -> None:
         """Let the logits of a package that stands for the original pass by: for ``others``, and for another package."""
@@ -165,7 +172,7 @@ def run_packages(
         runs.append(
             run_package(
                 side.checkpoint.path, side.config.text, windows.batches, store, name=name, drafts=options.drafts,
-                layers=options.work is None, progress=told,
+                layers=True, progress=told,
             )
             if is_package(side.checkpoint.path)
             else None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qconvert.core.errors import SourceError
 from qconvert.core.role import Section
-from qconvert.io.source_folder import is_package
+from qconvert.io.source_folder import WEIGHTS_SUFFIX, is_package
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.unfolded import unfolded
 
@@ -38,6 +39,24 @@ def of_package(source: CheckpointWeights) -> PackageWeights | None:
     from qconvert.onnx_export.package_weights import PackageWeights
 
     return source if isinstance(source, PackageWeights) else None
+
+
+def refuse_foreign(path: Path) -> None:
+    """Say of graphs that another exporter wrote what can be done with them; anything else passes.
+
+    qconvert's packages have their weights in safetensors files beside the graph, checkpoints have weights anyway.
+
+    Raises:
+        SourceError: such a file, or a folder with nothing else.
+    """
+    graphs = [path] if path.suffix == ".onnx" and path.is_file() else [*path.glob("*.onnx"), *path.glob("onnx/*.onnx")]
+    if graphs and not any(path.glob(f"*{WEIGHTS_SUFFIX}")):
+        raise SourceError(
+            f"{graphs[0]}: an ONNX graph without the weights that qconvert writes beside one, so that of another "
+            "exporter, whose weights cannot be told by their names. Save the log-probabilities that its engine gives "
+            "and compare those (docs/parity-metrics.md, saved log-probabilities), or export the checkpoint with "
+            "`qconvert export-onnx`"
+        )
 
 
 def comparable(

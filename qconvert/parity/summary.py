@@ -24,6 +24,9 @@ BLOCK_TOKENS = 64
 
 RESAMPLES = 1000
 
+CELLS = 256
+"""Runs of sorted values that are counted as one; see ``_Ascent``."""
+
 FIRST_RANGE = 64
 """Positions of the first range; each further range is as long as all before it."""
 
@@ -163,15 +166,43 @@ class Draws:
 
     def quantiles(self, values: Floats, shares: Sequence[float]) -> Floats:
         """Quantiles of each resample by linear interpolation between its values, [RESAMPLES, shares]."""
-        order = np.argsort(values, kind="stable")
-        block_of, ascending = order // self.size, values[order]
-        out = np.empty((len(self.counts), len(shares)))
-        for i, count in enumerate(self.counts):
-            reached = np.cumsum(count[block_of])
-            rank = np.asarray(shares) * (reached[-1] - 1)
-            below = np.floor(rank)
-            # the value of rank r, from 0, is the first that more than r are not above
-            lower = ascending[np.searchsorted(reached, below, side="right")]
-            upper = ascending[np.searchsorted(reached, np.minimum(below + 1, reached[-1] - 1), side="right")]
-            out[i] = lower + (rank - below) * (upper - lower)
+        ascent = _Ascent(values, self.size, self.counts)
+        last = self.counts @ self.lengths - 1
+        rank = np.asarray(shares) * last[:, np.newaxis]
+        below = np.floor(rank)
+        out = np.empty(rank.shape)
+        for n in range(len(shares)):
+            lower, upper = (ascent.at(np.minimum(below[:, n] + step, last)) for step in (0, 1))
+            out[:, n] = lower + (rank[:, n] - below[:, n]) * (upper - lower)
         return out
+
+
+class _Ascent:
+    """The values of each resample in ascending order, without writing any of them out.
+
+    All values are sorted once and cut into cells. How many of a resample are in each cell is one product of matrices;
+    only the cell that a rank falls into is counted value by value.
+    """
+
+    def __init__(self, values: Floats, size: int, counts: Floats) -> None:
+        """``values`` [T] in blocks of ``size``, of which resample r holds block b ``counts[r, b]`` times."""
+        order = np.argsort(values, kind="stable")
+        self._values = values[order]
+        self._counts = np.pad(counts, ((0, 0), (0, 1)))  # one block more, which nobody holds, fills the last cell
+        self._width = -(-len(values) // CELLS)
+        cells = -(-len(values) // self._width)
+        blocks = np.full(cells * self._width, counts.shape[1])
+        blocks[: len(values)] = order // size
+        self._blocks = blocks.reshape(cells, self._width)
+        held = np.zeros((cells, counts.shape[1] + 1))
+        np.add.at(held, (np.arange(cells)[:, np.newaxis], self._blocks), 1.0)
+        self._before = self._counts @ (np.cumsum(held, axis=0) - held).T
+
+    def at(self, rank: Floats) -> Floats:
+        """The value of each resample that has ``rank`` [RESAMPLES], from 0: the first that more than so many reach."""
+        rows = np.arange(len(rank))
+        cell = (self._before <= rank[:, np.newaxis]).sum(axis=1) - 1
+        inside = np.take_along_axis(self._counts, self._blocks[cell], axis=1)
+        reached = self._before[rows, cell][:, np.newaxis] + np.cumsum(inside, axis=1)
+        found: Floats = self._values[cell * self._width + (reached > rank[:, np.newaxis]).argmax(axis=1)]
+        return found

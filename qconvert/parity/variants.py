@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from qconvert.core.role import EXPERT_KINDS, Kind, TensorRole
+from qconvert.numerics.threads import side_by_side
 from qconvert.parity.heads import Side, scan_heads
 from qconvert.parity.logits import Floats, VocabularyScan
 from qconvert.parity.tensors import Progress
 from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.overlay import Matrices, OverlaidWeights
 from qconvert.weights.source import CheckpointWeights
+from reference_model.each import Each
 from reference_model.layer_pass import Batch, InputRounding, Lane, LayerRecord, leave_inputs, pass_layer
 from reference_model.layerwise import HiddenStates, embed, finish
 from reference_model.load import ActivationStore
@@ -147,27 +149,23 @@ def run_variants(
     def tick() -> None:
         progress(phase, next(done), total)
 
-    for layer in range(begin, depth):
+    with side_by_side(torch.get_num_threads()) as each:
+        for layer in range(begin, depth):
+            for course in courses:
+                if course.first == layer:
+                    course.enter(setting)
+            for source, some in _together(setting.model, courses, layer):
+                lanes = [course.lane(layer, tick) for course in some]
+                pass_layer(
+                    setting.model.config.text, source, layer, batches, lanes, torch.float32,
+                    rows_bytes=setting.rows_bytes, each=each,
+                )  # fmt: skip
+            if boundaries is not None:
+                boundaries.save(layer + 1, _kept(courses, layer, len(batches)))
         for course in courses:
-            if course.first == layer:
+            if course.first == depth:
                 course.enter(setting)
-        for source, some in _together(setting.model, courses, layer):
-            lanes = [course.lane(layer, tick) for course in some]
-            pass_layer(
-                setting.model.config.text,
-                source,
-                layer,
-                batches,
-                lanes,
-                torch.float32,
-                rows_bytes=setting.rows_bytes,
-            )
-        if boundaries is not None:
-            boundaries.save(layer + 1, _kept(courses, layer, len(batches)))
-    for course in courses:
-        if course.first == depth:
-            course.enter(setting)
-    results = _divergences(setting, courses)
+        results = _divergences(setting, courses, each)
     for course in courses:
         for b in range(len(batches)):
             course.hidden.drop(b)
@@ -193,7 +191,7 @@ def _kept(courses: Sequence[_Course], layer: int, batches: int) -> Iterator[tupl
             yield f"{n}.{b}", course.hidden[b]
 
 
-def _divergences(setting: Setting, courses: Sequence[_Course]) -> list[Floats]:
+def _divergences(setting: Setting, courses: Sequence[_Course], each: Each) -> list[Floats]:
     sides = [setting.reference]
     for course in courses:
         head = course.source if course.own_head else setting.model
@@ -201,5 +199,5 @@ def _divergences(setting: Setting, courses: Sequence[_Course]) -> list[Floats]:
         sides.append(Side(source=head, hidden=course.hidden, rounding=course.variant.rounding))
     targets = torch.cat([ids[:, 1:].flatten() for ids in setting.batches])
     scans = [VocabularyScan(targets) for _ in courses]
-    scan_heads(sides, [(scan.add, (0, n)) for n, scan in enumerate(scans, start=1)])
+    scan_heads(sides, [(scan.add, (0, n)) for n, scan in enumerate(scans, start=1)], each=each)
     return [np.asarray(scan.scores().kl) for scan in scans]

@@ -30,8 +30,7 @@ from qconvert.sequential.rounder import Rounder, Way, to_nearest, with_feedback
 from qconvert.weights.rows import RowStore
 from qconvert.weights.source import CheckpointWeights
 from reference_model.config import LayerType
-from reference_model.layer import DecoderLayer
-from reference_model.layer_pass import load_layer
+from reference_model.layer import DecoderLayer, load_layer
 from reference_model.layerwise import HiddenStates
 from reference_model.load import ActivationStore
 from reference_model.moe import Dispatch, Visits, dispatch

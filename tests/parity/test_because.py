@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
+
 from qconvert.core.metric import Metric, Verdict, exact
 from qconvert.core.role import Kind, Section, TensorRole
-from qconvert.parity.because import because, decisive
+from qconvert.parity.because import because, decisive, interval
 from qconvert.parity.causes import CauseKind, Severity, cause
 
 ROLE = TensorRole(section=Section.TEXT, kind=Kind.EXPERT_UP, layer=17, expert=203)
@@ -79,14 +81,26 @@ def test_the_layer_is_told() -> None:
         )
         for one in overlaps
     ]  # fmt: skip
-    assert because([], limited) == (
-        "router_overlap of as served, layer 1 is 0.2 fraction, beyond the limit of at least 0.8."
-    )
+    assert because([], limited) == ("router_overlap of as served, layer 1 is 20%, beyond the limit of at least 80%.")
     assert decisive(limited) == (limited[1],)
     kept = [metric("kl_mean", 0.1, 1.0), metric("kl_mean", 0.1, 1.0)]
     assert decisive([*kept, *limited]) == (*kept, limited[1])
     passing = [replace(one, limit=0.1) for one in limited]
     assert because([], passing) == (
-        "No fault was found and the limit holds; nearest to its limit, at least 0.1, router_overlap of as served, "
-        "layer 1 is 0.2 fraction."
+        "No fault was found and the limit holds; nearest to its limit, at least 10%, router_overlap of as served, "
+        "layer 1 is 20%."
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(1.0, "100%"), (0.999996, "99.9996%"), (0.98992, "98.99%"), (0.0, "0%"), (0.0000123, "0.00123%"), (2.5, "250%")],
+)
+def test_shares_are_told_per_cent_and_nearly_all_is_not_all(value: float, told: str) -> None:
+    assert interval(exact("top1_agreement", "as served", value, "fraction")) == told
+    both = Metric(name="top1_agreement", where="m", value=value, low=0.0, high=9.0, unit="fraction")
+    assert interval(both) == f"{told} [0%, 900%]"
+
+
+def test_counts_are_told_without_a_unit() -> None:
+    assert interval(exact("dead_scales", "text.expert.up", 3.0, "count")) == "3"

@@ -147,13 +147,13 @@ def passed(hidden: Tensor) -> Passed:
 
 
 def test_a_nan_in_a_hidden_state_fails_its_layer() -> None:
-    sums = LayerSums(2)
+    sums = LayerSums()
     sums.add(passed(torch.ones(1, 1, 3)), passed(torch.tensor([[[1.0, math.nan, 1.0]]])))
     failed = {m.name for m in layer_metrics([sums.scores()], "m") if m.verdict is Verdict.FAIL}
     assert failed == {"hidden_cosine", "hidden_error"}
 
 
 def test_equal_states_of_nothing_are_equal() -> None:
-    sums = LayerSums(2)
+    sums = LayerSums()
     sums.add(passed(torch.zeros(1, 1, 3)), passed(torch.zeros(1, 1, 3)))
     assert (sums.scores().hidden_cosine, sums.scores().hidden_error) == (1.0, 0.0)

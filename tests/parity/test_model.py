@@ -177,3 +177,23 @@ def test_progress_is_told_of_every_layer_and_ends_at_its_total(conversions: Conv
         steps = [(done, total) for name, done, total in told if name == phase]
         assert steps == sorted(steps)
         assert steps[-1][0] == steps[-1][1]
+
+
+@pytest.mark.parametrize(("threads", "memory"), [(3, None), (1, 1 << 10), (2, 1 << 22)])
+def test_numbers_follow_neither_threads_nor_memory(threads: int, memory: int | None, conversions: Converted) -> None:
+    original, out = conversions(FP8, rules=ATTENTION_TOO)
+    found = []
+    before = torch.get_num_threads()
+    for number, room in ((1, None), (threads, memory)):
+        torch.set_num_threads(number)
+        try:
+            with CheckpointWeights.open(original) as a, CheckpointWeights.open(out) as b:
+                found.append(compare_models(a, b, BATCHES, memory=room, layers=True))
+            assert torch.get_num_threads() == number
+        finally:
+            torch.set_num_threads(before)
+    for one, other in zip((found[0].plain, found[0].served), (found[1].plain, found[1].served), strict=True):
+        assert one.layers == other.layers
+        assert (one.forced, one.lens) == (other.forced, other.lens)
+        for part in fields(TokenScores):
+            np.testing.assert_array_equal(getattr(one.scores, part.name), getattr(other.scores, part.name))

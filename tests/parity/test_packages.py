@@ -93,6 +93,21 @@ def test_a_package_with_taps_has_numbers_of_layers(exact: ParityReport, packages
     assert any("--taps" in note for note in without.notes)
 
 
+def test_a_run_that_goes_on_has_the_package_s_numbers_of_all_layers(
+    exact: ParityReport, packages: Packages, tmp_path: Path
+) -> None:
+    options = replace(FEW, drafts=True, work=tmp_path / "work")
+
+    def killed(phase: str, done: int, total: int) -> None:
+        if phase == "layers" and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(packages("original"), packages("exact"), options, killed)
+    assert list((tmp_path / "work").glob("layer-*"))
+    assert compare(packages("original"), packages("exact"), options).metrics == exact.metrics
+
+
 def test_weights_of_a_package_are_those_of_the_checkpoint_with_the_same_codes(
     packages: Packages, tmp_path: Path
 ) -> None:
@@ -264,3 +279,30 @@ def test_the_command_takes_a_package(packages: Packages, tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     assert "ONNX Runtime" in done.output
     assert "ONNX Runtime" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def graph(path: Path) -> Path:
+    """A file as another exporter leaves it: an ONNX graph with its weights inside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    weight = onnx.numpy_helper.from_array(np.ones(1, dtype=np.float32), "onnx::MatMul_1")
+    node = onnx.helper.make_node("Mul", ["x", weight.name], ["logits"])
+    out = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out], [weight])), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "decoder_model_merged.onnx", "onnx/model.onnx"])
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "genai_config.json"), ("genai_config.json",)])
+def test_what_another_exporter_wrote_is_one_error_that_says_what_to_do(
+    name: str, beside: tuple[str, ...], packages: Packages, tmp_path: Path
+) -> None:
+    path = graph(tmp_path / "theirs" / name)
+    for file in beside:
+        shutil.copy(packages("int4") / file, tmp_path / "theirs")
+    for sides in ((packages("original"), tmp_path / "theirs"), (tmp_path / "theirs", packages("original"))):
+        for weights_alone in (False, True):
+            with pytest.raises(SourceError, match=r"another\s+exporter.*Save the log-probabilities.*export-onnx"):
+                compare(*sides, replace(FEW, run_model=not weights_alone))
+    with pytest.raises(SourceError, match="another exporter"):
+        compare(packages("original"), path, FEW)

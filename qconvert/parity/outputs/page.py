@@ -44,6 +44,24 @@ CAUSES = 200
 STEPS = 8
 """Colours of the heat map, the worst first."""
 
+PERCENTILES = "kl_percentiles"
+"""The curve whose ends are looked at."""
+
+SPAN = 3.0
+"""dB that the colours span at least: less than half the noise is no difference that colours should shout about."""
+
+MEANINGS = {
+    "kl_lens": "Of what both models would say if they ended after the layer; behind the last it is that of the models.",
+    "hidden_cosine": "Of what the layer gives in both models, mean of all tokens.",
+    "hidden_error": "How far the layer's output is off, as a share of its size, mean of all tokens.",
+    "router_overlap": "Share of the original's experts that the converted model chose too.",
+    "router_flips": "Share of tokens that went to any other expert.",
+    "router_mass_moved": "Share of the routing weights that went to other experts.",
+    "state_drift": "Relative error of the memories of linear attention at the end of the windows.",
+    "execution_error": "Largest relative error of a block that is fed what the engine fed it.",
+}
+"""What the numbers of layers are, for those who look at their charts."""
+
 FEW = 10
 """Experts in the table beside their picture."""
 
@@ -52,12 +70,16 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeatMap:
-    """SQNR by layer and role; a cell is its text and the number of its colour, ``None`` where nothing is rounded."""
+    """SQNR by layer and role; a cell is its text and the number of its colour, ``None`` where nothing is rounded.
+
+    Colours go from ``worst`` to ``high``, numbers from ``low`` to ``high``.
+    """
 
     roles: tuple[str, ...]
     rows: tuple[tuple[int, tuple[tuple[str, int] | None, ...]], ...]
     low: str
     high: str
+    worst: str
 
 
 def as_page(report: ParityReport) -> str:
@@ -135,6 +157,7 @@ def layer_charts(report: ParityReport) -> tuple[Chart, ...]:
                 )
                 for where in _seen(table)
             ],
+            meaning=MEANINGS.get(table.name, ""),
         )
         for table in by_layer(report)
     )
@@ -154,7 +177,13 @@ def curve_charts(report: ParityReport) -> tuple[Chart, ...]:
     names = dict.fromkeys(one.name for one in report.curves)
     groups = [[one for one in report.curves if one.name == name] for name in names]
     return tuple(
-        chart(words(group[0].name), group[0].x_label, group[0].y_label, [(one.where, one.points) for one in group])
+        chart(
+            words(group[0].name),
+            group[0].x_label,
+            group[0].y_label,
+            [(one.where, one.points) for one in group],
+            evenly=group[0].name == PERCENTILES,
+        )
         for group in groups
     )
 
@@ -201,6 +230,7 @@ def heat_map(report: ParityReport) -> HeatMap | None:
         return None
     values = [found.sqnr_db for found in sums.values() if math.isfinite(found.sqnr_db)]
     low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    worst = min(low, high - SPAN)
     roles = tuple(sorted({role for _, role in sums}))
 
     def cell(layer: int, role: str) -> tuple[str, int] | None:
@@ -209,14 +239,14 @@ def heat_map(report: ParityReport) -> HeatMap | None:
         value = sums[layer, role].sqnr_db
         if not math.isfinite(value):
             return number(value), STEPS - 1 if value > 0 else 0
-        share = 1.0 if low == high else (value - low) / (high - low)
-        return f"{value:.1f}", min(STEPS - 1, int(share * STEPS))
+        return f"{value:.1f}", min(STEPS - 1, int((value - worst) / (high - worst) * STEPS))
 
     return HeatMap(
         roles=roles,
         rows=tuple((layer, tuple(cell(layer, role) for role in roles)) for layer in sorted({at for at, _ in sums})),
         low=f"{low:.1f}",
         high=f"{high:.1f}",
+        worst=f"{worst:.1f}",
     )
 
 

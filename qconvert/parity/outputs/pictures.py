@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qconvert.parity.because import number
 
 WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 70, 16, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 86, 16, 12, 44
 
 NAMES, BAR = 200, 26
 """Room for the names beside bars, and from one bar to the next."""
@@ -28,6 +28,7 @@ class Axis:
         label: what runs along it.
         low: its first number; its logarithm on a logarithmic axis.
         high: its last.
+        order: numbers that lie evenly apart, whatever they are; empty on other axes.
         ticks: numbers that are written at it, in words.
     """
 
@@ -36,9 +37,12 @@ class Axis:
     high: float
     log: bool
     ticks: tuple[tuple[float, str], ...]
+    order: tuple[float, ...] = ()
 
     def share(self, value: float) -> float:
         """How far along the axis ``value`` lies, 0 to 1."""
+        if self.order:
+            return self.order.index(value) / max(1, len(self.order) - 1)
         return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
 
 
@@ -54,7 +58,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A picture of some series over one axis, with the places of its ticks."""
+    """A picture of some series over one axis, with the places of its ticks; ``meaning`` says what is drawn."""
 
     title: str
     description: str
@@ -63,14 +67,26 @@ class Chart:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     lines: tuple[Line, ...]
+    meaning: str = ""
 
 
 def chart(
-    title: str, x_label: str, y_label: str, series: Sequence[tuple[str, Points]], *, joined: bool = True
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[tuple[str, Points]],
+    *,
+    joined: bool = True,
+    evenly: bool = False,
+    meaning: str = "",
 ) -> Chart:
-    """Lines through points, or with ``joined=False`` the points alone; those that are not finite are left out."""
+    """Lines through points, or with ``joined=False`` the points alone; those that are not finite are left out.
+
+    ``evenly`` puts all x that occur evenly apart: the ends of a distribution get as much room as its middle.
+    """
     drawn = [(label, [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]) for label, points in series]
-    x = axis(x_label, [x for _, points in drawn for x, _ in points])
+    across = [x for _, points in drawn for x, _ in points]
+    x = _even_axis(x_label, across) if evenly and across else axis(x_label, across)
     y = axis(y_label, [y for _, points in drawn for _, y in points])
 
     def place(point: tuple[float, float]) -> str:
@@ -96,6 +112,7 @@ def chart(
         x_ticks=tuple((_across(x.share(value)), text) for value, text in x.ticks),
         y_ticks=tuple((_down(y.share(value)), text) for value, text in y.ticks),
         lines=tuple(lines),
+        meaning=meaning,
     )
 
 
@@ -170,8 +187,23 @@ def axis(label: str, values: Iterable[float], *, may_be_log: bool = True) -> Axi
         step = max(step, 1.0)
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     places = [low + i * step for i in range(round((high - low) / step) + 1)]
-    ticks = tuple((place, number(round(place, 12))) for place in places)
+    ticks = tuple((place, text) for place, text in zip(places, _apart(places, step), strict=True))
     return Axis(label=label, low=low, high=high, log=False, ticks=ticks)
+
+
+def _even_axis(label: str, values: Iterable[float]) -> Axis:
+    """An axis with a tick at each of the ``values``."""
+    order = tuple(sorted(set(values)))
+    ticks = tuple((value, f"{value:g}") for value in order)
+    return Axis(label=label, low=order[0], high=order[-1], log=False, ticks=ticks, order=order)
+
+
+def _apart(places: Sequence[float], step: float) -> list[str]:
+    """Numbers a ``step`` apart in words that differ."""
+    words = [number(round(place, 12)) for place in places]
+    if len(set(words)) == len(words):
+        return words
+    return [f"{place:.{max(0, math.ceil(-math.log10(step)))}f}" for place in places]
 
 
 def _round_step(step: float) -> float:

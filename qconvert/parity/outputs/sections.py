@@ -14,8 +14,8 @@ MODES = ("weights only", "as served")
 
 HEADLINES = (
     "kl_mean", "kl_median", "kl_p99", "kl_max", "top1_agreement", "top5_agreement",
-    "greedy_common_mean", "greedy_never_parted", "perplexity_original",
-    "perplexity_converted", "perplexity_ratio",
+    "greedy_common_mean", "greedy_never_parted", "draft_acceptance_original", "draft_acceptance_converted",
+    "perplexity_original", "perplexity_converted", "perplexity_ratio",
 )  # fmt: skip
 """What most readers want to know of the models."""
 

@@ -87,8 +87,20 @@ def full_report() -> ParityReport:
         notes=("Engines round no activations for this checkpoint: as served is weights only.",),
         curves=(
             Curve(
-                name="kl_percentiles", where="as served", x_label="share of positions, %", y_label="KL, nats",
-                points=((0.0, 0.0), (50.0, 1e-4), (90.0, 2e-3), (99.0, 0.05), (100.0, 1.5)),
+                name="kl_percentiles", where="as served", x_label="share of positions, %",
+                y_label="KL(original || converted), nats",
+                points=(
+                    (0.0, 0.0), (1.0, 1e-7), (50.0, 1e-4), (90.0, 2e-3), (95.0, 4e-3), (99.0, 0.05), (99.9, 0.2),
+                    (100.0, 1.5),
+                ),
+            ),
+            Curve(
+                name="state_drift", where="as served", x_label="share of the window, %",
+                y_label="relative error of DeltaNet states", points=((50.0, 1.2e-4), (100.0, 2.6e-4)),
+            ),
+            Curve(
+                name="greedy_common", where="as served", x_label="tokens after the prompt",
+                y_label="prompts still continued alike, %", points=((0.0, 100.0), (32.0, 87.5)),
             ),
         ),
         experts=tuple(

@@ -165,3 +165,35 @@ def test_hostile_names_neither_run_nor_load(browser: Browser, pages: dict[str, P
     assert complaints(browser) == []
     browser.click(f"table.sortable {SQNR}")
     assert browser.run(COLUMN.format(3))[-1] == "-Infinity"
+
+
+OUTSIDE = """
+[...document.querySelectorAll("svg")].flatMap(svg => {
+  const frame = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("text")].filter(text => {
+    const box = text.getBoundingClientRect();
+    return box.left < frame.left - 1 || box.right > frame.right + 1
+      || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
+  }).map(text => text.textContent);
+})
+"""
+
+OVER_EACH_OTHER = """
+[...document.querySelectorAll("svg")].flatMap(svg => {
+  const boxes = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
+  return boxes.flatMap(([one, a], n) => boxes.slice(n + 1).filter(([other, b]) =>
+    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
+  ).map(([other]) => `${one} / ${other}`));
+})
+"""
+
+
+def test_words_of_charts_are_inside_their_picture_and_apart(full: Browser) -> None:
+    assert full.run("document.querySelectorAll('svg text').length") > 60
+    assert full.run(OUTSIDE) == []
+    assert full.run(OVER_EACH_OTHER) == []
+
+
+def test_tables_of_a_window_as_wide_as_the_page_need_no_scrolling(full: Browser) -> None:
+    wide = "[...document.querySelectorAll('#summary .scroll')].map(box => box.scrollWidth - box.clientWidth)"
+    assert max(full.run(wide)) == 0

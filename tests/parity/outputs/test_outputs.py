@@ -27,7 +27,7 @@ from qconvert.parity.outputs.markdown import as_markdown
 from qconvert.parity.outputs.model_card import as_model_card
 from qconvert.parity.outputs.page import as_page, heat_map
 from qconvert.parity.outputs.pictures import HEIGHT, LEFT, RIGHT, WIDTH, axis, chart
-from qconvert.parity.outputs.sections import deciding, printable
+from qconvert.parity.outputs.sections import deciding, headlines, printable
 from qconvert.parity.report import ParityReport
 from tests.parity.outputs.reports import HOSTILE, bare_report, full_report, hostile_report
 
@@ -163,7 +163,7 @@ def test_the_summary_comes_first_and_everything_is_there() -> None:
         "summary", "causes", "layers", "attribution", "heat", "experts", "curves", "parts", "tensors",
     ]  # fmt: skip
     assert REPORTS["full"].because in page.said
-    assert len(page.all("svg")) == 6
+    assert len(page.all("svg")) == 8
     assert [one["id"] for one in Page(as_page(REPORTS["bare"])).all("section")] == ["summary", "causes"]
 
 
@@ -246,6 +246,21 @@ def test_colours_of_the_heat_map_run_from_worst_to_best() -> None:
     assert heat_map(REPORTS["bare"]) is None
 
 
+def test_small_differences_have_close_colours() -> None:
+    one = REPORTS["full"].tensors[0]
+    found = heat_map(replace(REPORTS["full"], tensors=(one,)))
+    assert found is not None
+    assert [cell for _, row in found.rows for cell in row] == [(found.high, 7)]
+    # twice the noise is 3 dB, and that is all of the colours
+    louder = replace(one.sums, squared_error=one.sums.squared_error * 1.1)
+    other = replace(one, role=replace(one.role, layer=(one.role.layer or 0) + 1), sums=louder)
+    found = heat_map(replace(REPORTS["full"], tensors=(one, other)))
+    assert found is not None
+    assert sorted(cell[1] for _, row in found.rows for cell in row if cell is not None) == [6, 7]
+    assert float(found.worst) == pytest.approx(float(found.high) - 3, abs=0.11)
+    assert float(found.low) > float(found.worst)
+
+
 def test_nan_is_shown_and_takes_the_worst_colour() -> None:
     found = heat_map(REPORTS["hostile"])
     assert found is not None
@@ -260,6 +275,39 @@ def test_an_axis_spans_its_values(values: list[float]) -> None:
     assert all(-1e-9 <= found.share(value) <= 1 + 1e-9 for value, _ in found.ticks)
     assert 2 <= len(found.ticks) <= 12
     assert found.log == (bool(values) and min(values) >= 0 and 1e-6 in values)
+
+
+@pytest.mark.parametrize("values", [[0.99985, 0.99998], [31.672, 31.777], [1000.5, 1000.9], [0.9, 0.97], [-3.0, 7.5]])
+def test_no_two_ticks_say_the_same(values: list[float]) -> None:
+    ticks = axis("x", values).ticks
+    assert len({text for _, text in ticks}) == len(ticks)
+    step = ticks[1][0] - ticks[0][0]
+    assert all(float(text) == pytest.approx(value, abs=step / 100) for value, text in ticks)
+
+
+def test_the_tail_of_a_distribution_has_room() -> None:
+    shares = [0.0, 50.0, 90.0, 99.0, 99.9, 100.0]
+    found = chart("t", "share", "KL", [("a", [(x, 10 ** (x / 50)) for x in shares])], evenly=True)
+    places = [float(at.split()[0]) for at in found.lines[0].path[1:].split("L")]
+    assert places == pytest.approx([place for place, _ in found.x_ticks])
+    assert [text for _, text in found.x_ticks] == ["0", "50", "90", "99", "99.9", "100"]
+    gaps = [after - before for before, after in pairwise(places)]
+    assert max(gaps) - min(gaps) < 0.5
+    assert chart("t", "x", "y", [("a", [])], evenly=True).description == "y: nothing finite to draw."
+
+
+def test_charts_of_layers_say_what_they_show() -> None:
+    numbers = tuple(exact("kl_lens", "as served", 1e-4 * at, "nats", layer=at) for at in range(3))
+    page = as_page(replace(REPORTS["full"], metrics=numbers))
+    assert "KL lens by layer" in page
+    assert "if they ended after the layer" in page
+
+
+def test_drafts_are_among_the_numbers_that_most_readers_want() -> None:
+    names = ("draft_acceptance_original", "draft_acceptance_converted")
+    numbers = tuple(exact(name, "as served", 0.5, "fraction", better="high") for name in names)
+    report = replace(REPORTS["full"], metrics=numbers)
+    assert [name for name, _ in headlines(report)] == list(names)
 
 
 def test_there_is_no_tick_between_two_layers() -> None:
