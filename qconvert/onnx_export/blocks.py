@@ -139,11 +139,12 @@ class Decoder:
         """``silu(conv(raw))`` [B, S, C] of raw [B, S, C] behind past [B, C, W - 1], and the past of the next call."""
         graph = self.graph
         packed = graph.op("GatherND", raw, self.packing.order, batch_dims=1)
-        packed = graph.op("Transpose", packed, perm=(0, 2, 1))
-        mixed = self.operators.causal_conv(graph, packed, self.weights(Kind.LINEAR_CONV, layer), past)
+        kernel = self.weights(Kind.LINEAR_CONV, layer)
+        mixed = self.operators.causal_conv(graph, graph.op("Transpose", packed, perm=(0, 2, 1)), kernel, past)
         out = graph.op("GatherND", graph.op("Transpose", mixed, perm=(0, 2, 1)), self.packing.inverse, batch_dims=1)
-        inputs = graph.op("Concat", past, packed, axis=2)
-        return out, graph.op("GatherElements", inputs, self.packing.window, axis=2)
+        inputs = graph.op("Concat", graph.op("Transpose", past, perm=(0, 2, 1)), packed, axis=1)
+        recent = graph.op("GatherND", inputs, self.packing.window, batch_dims=1)
+        return out, graph.op("Transpose", recent, perm=(0, 2, 1))
 
     def _unit(self, x: ir.Value) -> ir.Value:
         """``x / sqrt(sum(x ** 2) + L2_EPSILON)`` of each key head: an RMS norm of that many dimensions.

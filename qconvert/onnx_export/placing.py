@@ -42,7 +42,7 @@ class Packing:
     Attributes:
         order: int64 [B, S, 1], the new tokens of each row, the real ones first.
         inverse: int64 [B, S, 1], where each is in that order.
-        window: int64 [B, C, W - 1], places in [before | new, in order] that end at the last real token.
+        window: int64 [B, W - 1, 1], rows of [before | new, in order] that end at the last real token.
     """
 
     order: ir.Value
@@ -50,8 +50,8 @@ class Packing:
     window: ir.Value
 
 
-def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, channels: int, width: int) -> Packing:
-    """The packing of tokens that are ``real`` int64 [B, S], for a convolution of ``channels`` with ``width`` taps."""
+def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> Packing:
+    """The packing of tokens that are ``real`` int64 [B, S], for a convolution of ``width`` taps."""
     zero, one = graph.integer(0), graph.integer(1)
     places = graph.op("Range", zero, graph.op("Squeeze", count), one)
     behind = graph.op("Mul", graph.op("Sub", one, real), count)
@@ -59,8 +59,7 @@ def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, channels: int, 
     _, inverse = graph.ops("TopK", 2, order, count, axis=1, largest=0)
     first = graph.op("ReduceSum", real, graph.integers(1), keepdims=1)
     window = graph.op("Add", first, graph.integers(*range(width - 1)))
-    order, inverse = (graph.op("Unsqueeze", one, graph.integers(2)) for one in (order, inverse))
-    window = graph.op("Expand", graph.op("Unsqueeze", window, graph.integers(1)), graph.integers(1, channels, 1))
+    order, inverse, window = (graph.op("Unsqueeze", one, graph.integers(2)) for one in (order, inverse, window))
     return Packing(order=order, inverse=inverse, window=window)
 
 

@@ -50,7 +50,7 @@ def place(
             weights,
             real=placing.spread_real(graph, real),
             bias=placing.attention_bias(graph, mask, count, before, operators.unseen),
-            packing=placing.packing(graph, real, count, config.conv_dim, config.linear_conv_kernel_dim),
+            packing=placing.packing(graph, real, count, config.linear_conv_kernel_dim),
             rotation=placing.rotation(
                 graph, positions, frequencies.numpy(), factor, axis_of_planes(config.rope.mrope_section).numpy()
             ),

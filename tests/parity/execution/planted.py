@@ -82,23 +82,19 @@ def memory_unmasked(graph: Edited, layer: int) -> None:
 
 
 def convolution_unmasked(graph: Edited, layer: int) -> None:
-    raw = graph.node(layer, "GatherND", 0).input[0]
-    graph.node(layer, "CausalConvWithState").input[0] = graph.before(
-        graph.node(layer, "CausalConvWithState"), "Transpose", [raw], perm=(0, 2, 1)
-    )
+    graph.node(layer, "Transpose", 0).input[0] = graph.node(layer, "GatherND", 0).input[0]
     graph.node(layer, "Split", 0).input[0] = graph.node(layer, "GatherND", 1).input[0]
 
 
 def window_unmasked(graph: Edited, layer: int) -> None:
-    """What is carried ends with the last token, real or not."""
-    raw = graph.node(layer, "GatherND", 0).input[0]
-    graph.node(layer, "Concat", 0).input[1] = graph.before(
-        graph.node(layer, "Concat", 0), "Transpose", [raw], perm=(0, 2, 1)
-    )
-    places = graph.before(graph.node(layer, "GatherElements"), "Shape", [raw], start=1, end=2)
-    taken = graph.before(graph.node(layer, "GatherElements"), "Add", [places, graph.integers(0, 1, 2)])
-    node = graph.node(layer, "GatherElements")
-    node.op_type, node.input[1] = "Gather", taken
+    """What is carried ends with the last token, real or not; an output's name must stay."""
+    node = graph.node(layer, "GatherND", 2)
+    places = graph.before(node, "Shape", [graph.node(layer, "FusedMatMul", 0).output[0]], start=1, end=2)
+    taken = graph.before(graph.node(layer, "GatherND", 2), "Add", [places, graph.integers(0, 1, 2)])
+    source = graph.node(layer, "GatherND", 2).input[0]
+    gathered = graph.before(graph.node(layer, "GatherND", 2), "Gather", [source, taken], axis=1)
+    graph.node(layer, "Transpose", 3).input[0] = gathered
+    graph.node(layer, "Concat", 0).input[1] = graph.node(layer, "GatherND", 0).input[0]
 
 
 def unmasked(graph: Edited, layer: int) -> None:
