@@ -65,7 +65,7 @@ def commands(source: Path, out: Path, cache: Path, genai: Path | None) -> dict[s
     }
     if genai is not None:
         builder = (str(genai), "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out))
-        extra = ("--extra_options", f"int4_block_size={GROUP}", "int4_accuracy_level=4")
+        extra = ("--extra_options", f"block_size={GROUP}", f"qmoe_block_size={GROUP}", "accuracy_level=4")
         found[GENAI] = (*builder, "-p", "int4", "-e", "cpu", "-c", str(cache), *extra)
     return found
 

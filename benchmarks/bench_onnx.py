@@ -7,8 +7,10 @@ WORK gets a random checkpoint of four layers with the layer shapes of 35B-A3B, 6
 small vocabulary, or with ``--demo`` the text model of the demo checkpoint; of it a package in which qconvert rounds
 every matrix to int4 in groups of 128 that genai's builder rounds (but for router and shared-expert gate, which it also
 rounds), one with int4 experts and everything else that is always active in int8, one with int4 experts and the rest in
-float32, and genai's own with the same bits, blocks and accuracy level. A round runs each in onnxruntime-genai on the
-same two processors, then transformers in float32; the first one runs vLLM too, which takes two minutes to start. The
+float32, and genai's own with the same bits, blocks and accuracy level. Its builder gives no level to experts, which
+then see float32 activations; so its package is timed a second time with the level of ours written into these nodes. In
+the demo, whose sizes 128 does not divide, groups have 32. A round runs each in onnxruntime-genai on the same two
+processors, then transformers in float32; the first one runs vLLM too, which takes two minutes to start. The
 best of all rounds counts. The limit of memory is what a token must read, over what the processors read in a second.
 """
 
@@ -25,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from make_synthetic import config_json, make, shrink
 from safetensors.torch import load_file, save_file
@@ -41,18 +44,19 @@ VOCABULARY = 2048
 """That of the demo's tokenizer, which genai's builder wants to see."""
 
 EXPERTS = 64
-GROUP = 128
 LEVEL = 4
 PROMPTS = (128, 512)
 NEW = 32
 REPEATS = 3
 
+LIKE_GENAI = HERE / "packages" / "like_genai.toml"
 OURS = {
-    "qconvert, int4 as genai": ("--scheme", "int4", "--policy", str(HERE / "packages" / "like_genai.toml")),
-    "qconvert, int4 experts, int8 rest": ("--scheme", "int4", "--preset", "mixed"),
-    "qconvert, int4 experts, float32 rest": ("--scheme", "int4"),
+    "qconvert, int4 as genai": ("--policy", "{like_genai}"),
+    "qconvert, int4 experts, int8 rest": ("--preset", "mixed"),
+    "qconvert, int4 experts, float32 rest": (),
 }
 GENAI = "onnxruntime-genai's builder, int4"
+LEVELLED = "the same, experts at that level too"
 TRANSFORMERS = "transformers, float32"
 VLLM = "vLLM's build for CPUs, bfloat16"
 VLLM_SHIM = ROOT / "tests" / "engines" / "vllm_shim"
@@ -88,13 +92,18 @@ def prepare(work: Path, genai_python: Path, *, demo: bool) -> None:
             make(source, config())
         for name in TOKENIZER:
             shutil.copy(CHECKPOINT / name, source / name)
+    group = 32 if demo else 128
+    like_genai = work / LIKE_GENAI.name
+    rules = LIKE_GENAI.read_text(encoding="utf-8")
+    like_genai.write_text(rules.replace('scheme = "int4"', f'scheme = "int4"\ngroup = {group}'), encoding="utf-8")
     command = Path(sys.executable).with_name("qconvert")
     for name, options in OURS.items():
         if not _folder(work, name).exists():
             say(f"exporting: {name}")
-            level = ("--accuracy-level", str(LEVEL), "--json")
+            chosen = [option.format(like_genai=like_genai) for option in options]
+            scheme = ("--scheme", "int4", "--group", str(group), "--accuracy-level", str(LEVEL), "--json")
             subprocess.run(
-                [str(command), "export-onnx", str(source), str(_folder(work, name)), *options, *level],
+                [str(command), "export-onnx", str(source), str(_folder(work, name)), *scheme, *chosen],
                 check=True,
                 capture_output=True,
             )
@@ -102,11 +111,35 @@ def prepare(work: Path, genai_python: Path, *, demo: bool) -> None:
         say(f"exporting: {GENAI}")
         builder = [str(genai_python), "-m", "onnxruntime_genai.models.builder"]
         builder += ["-i", str(source), "-o", str(_folder(work, GENAI))]
-        extra = ["--extra_options", f"int4_block_size={GROUP}", f"int4_accuracy_level={LEVEL}"]
+        extra = ["--extra_options", f"block_size={group}", f"qmoe_block_size={group}", f"accuracy_level={LEVEL}"]
         subprocess.run(
             [*builder, "-p", "int4", "-e", "cpu", "-c", str(work / "cache"), *extra],
             check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
+    if not _folder(work, LEVELLED).exists():
+        level_experts(_folder(work, GENAI), _folder(work, LEVELLED))
+    same_products(_folder(work, next(iter(OURS))), _folder(work, GENAI), group)
+
+
+def level_experts(package: Path, out: Path) -> None:
+    """Copy a package and have its QMoE nodes round activations as ours do."""
+    shutil.copytree(package, out)
+    (path,) = out.glob("*.onnx")
+    graph = onnx.load(path, load_external_data=False)
+    for node in graph.graph.node:
+        if node.op_type == "QMoE":
+            node.attribute.append(onnx.helper.make_attribute("accuracy_level", LEVEL))
+    onnx.save(graph, path)
+
+
+def same_products(package: Path, other: Path, group: int) -> None:
+    """Stop where two packages do not have all products in codes in groups of ``group``: options can be passed over."""
+    for folder in (package, other):
+        (path,) = folder.glob("*.onnx")
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        blocks = {a.i for node in nodes for a in node.attribute if a.name == "block_size"}
+        if blocks != {group}:
+            raise SystemExit(f"{path}: groups of {sorted(blocks)}, expected {group} alone: nothing to compare")
 
 
 def _folder(work: Path, name: str) -> Path:
@@ -178,7 +211,7 @@ def main() -> None:
     prepare(options.work, options.genai_python, demo=options.demo)
     if options.prepare:
         return
-    packages = [*OURS, GENAI]
+    packages = [*OURS, GENAI, LEVELLED]
     for name in packages:
         limit_threads(_folder(options.work, name), options.threads)
     everybody = (*packages, TRANSFORMERS, VLLM)
