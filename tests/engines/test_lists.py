@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from qconvert.plan.presets import preset_rules
 from reference_model.config import ModelConfig
 from tests.checkpoints import make_tiny
 from tests.engine_check.planned import Headers
-from tests.engines.engine import PYTHON, SHIM
+from tests.engines.engine import run_shim
 
 pytestmark = pytest.mark.engines
 
@@ -74,12 +72,7 @@ def test_vllm_takes_the_same_for_quantized(tmp_path: Path) -> None:
                     {"method": view.method, "mapped": view.mapped, "block": block, "names": list(names.values())}
                 )
     (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    subprocess.run(
-        [PYTHON, SHIM / "lists.py", tmp_path / "cases.json", tmp_path / "answers.json"],
-        env=os.environ | {"PYTHONPATH": str(SHIM), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-        check=True,
-        timeout=300,
-    )
+    run_shim("lists.py", tmp_path / "cases.json", tmp_path / "answers.json")
     theirs = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
     assert theirs == ours
     found = [answer for one in ours for answer in one.values()]

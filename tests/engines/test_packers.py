@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qconvert.formats.awq import Awq
 from qconvert.formats.gptq import Gptq
-from tests.engines.engine import PYTHON, SHIM
+from tests.engines.engine import run_shim
 
 pytestmark = pytest.mark.engines
 
@@ -23,12 +21,7 @@ def test_words_are_those_of_vllm(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     codes = {bits: torch.randint(2**bits, (INPUTS, OUTPUTS), generator=generator) for bits in (4, 8)}
     save_file({f"codes.{bits}": one.to(torch.int32) for bits, one in codes.items()}, tmp_path / "codes.safetensors")
-    subprocess.run(
-        [PYTHON, SHIM / "pack.py", tmp_path / "codes.safetensors", tmp_path / "packed.safetensors"],
-        env=os.environ | {"PYTHONPATH": str(SHIM), "VLLM_NO_USAGE_STATS": "1"},
-        check=True,
-        timeout=300,
-    )
+    run_shim("pack.py", tmp_path / "codes.safetensors", tmp_path / "packed.safetensors")
     theirs = load_file(tmp_path / "packed.safetensors")
     for bits, one in codes.items():
         assert torch.equal(Gptq().pack_codes(one.T.to(torch.uint8).contiguous(), bits), theirs[f"gptq.{bits}"])

@@ -94,6 +94,12 @@ POLICIES: dict[str, tuple[Policy, dict[str, int]]] = {
         default_policy(FP8_BLOCK, rules=always_active(FP8_BLOCK, SHARED + LINEAR_ATTENTION)),
         {"Fp8MoEMethod": 4, "Fp8LinearMethod": 4 * 2 + 3 * 2},
     ),
+    "fp8-tiles-everywhere": (
+        default_policy(FP8_BLOCK, rules=always_active(FP8_BLOCK, SHARED + LINEAR_ATTENTION)).stored_as(
+            "compressed-tensors"
+        ),
+        {"CompressedTensorsW8A8Fp8MoEMethod": 4, "CompressedTensorsW8A8Fp8": 4 * 2 + 3 * 2},
+    ),
 }
 """What is converted, and how many layers vLLM must have read as quantized, by the class that reads them."""
 
@@ -141,6 +147,7 @@ COMMANDS = {
     "fp8-everywhere": "--scheme fp8",
     "fp8-block-everywhere": "--scheme fp8-block",
     "fp8-tiles": "--scheme fp8-block --format compressed-tensors",
+    "fp8-tiles-everywhere": "--scheme fp8-block --format compressed-tensors",
     "gptq": "--scheme int4 --format gptq",
     "gptq-int8-everywhere": "--scheme int8 --format gptq",
     "awq": "--scheme int4 --asymmetric --format awq",

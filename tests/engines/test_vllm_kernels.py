@@ -6,8 +6,6 @@ functions for activations round them as `qconvert parity` says that engines do.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from qconvert.numerics.activations import quantize_activations
 from qconvert.plan.policy import Policy, Rule, default_policy
 from tests.conftest import Prove
 from tests.edits import round_inputs_to_four_bits
-from tests.engines.engine import PYTHON, SHIM, Loaded, load_in_vllm
+from tests.engines.engine import Loaded, load_in_vllm, run_shim
 from tests.engines.test_vllm import (
     ATTENTION,
     FOUR_BITS,
@@ -55,6 +53,7 @@ POLICIES: dict[str, tuple[Policy, str, str]] = {
     "int4": (single(int4(32)), "--scheme int4", "weights"),
     "gptq": (single(int4(32)).stored_as("gptq"), "--scheme int4 --format gptq", "weights"),
     "awq": (single(int4(32)).stored_as("awq"), "--scheme int4 --format awq", "weights"),
+    "int4 with zero points": (single(int4(32, symmetric=False)), "--scheme int4 --asymmetric", "weights"),
     "awq with zero points": (
         single(int4(32, symmetric=False)).stored_as("awq"),
         "--scheme int4 --asymmetric --format awq",
@@ -108,12 +107,7 @@ def test_activations_are_rounded_as_vllm_rounds_them(tmp_path: Path) -> None:
     scale, over = 0.011, 61.7
     given = {"x": x, "scale": torch.tensor([scale]), "over": torch.tensor([over])}
     save_file(given, tmp_path / "given.safetensors")
-    subprocess.run(
-        [PYTHON, SHIM / "activations.py", tmp_path / "given.safetensors", tmp_path / "rounded.safetensors"],
-        env=os.environ | {"PYTHONPATH": str(SHIM), "VLLM_NO_USAGE_STATS": "1"},
-        check=True,
-        timeout=300,
-    )
+    run_shim("activations.py", tmp_path / "given.safetensors", tmp_path / "rounded.safetensors")
     theirs = load_file(tmp_path / "rounded.safetensors")
     ours = {
         "int8 token": (W8A8.activation, None),

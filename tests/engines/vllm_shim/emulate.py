@@ -1,4 +1,4 @@
-"""Lets vLLM's CPU build run quantized checkpoints on a CPU without AVX512 or AMX, where it has no kernels for them.
+"""Lets vLLM's CPU build run quantized checkpoints without its kernels, most of which want AMX or a GPU.
 
 vLLM's own code reads the configuration, matches names, creates parameters and loads weights. Replaced is only what
 comes after: the choice of a kernel, which would find none, and the kernel itself. Matrices are dequantized to BF16 and
