@@ -26,12 +26,12 @@ from typing import Any
 
 from comparison.candidates import versions
 from comparison.experts import experts_found, sizes, stored_in
-from comparison.methods import BASELINE, MEASURE, SCHEMES, Method, Text, our_methods, peer_methods
+from comparison.methods import BASELINE, MEASURE, SCHEMES, WIDER, Method, Text, our_methods, peer_methods
 from comparison.process import failure, run
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "reference_model" / "demo"
-ALL_SCHEMES = (*SCHEMES, "nf4")
+ALL_SCHEMES = (*SCHEMES, "nf4", *WIDER)
 LOGITS = "logits"
 """The one tensor of ``logits.safetensors``, where a peer leaves it beside its checkpoint."""
 

@@ -22,6 +22,7 @@ from qconvert.core.plan import (
     Quantize,
     Reading,
     Reencode,
+    Rescale,
     Slice,
     Step,
 )
@@ -68,6 +69,29 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Folded:
+    """What a tensor is divided by, because what reads it is multiplied by that.
+
+    Attributes:
+        fold: its name.
+        exponent: to which mean sizes of inputs were raised; 0 where nothing is divided.
+        strength: mean of ``|log2|`` of the factors.
+        loss: squared error of outputs of what reads it, over that of the same without the fold; ``None`` where that is
+            not known.
+        flips: share of the router's choices that are others, because the router is rounded again; ``None`` where the
+            tensor does not reach it.
+        given_up: whether these were too many, so that nothing is divided.
+    """
+
+    fold: str
+    exponent: float
+    strength: float
+    loss: float | None
+    flips: float | None = None
+    given_up: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What is known of a finished step.
 
@@ -76,12 +100,14 @@ class Outcome:
         loss: of a rounded matrix, also to BF16; ``None`` for a copy.
         scale_error: of a matrix whose codes were moved, the largest relative error of a scale.
         fit: of a matrix that was rounded by what its inputs look like.
+        folded: of a tensor that is divided.
     """
 
     source_hash: str
     loss: Loss | None = None
     scale_error: float | None = None
     fit: Fit | None = None
+    folded: Folded | None = None
 
     def note(self) -> dict[str, Any]:
         """As plain JSON, every digit kept."""
@@ -92,17 +118,20 @@ class Outcome:
             note["scale_error"] = self.scale_error
         if self.fit is not None:
             note["fit"] = asdict(self.fit)
+        if self.folded is not None:
+            note["folded"] = asdict(self.folded)
         return note
 
     @classmethod
     def of_note(cls, note: Mapping[str, Any]) -> Outcome:
         """The inverse of ``note``."""
-        loss, fit = note.get("loss"), note.get("fit")
+        loss, fit, folded = note.get("loss"), note.get("fit"), note.get("folded")
         return cls(
             source_hash=note["source"],
             loss=loss and Loss(squared_error=loss[0], signal=loss[1]),
             scale_error=note.get("scale_error"),
             fit=fit and Fit(**fit),
+            folded=folded and Folded(**folded),
         )
 
 
@@ -153,6 +182,8 @@ def execute(
             loss, pieces = _cast(step.matrices, name, DType.BF16, Formula.SAME, read, sink, source_hash)
         case Cast(name=name, dtype=dtype, formula=formula):
             loss, pieces = _cast(step.matrices, name, dtype, formula, read, sink, source_hash)
+        case Rescale():
+            raise PlanError(f"{step.key} is scaled by what text gives, and no text is run")
         case Quantize() as action:
             aids = _aids(step, read, largest, inputs)
             loss, pieces = _quantize(step.matrices, action, read, sink, source_hash, device, aids)
@@ -275,7 +306,7 @@ def _lay(
         case Reencode() as action:
             laid = lay_moved(action, mosaic, read, sink, source_hash)
             return None, laid.scale_error, laid.pieces
-        case Cast() as action:
+        case Cast() | Rescale() as action:
             raise PlanError(f"{action.name} is to be laid together in {action.dtype}, which no plan asks for")
         case action:
             laid = lay_plain(action, mosaic, read, sink, source_hash)

@@ -14,7 +14,7 @@ from typing import Any
 from qconvert import __version__
 from qconvert.core.coverage import LayerCoverage, layer_name
 from qconvert.core.plan import Folding, Plan
-from qconvert.execute import Loss, Outcome
+from qconvert.execute import Folded, Loss, Outcome
 from qconvert.io.file_record import FileRecord
 from qconvert.io.hashing import new_hash
 
@@ -27,6 +27,7 @@ PACKAGE = "package"
 CALIBRATION = "calibration"
 LOSS_OVER_NEAREST = "loss_over_nearest"
 EXPERT_COVERAGE = "expert_coverage"
+AWQ_FOLDS = "awq_folds"
 
 
 def summary(
@@ -68,7 +69,12 @@ def summary(
         moved[PACKAGE] = dict(package)
     if calibration is not None:
         fitted = any(outcome.fit is not None for outcome in outcomes.values())
-        moved[CALIBRATION] = {**calibration, **(fit_by_role(plan, outcomes) if fitted else {})}
+        folded = folded_by_fold(plan, outcomes)
+        moved[CALIBRATION] = {
+            **calibration,
+            **(fit_by_role(plan, outcomes) if fitted else {}),
+            **({AWQ_FOLDS: folded} if folded else {}),
+        }
     return {
         "qconvert": __version__,
         "hash": algorithm,
@@ -204,6 +210,34 @@ def fit_by_role(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
             "no_information": support["none"],
             "layers": [layer.entry() for layer in layers],
         },
+    }
+
+
+def folded_by_fold(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What AWQ divided: by fold how many tensors, how strongly, and what was left of the errors of their readers.
+
+    ``strength`` is the mean of ``|log2|`` of factors, ``loss_over_unfolded`` the geometric mean of errors of outputs
+    over those without the fold. Of the norm before experts ``router_flips`` has the share of the router's choices that
+    are others by section and layer, and ``given_up`` the layers in which they were too many.
+    """
+    by_fold: dict[str, list[tuple[str, Folded]]] = {}
+    for step in plan.steps:
+        folded, role = outcomes[step.key].folded, step.role
+        if folded is not None:
+            by_fold.setdefault(folded.fold, []).append((f"{role.section.value} layer {role.layer}", folded))
+    return {fold: _folds_together(members) for fold, members in by_fold.items()}
+
+
+def _folds_together(members: Sequence[tuple[str, Folded]]) -> dict[str, Any]:
+    folds = [folded for _, folded in members]
+    losses = [log10(folded.loss) for folded in folds if folded.loss]
+    flips = {place: round(folded.flips, 6) for place, folded in members if folded.flips is not None}
+    return {
+        "tensors": len(folds),
+        "scaled": sum(folded.exponent > 0 for folded in folds),
+        "strength": round(sum(folded.strength for folded in folds) / len(folds), 6),
+        "loss_over_unfolded": round(10 ** (sum(losses) / len(losses)), 6) if losses else None,
+        **({"router_flips": flips, "given_up": [at for at, folded in members if folded.given_up]} if flips else {}),
     }
 
 

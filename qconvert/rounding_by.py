@@ -46,7 +46,7 @@ def check_memory_by(by: By | None, source: Checkpoint, jobs: int, memory: int) -
         PlanError: a calibrated conversion needs more than ``memory``.
     """
     if isinstance(by, Calibration):
-        check_room(CheckpointWeights(source).config.text, jobs, memory, by.tokens)
+        check_room(CheckpointWeights(source).config.text, jobs, memory, by.tokens, by.tried(jobs))
 
 
 def run_by(

@@ -119,7 +119,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "qconvert.parity": {
         "qconvert.core", "qconvert.arch", "qconvert.io", "qconvert.numerics", "qconvert.formats",
-        "qconvert.plan.policy", "qconvert.texts", "qconvert.weights", "qconvert.memory", "reference_model",
+        "qconvert.quantized_view", "qconvert.plan.policy", "qconvert.texts", "qconvert.weights", "qconvert.memory",
+        "reference_model",
         "qconvert.onnx_export.runtime", "qconvert.onnx_export.session", "qconvert.onnx_export.package_weights",
     },
     "qconvert.budget": {

@@ -10,6 +10,8 @@ from pathlib import Path
 from .candidates import Candidate
 
 SCHEMES = ("int4-g128", "int4-g32", "int8")
+WIDER = ("mixed", "int4-all")
+"""Experts in int4 in groups of 128, and what is always active in int8, or in int4 in groups of 64: ours alone."""
 BASELINE, MEASURE = "rtn", "gptq"
 """What gains are told on, and what peers are held against."""
 _PEERS = Path(__file__).parents[1] / "peers"
@@ -22,7 +24,18 @@ _OUR_SCHEMES = {
     "int4-g128": ("--scheme", "int4", "--group", "128"),
     "int4-g32": ("--scheme", "int4", "--group", "32"),
     "int8": ("--scheme", "int8"),
+    "mixed": ("--scheme", "int4", "--preset", "mixed"),
+    "int4-all": ("--scheme", "int4", "--policy", str(Path(__file__).with_name("always-active-int4.toml"))),
 }
+_FOLDS = {
+    "none": (*SCHEMES, *WIDER),
+    "up-down,post-attention": (*SCHEMES, *WIDER),
+    "up-down,input": WIDER,
+    "up-down,value": WIDER,
+    "up-down,linear-norm": WIDER,
+    "up-down,post-attention,input,value,linear-norm": WIDER,
+}
+"""What `--awq-folds` is asked for beside the usual, and where it has something to fold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +85,16 @@ def our_methods(threads: int, text: Text) -> tuple[Method, ...]:
         return [program, "calibrate", str(source), "-o", stats(out), *text.options, *jobs]
 
     def method(
-        name: str, title: str, options: Callable[[Path], Sequence[str]], before: Callable[..., list[str]] | None = None
-    ) -> Method:
+        name: str, title: str, options: Callable[[Path], Sequence[str]], before: Callable[..., list[str]] | None = None,
+        schemes: tuple[str, ...] = (*SCHEMES, *WIDER),
+    ) -> Method:  # fmt: skip
         def command(source: Path, out: Path, scheme: str) -> list[str]:
             return [program, "quantize", str(source), str(out), *_OUR_SCHEMES[scheme], *options(out), *jobs]
 
         return Method(
             key=name,
             title=f"qconvert {title}",
-            schemes=SCHEMES,
+            schemes=schemes,
             python=Path(sys.executable),
             command=command,
             before=before,
@@ -89,12 +103,19 @@ def our_methods(threads: int, text: Text) -> tuple[Method, ...]:
             ours=True,
         )
 
+    def key(folds: str) -> str:
+        return f"awq-{folds.removeprefix('up-down,').replace(',', '-')}"
+
+    def by(folds: str) -> Callable[[Path], Sequence[str]]:
+        return lambda _: ("--method", "awq", "--awq-folds", folds, *read)
+
     return (
         method(BASELINE, "rtn --search", lambda _: ("--search",)),
         method("imatrix", "imatrix", lambda out: ("--method", "imatrix", "--stats", stats(out)), calibrate),
         method("awq", "awq", lambda _: ("--method", "awq", *read)),
+        *(method(key(folds), f"awq, folds {folds}", by(folds), schemes=schemes) for folds, schemes in _FOLDS.items()),
         method("gptq", "gptq", lambda _: ("--method", "gptq", *read)),
-    )
+    )  # fmt: skip
 
 
 def peer_methods(folder: Path, text: Text, held_out: Path) -> tuple[Method, ...]:

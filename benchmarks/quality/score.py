@@ -27,7 +27,9 @@ from torch import Tensor
 from qconvert.cli.calibrate import WINDOW
 from qconvert.core.role import EXPERT_KINDS, Section
 from qconvert.parity.logits import score
+from qconvert.parity.scalings import Scalings
 from qconvert.parity.windows import Windows, choose_windows
+from qconvert.weights.overlay import OverlaidWeights
 from qconvert.weights.source import CheckpointWeights
 from reference_model.layerwise import run_layerwise
 from reference_model.load import ExpertWeights, WeightSource, WeightSpec
@@ -122,7 +124,9 @@ def main() -> None:
                 theirs = scored_logits(output, output, windows.batches)
                 said["changed"] = changed(original, output)
                 if said["changed"] and rounded_experts(output):
-                    alone = scored_logits(original, ExpertsBetween(output, original), windows.batches)
+                    undone = Scalings(original, output).converted_undone  # of norms that are divided, above all
+                    experts = OverlaidWeights(base=output, over=undone, chosen=lambda role: role.kind in EXPERT_KINDS)
+                    alone = scored_logits(original, ExpertsBetween(experts, original), windows.batches)
                     found["kl_experts"] = score(ours, alone, windows.targets).kl
     scores = score(ours, theirs, windows.targets)
     found |= {"kl": scores.kl, "nll_original": scores.nll_original, "nll_converted": scores.nll_converted}

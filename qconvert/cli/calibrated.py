@@ -12,14 +12,15 @@ import typer
 from calibration.data import calibration_windows, shipped_texts
 from qconvert.cli import console
 from qconvert.cli.calibrate import TOKENS, WINDOW
+from qconvert.core.awq_fold import DEFAULT_FOLDS, NO_FOLDS, AwqFold, folds_named, folds_said
 from qconvert.core.coverage import Coverage, LayerCoverage
 from qconvert.core.errors import UsageError
 from qconvert.io.shard_writer import BACKGROUND_BYTES
-from qconvert.manifest import EXPERT_COVERAGE
+from qconvert.manifest import AWQ_FOLDS, EXPERT_COVERAGE
 from qconvert.manifest_reader import read_manifest
 from qconvert.memory import working_memory
 from qconvert.numerics.hessian import DAMPING
-from qconvert.sequential.calibration import Calibration, method_named
+from qconvert.sequential.calibration import FOLDS, MOST_FLIPS, Calibration, method_named
 from qconvert.sequential.memory import Needs, check_room, needs
 from qconvert.texts.documents import Text
 from qconvert.weights.source import CheckpointWeights
@@ -52,6 +53,15 @@ Propagate = Annotated[
         help="Feed each layer what the rounded layers before it give, or what the original's do.",
     ),
 ]
+AwqFolds = Annotated[
+    str,
+    typer.Option(
+        "--awq-folds",
+        metavar="FOLD,...",
+        help=f"Where --method awq scales inputs: {', '.join(fold.value for fold in AwqFold)}, or {NO_FOLDS}.",
+    ),
+]
+USUAL_FOLDS = folds_said(DEFAULT_FOLDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +74,7 @@ class TextOptions:
     seed: int = 0
     damping: float = DAMPING
     propagate: bool = True
+    folds: str = USUAL_FOLDS
 
     @property
     def named(self) -> bool:
@@ -92,21 +103,25 @@ class TextOptions:
         if budget:
             if replace(self, data=(), window=WINDOW, seed=0) != TextOptions():
                 raise UsageError(
-                    "--calibration-tokens, --damping and --no-propagate are for --method gptq and awq; parts are "
-                    "measured on --sensitivity-tokens"
+                    "--calibration-tokens, --damping and --no-propagate are for --method gptq and awq, --awq-folds for "
+                    "awq; parts are measured on --sensitivity-tokens"
                 )
         elif self != TextOptions():
             raise UsageError(
                 "--calibration-data, --calibration-tokens, --calibration-window, --calibration-seed, --damping and "
-                f"--no-propagate are for --method gptq and awq; --method {method} runs no text"
+                f"--no-propagate are for --method gptq and awq, --awq-folds for awq; --method {method} runs no text"
             )
 
     def calibration(self, method: str, source: Path) -> Calibration:
         """Cut the text into windows with the tokenizer of ``source``.
 
         Raises:
-            UsageError, SourceError: see ``calibration_windows`` and ``Calibration``.
+            UsageError, SourceError: see ``calibration_windows`` and ``Calibration``; or folds that are none, or not of
+                this method.
         """
+        folds = folds_named(self.folds)
+        if method != "awq" and folds != DEFAULT_FOLDS:
+            raise UsageError(f"--awq-folds is for --method awq; --method {method} scales nothing")
         with CheckpointWeights.open(source) as weights:
             vocabulary = weights.config.text.vocab_size
         windows = calibration_windows(
@@ -118,6 +133,7 @@ class TextOptions:
             record=windows.record,
             damping=self.damping,
             propagate=self.propagate,
+            folds=folds,
         )
 
 
@@ -162,6 +178,7 @@ def again_by(out: Path, source: Path, data: Sequence[str]) -> Calibration:
             seed=int(record["seed"]),
             damping=float(noted["damping"]),
             propagate=bool(noted["propagate"]),
+            folds=str(noted.get(FOLDS, USUAL_FOLDS)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{out}: its manifest does not say how it was calibrated: {error}") from error
@@ -178,6 +195,7 @@ def coverage_of(record: Mapping[str, Any] | None) -> Coverage | None:
 
 def coverage_warnings(record: Mapping[str, Any] | None) -> Iterator[str]:
     """What the text of a calibrated conversion lacks, from what its manifest says, with what to do."""
+    yield from _flip_warnings(record or {})
     found = (record or {}).get(EXPERT_COVERAGE)
     if record is None or not found:
         return
@@ -196,3 +214,15 @@ def coverage_warnings(record: Mapping[str, Any] | None) -> Iterator[str]:
     ):
         if found[key]:
             yield f"{found[key]:,} of {whole:,} matrices of experts {what}; {advice}"
+
+
+def _flip_warnings(record: Mapping[str, Any]) -> Iterator[str]:
+    """Layers in which a fold was given up, because it sent too many tokens to other experts."""
+    for fold, found in record.get(AWQ_FOLDS, {}).items():
+        layers = found.get("given_up", ())
+        if layers:
+            most = max(found["router_flips"][layer] for layer in layers)
+            yield (
+                f"{fold} is not folded in {', '.join(layers)}: rounding the router again would change up to {most:.2%} "
+                f"of its choices, more than {MOST_FLIPS:.0%}; nothing has to be done"
+            )

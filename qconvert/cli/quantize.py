@@ -24,6 +24,8 @@ from qconvert.cli.budget import (
 )
 from qconvert.cli.calibrate import TOKENS, WINDOW, show_coverage
 from qconvert.cli.calibrated import (
+    USUAL_FOLDS,
+    AwqFolds,
     CalibrationData,
     CalibrationSeed,
     CalibrationTokens,
@@ -96,6 +98,7 @@ def quantize(
     calibration_seed: CalibrationSeed = 0,
     damping: Damping = DAMPING,
     propagate: Propagate = True,
+    awq_folds: AwqFolds = USUAL_FOLDS,
     from_quantized: Annotated[
         bool,
         typer.Option(
@@ -182,7 +185,7 @@ def quantize(
         budget.check(decided_else, engine)
         text = TextOptions(
             data=tuple(calibration_data or ()), tokens=calibration_tokens, window=calibration_window,
-            seed=calibration_seed, damping=damping, propagate=propagate,
+            seed=calibration_seed, damping=damping, propagate=propagate, folds=awq_folds,
         )  # fmt: skip
         if method not in BY_TEXT:
             text.check_unused(method, budget=budget.given)

@@ -23,8 +23,9 @@ METHODS = (RTN, *BY_TEXT, IMATRIX)
 Method = Annotated[
     str,
     typer.Option(
-        help="rtn: to nearest. gptq: with error feedback, for text that is run. awq: inputs of down scaled for that "
-        "text, then to nearest. imatrix: to nearest, scales searched for what inputs are like, which --stats tells."
+        help="rtn: to nearest. gptq: with error feedback, for text that is run. awq: inputs scaled for that text "
+        "where --awq-folds says, then to nearest. imatrix: to nearest, scales searched for what inputs are like, which "
+        "--stats tells."
     ),
 ]
 Stats = Annotated[

@@ -157,6 +157,21 @@ class Cast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rescale:
+    """Store a tensor, quantized in the source or not, as ``name`` in ``dtype``, times factors that text decides.
+
+    Of a norm these are of what it multiplies by, of a matrix of its columns, its rows, or both.
+    """
+
+    reason: str
+    name: str
+    dtype: DType
+
+    def __str__(self) -> str:
+        return f"scale in {self.dtype}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantize:
     """Round a matrix to ``scheme`` and store it as ``format`` does under the module name ``module``.
 
@@ -198,7 +213,7 @@ class Reencode:
         return f"{self.scheme} ({self.format}), not rounded"
 
 
-Action = Keep | Dequantize | Cast | Quantize | Reencode
+Action = Keep | Dequantize | Cast | Rescale | Quantize | Reencode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

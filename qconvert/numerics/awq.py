@@ -55,9 +55,8 @@ def awq(
 ) -> Scaling:
     """Find by how much to scale up the inputs that are large, so that their columns are rounded more finely.
 
-    ``s = mean|x|**a``, divided by the root of its largest times its smallest, for the a of ``EXPONENTS`` with the least
-    ``e H e^T``, ``e = rounded(w diag(s)) diag(1/s) - w`` (Lin et al. 2023, arXiv 2306.00978, who measure the output
-    on the tokens themselves). With a = 0 among them nothing is worse than rounding to nearest.
+    ``best_of`` the factors of ``candidates``, the loss being ``e H e^T``, ``e = rounded(w diag(s)) diag(1/s) - w``.
+    With the exponent 0 among them nothing is worse than rounding to nearest.
 
     Args:
         consumers: all matrices [N, K] that read these inputs.
@@ -72,23 +71,60 @@ def awq(
         DataError: ``mean_abs`` or a matrix holds NaN or infinity.
         ValueError: sizes that do not belong together.
     """
-    if not bool(torch.isfinite(mean_abs).all()):
-        raise DataError("mean sizes of inputs hold NaN or infinite values")
     if places is None:
         places = torch.arange(len(mean_abs), device=mean_abs.device)
-    shared = _mean_by_place(mean_abs, places)
-    best: Scaling | None = None
-    unscaled = 0.0
-    for exponent in EXPONENTS:
-        factors = factors_from(shared, exponent)
-        loss = sum(_loss(w, scheme, factors[places], factor, search, mean_squares) for w in consumers)
-        if best is None:
-            unscaled = loss
-        if best is None or loss < best.loss:
-            best = Scaling(factors=factors, exponent=exponent, loss=loss, unscaled_loss=unscaled)
-    if best is None:
-        raise ValueError("no exponent to try")
-    return best
+    tried = candidates(mean_abs, places=places)
+    losses = [
+        sum(scaled_loss(w, scheme, s[places], factor, search=search, mean_squares=mean_squares) for w in consumers)
+        for s in tried
+    ]
+    return best_of(tried, losses)
+
+
+def candidates(mean_abs: Tensor, *, places: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Factors [S] to try, float32, one for each of ``EXPONENTS``; the first are ones.
+
+    Args:
+        mean_abs: [K], not negative: ``Moments.mean_abs``.
+        places: see ``awq``.
+
+    Raises:
+        DataError: ``mean_abs`` holds NaN or infinity.
+        ValueError: sizes that do not belong together.
+    """
+    if not bool(torch.isfinite(mean_abs).all()):
+        raise DataError("mean sizes of inputs hold NaN or infinite values")
+    shared = mean_abs if places is None else _mean_by_place(mean_abs, places)
+    return tuple(factors_from(shared, exponent) for exponent in EXPONENTS)
+
+
+def best_of(tried: Sequence[Tensor], losses: Sequence[float]) -> Scaling:
+    """The first of the ``candidates`` with the least loss: Lin et al. 2023, arXiv 2306.00978, equation 5.
+
+    ``s = mean|x|**a`` for the a with the least error of outputs.
+    """
+    best = 0
+    for n, loss in enumerate(losses):
+        best = n if loss < losses[best] else best
+    return Scaling(factors=tried[best], exponent=EXPONENTS[best], loss=losses[best], unscaled_loss=losses[0])
+
+
+def scaled_loss(
+    w: Tensor,
+    scheme: Scheme,
+    columns: Tensor,
+    factor: Factor,
+    *,
+    search: bool = True,
+    mean_squares: Tensor | None = None,
+) -> float:
+    """``sum of e H e^T``, ``e = rounded(w diag(s)) diag(1/s) - w``, for s = ``columns`` [K]; see ``awq``."""
+    scaled = scaled_columns(w, columns)
+    if mean_squares is None:
+        rounded = quantize(scaled, scheme, search=search).quantized
+    else:
+        rounded = quantize_by_importance(scaled, scheme, mean_squares / columns.square()).quantized
+    return float(row_losses(rounded.dequantize() / columns - w.to(torch.float32), factor).sum())
 
 
 def factors_from(mean_abs: Tensor, exponent: float) -> Tensor:
@@ -126,6 +162,30 @@ def value_places(heads: int, value_heads: int, width: int) -> Tensor:
 def repeated_places(heads: int, width: int) -> Tensor:
     """Places of the inputs of a matrix behind a norm over each head whose weight [width] all heads share."""
     return torch.arange(width).repeat(heads)
+
+
+def rescaled(
+    w: Tensor, dtype: torch.dtype, *, columns: Tensor | None = None, over: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a matrix that keeps its bits is stored as between a producer and a consumer, and what that means.
+
+    Args:
+        w: [N, K].
+        dtype: in which it is stored.
+        columns: [K], what columns are multiplied by, because inputs are divided by it.
+        over: [N], what rows are divided by, because what reads the outputs is multiplied by it.
+
+    Returns:
+        [N, K] in ``dtype``, and the same as it acts on the inputs and outputs that there were, float32.
+    """
+    scaled = w.to(torch.float32) if columns is None else scaled_columns(w, columns)
+    if over is not None:
+        scaled = divided_rows(scaled, over)
+    stored = scaled.to(dtype)
+    meaning = stored.to(torch.float32)
+    if columns is not None:
+        meaning = meaning / columns
+    return stored, meaning if over is None else meaning * over[:, None]
 
 
 def scaled_columns(w: Tensor, factors: Tensor) -> Tensor:
@@ -185,14 +245,3 @@ def _mean_by_place(mean_abs: Tensor, places: Tensor) -> Tensor:
     count = torch.bincount(places)
     sums = torch.zeros(len(count), dtype=torch.float64, device=places.device)
     return sums.index_add_(0, places, mean_abs.to(torch.float64)) / count
-
-
-def _loss(
-    w: Tensor, scheme: Scheme, factors: Tensor, factor: Factor, search: bool, mean_squares: Tensor | None
-) -> float:
-    scaled = scaled_columns(w, factors)
-    if mean_squares is None:
-        rounded = quantize(scaled, scheme, search=search).quantized
-    else:
-        rounded = quantize_by_importance(scaled, scheme, mean_squares / factors.square()).quantized
-    return float(row_losses(rounded.dequantize() / factors - w.to(torch.float32), factor).sum())

@@ -25,6 +25,7 @@ from qconvert.parity.summary import Draws
 from qconvert.parity.tensors import Progress
 from qconvert.parity.variants import Setting, Variant, run_variants
 from qconvert.weights.boundaries import Boundaries
+from qconvert.weights.overlay import Matrices
 from qconvert.weights.source import CheckpointWeights
 from reference_model.layer_pass import leave_inputs
 
@@ -133,6 +134,7 @@ def attribute(
     baseline: Floats,
     cost: Cost,
     *,
+    over: Matrices | None = None,
     results: Results | None = None,
     budget: float | None = None,
     seed: int = 0,
@@ -147,6 +149,8 @@ def attribute(
         groups: what differs between the two.
         baseline: KL of each position with nothing restored.
         cost: what a layer and the head took, from which time is predicted.
+        over: the original's tensors as they fit beside those that are not put back, if these are scaled; see
+            ``Scalings``.
         results: of an earlier run, and where those of this one are kept.
         budget: seconds; where they do not suffice, evenly spaced layers are run and the others left out. Groups are
             run in any case.
@@ -158,7 +162,9 @@ def attribute(
         OutputError: hidden states or results cannot be kept.
     """
     start = perf_counter()
-    bench = _Bench(setting, original, baseline, cost, results or Results(), Draws(len(baseline), seed), progress)
+    bench = _Bench(
+        setting, original, over or original, baseline, cost, results or Results(), Draws(len(baseline), seed), progress
+    )
     whole = [Part(group=group.name, layer=None, roles=group.roles) for group in groups]
     missing = bench.missing(whole)
     predicted = bench.price(missing)
@@ -211,14 +217,15 @@ class _Bench:
         self,
         setting: Setting,
         original: CheckpointWeights,
+        over: Matrices,
         baseline: Floats,
         cost: Cost,
         results: Results,
         draws: Draws,
         progress: Progress,
     ) -> None:
-        self._setting, self._original, self._baseline, self._cost = setting, original, baseline, cost
-        self._results, self._draws, self._progress = results, draws, progress
+        self._setting, self._original, self._over, self._baseline = setting, original, over, baseline
+        self._cost, self._results, self._draws, self._progress = cost, results, draws, progress
         self.slowness = 1.0
 
     def missing(self, parts: Iterable[Part]) -> list[Part]:
@@ -234,7 +241,7 @@ class _Bench:
         """Run them side by side."""
         model = self._setting.model
         variants = [
-            Variant(over=self._original, roles=part.roles, rounding=served_rounding(model, part.roles) or leave_inputs)
+            Variant(over=self._over, roles=part.roles, rounding=served_rounding(model, part.roles) or leave_inputs)
             for part in parts
         ]
         boundaries = self._results.boundaries(parts)

@@ -15,6 +15,7 @@ from qconvert.parity.heads import Side
 from qconvert.parity.kept_states import KeptStates, StateFolder
 from qconvert.parity.model import Comparison
 from qconvert.parity.role_groups import QUERIES, RoleGroup, role_groups
+from qconvert.parity.scalings import Scalings
 from qconvert.parity.tensors import Outcome, Progress, TensorComparison
 from qconvert.parity.variants import Setting
 from qconvert.parity.widening import widened
@@ -97,6 +98,7 @@ def explain(
         groups,
         found.served.scores.kl,
         found.cost,
+        over=Scalings(original, converted).original_scaled,
         results=results,
         budget=how.budget,
         seed=how.seed,

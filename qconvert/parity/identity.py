@@ -11,7 +11,7 @@ from torch import Tensor
 from qconvert.core.role import EXPERT_KINDS, Kind, TensorRole
 from qconvert.numerics.error import error_sums
 from qconvert.parity.causes import Cause, CauseKind, cause, matrix_name, place, place_of_expert
-from qconvert.parity.pairs import pair_sums
+from qconvert.parity.pairs import Matrices, pair_sums
 from qconvert.weights.source import CheckpointWeights
 
 FINGERPRINT_ROWS = 16
@@ -33,9 +33,7 @@ class Match:
     own: float
 
 
-def find_matches(
-    original: CheckpointWeights, converted: CheckpointWeights, suspects: Sequence[TensorRole]
-) -> Mapping[TensorRole, Match]:
+def find_matches(original: Matrices, converted: Matrices, suspects: Sequence[TensorRole]) -> Mapping[TensorRole, Match]:
     """Which original matrix each suspect really holds, where that can be proved.
 
     Routed experts are looked for inside their layer, other matrices among all of the same shape; the suspect's own
@@ -72,7 +70,7 @@ class _Block:
     candidates: tuple[TensorRole, ...]
 
 
-def _blocks(original: CheckpointWeights, suspects: Sequence[TensorRole]) -> Iterator[_Block]:
+def _blocks(original: Matrices, suspects: Sequence[TensorRole]) -> Iterator[_Block]:
     """Suspects with the roles that they could be mistaken for, so that fingerprints are made once for many."""
     groups: dict[tuple[object, ...], list[TensorRole]] = {}
     for role in suspects:
@@ -82,14 +80,14 @@ def _blocks(original: CheckpointWeights, suspects: Sequence[TensorRole]) -> Iter
         yield _Block(suspects=tuple(members), candidates=candidates)
 
 
-def _group(original: CheckpointWeights, role: TensorRole) -> tuple[object, ...]:
+def _group(original: Matrices, role: TensorRole) -> tuple[object, ...]:
     shape = original.stored[role].shape
     if role.kind in EXPERT_KINDS:
         return role.section, role.layer, shape
     return None, None, shape
 
 
-def _fingerprint(source: CheckpointWeights, role: TensorRole) -> Tensor:
+def _fingerprint(source: Matrices, role: TensorRole) -> Tensor:
     """The leading rows as one vector of length 1."""
     block = source.row_block(role)
     end = min(-(-FINGERPRINT_ROWS // block) * block, source.stored[role].shape[0])

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import lcm, prod
+from typing import Protocol
 
 from torch import Tensor
 
 from qconvert.core.role import TensorRole
-from qconvert.core.scheme import Block, Flat, PerTensor
+from qconvert.core.scheme import Block, Flat, PerTensor, Scheme
 from qconvert.numerics.error import ErrorSums, error_sums
-from qconvert.weights.source import CheckpointWeights
+from qconvert.quantized_view import Stored
+from reference_model.config import ModelConfig
 
 RUN_ELEMENTS = 1 << 23
 """Elements of each that are in memory at once: 32 MiB in float32."""
 
-Place = tuple[CheckpointWeights, TensorRole]
+
+class Matrices(Protocol):
+    """Whose matrices are looked at: ``CheckpointWeights``, or a view of some."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and layer pattern."""
+        ...
+
+    @property
+    def stored(self) -> Mapping[TensorRole, Stored]:
+        """Every readable tensor by role."""
+        ...
+
+    def scheme(self, role: TensorRole) -> Scheme | None:
+        """How a matrix is rounded; ``None`` for a plain tensor."""
+        ...
+
+    def row_block(self, role: TensorRole) -> int:
+        """Runs of rows begin at multiples of this number."""
+        ...
+
+    def matrix(self, role: TensorRole, begin: int | None = None, end: int | None = None) -> Tensor:
+        """The float32 values of one tensor, or of a run of its rows."""
+        ...
+
+
+Place = tuple[Matrices, TensorRole]
 
 
 def pairs(first: Place, second: Place) -> Iterator[tuple[Tensor, Tensor]]:

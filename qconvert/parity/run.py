@@ -112,9 +112,10 @@ def compare(
         if not any(one.name == "sqnr_min" for one in metrics):
             notes.append("Nothing is quantized: there is no SQNR to report.")
         if weights.scaled:
+            counts = ", ".join(f"{count:,} by {fold.value}" for fold, count in weights.scaled.items())
             notes.append(
-                f"{weights.scaled:,} experts have rows of up over factors that columns of down are times, as AWQ "
-                "leaves them: errors are of what both mean together."
+                "Some tensors are over factors that columns of what reads them are times, as AWQ leaves them "
+                f"({counts}): errors are of what they mean together."
             )
         if not options.run_model:
             notes.append("The models were not run.")

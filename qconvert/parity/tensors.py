@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from qconvert.core.awq_fold import AwqFold
 from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.numerics.error import ErrorSums, error_sums
+from qconvert.parity.absent import absent, tied
 from qconvert.parity.blocks import BlockSums, block_sums, joined
-from qconvert.parity.causes import Cause, CauseKind, Severity, cause, place_of_expert, ranked
+from qconvert.parity.causes import Cause, CauseKind, Severity, cause, ranked
 from qconvert.parity.codes import CodeCounts, count_codes, dead_scales
 from qconvert.parity.damage import damage_faults, excess_db, piece_sums
 from qconvert.parity.faults import (
@@ -31,16 +33,13 @@ from qconvert.parity.halves import half_sums
 from qconvert.parity.identity import find_matches, name_matches
 from qconvert.parity.kept import changed_faults, row_sums
 from qconvert.parity.pairs import pair_sums, runs
-from qconvert.parity.scaled_pairs import ScaledPairs
+from qconvert.parity.scalings import ScaledView, Scalings
 from qconvert.weights.source import CheckpointWeights
 
 Progress = Callable[[str, int, int], None]
 
 PIECE_BYTES = 32 << 20
 """Plain tensors are compared in runs of rows of this size: an embedding is never in memory as a whole."""
-
-NAMED = 8
-"""Tensor names that one line of evidence lists."""
 
 
 class Outcome(enum.Enum):
@@ -110,13 +109,14 @@ class WeightsComparison:
         tensors: every tensor that both have, worst first.
         causes: named faults, worst first.
         complete: whether the converted checkpoint can be run: nothing is missing and everything can be read.
-        scaled: experts whose up and down are scaled against each other; errors are of what they mean together.
+        scaled: how many tensors are divided by what those that read them are times, by fold; errors are of what they
+            mean together.
     """
 
     tensors: tuple[TensorComparison, ...]
     causes: tuple[Cause, ...]
     complete: bool
-    scaled: int = 0
+    scaled: Mapping[AwqFold, int] = field(default_factory=dict)
 
     def roles(self) -> tuple[RoleSummary, ...]:
         """Summaries by role path and scheme, worst first; the halves of ``q_proj`` after the whole."""
@@ -134,7 +134,7 @@ def compare_weights(
     without: Collection[Section] = (),
 ) -> WeightsComparison:
     """Compare all tensors by role and name the faults that the weights prove; sections ``without`` may be missing."""
-    causes = list(_absent(original, converted, without))
+    causes = list(absent(original, converted, without))
     both = [role for role in original.stored if role in converted.stored]
     common = [role for role in both if original.stored[role].shape == converted.stored[role].shape]
     for role in set(both) - set(common):
@@ -143,18 +143,18 @@ def compare_weights(
         causes.append(cause(CauseKind.SHAPE, role, text, (converted.stored[role].name,)))
     tensors: list[TensorComparison] = []
     suspects: list[TensorRole] = []
-    scaled = ScaledPairs(original, converted)
+    scaled = Scalings(original, converted)
     for done, role in enumerate(common):
         progress("weights", done, len(common))
         found, faults = _compare(original, converted, role, scaled)
         found = replace(found, stored_bytes=converted.stored_bytes(role))
-        tensors.append(_with_halves(found, original, converted))
+        tensors.append(_with_halves(found, original, scaled.converted_undone))
         causes.extend(faults)
         if found.sums.sqnr_db < floor_db(found.scheme) and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
             suspects.append(role)
     progress("weights", len(common), len(common))
-    causes = list(_explain(original, converted, suspects, causes))
-    needed = [role for role in original.stored if not (role.kind is Kind.HEAD and _tied(original))]
+    causes = list(_explain(scaled.original_scaled, converted, suspects, causes))
+    needed = [role for role in original.stored if not (role.kind is Kind.HEAD and tied(original))]
     needed = [role for role in needed if role.section not in without]
     complete = set(needed) <= set(common) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
     tensors.sort(key=lambda one: (_badness(one.sums.sqnr_db), one.name))
@@ -162,7 +162,7 @@ def compare_weights(
 
 
 def _compare(
-    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole, scaled: ScaledPairs
+    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole, scaled: Scalings
 ) -> tuple[TensorComparison, list[Cause]]:
     stored, scheme = converted.stored[role], converted.scheme(role)
 
@@ -171,7 +171,7 @@ def _compare(
 
     if original.stored[role].plain is not None and stored.plain is not None:
         try:
-            return _compare_plain(original, converted, role)
+            return _compare_plain(original, converted, role, scaled)
         except FormatError as error:  # only of what is laid together from several
             faults = [cause(CauseKind.CONTRADICTION, role, str(error), (stored.name,))]
             return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), faults
@@ -180,16 +180,20 @@ def _compare(
     small: list[BlockSums] = []
     excess: list[Tensor] = []
     codes = None if scheme is None else CodeCounts()
+    # of what is scaled, errors are of what it means in the original's place, faults of what is stored in its own
+    meant = ErrorSums() if scheme is not None and scaled.touches(role) else None
     try:
         for begin, end in runs((original, role), (converted, role)):
             w = original.matrix(role, begin, end)
             if codes is None:
-                v = converted.matrix(role, begin, end)
+                v = scaled.undone(role, converted.matrix(role, begin, end), begin)
             else:
                 quantized = converted.quantized(role, begin, end)
                 v = converted.meaning(quantized)
                 codes += count_codes(quantized, v)
-                v = scaled.undone(role, v, begin)
+            if meant is not None:
+                meant += error_sums(w, scaled.undone(role, v, begin))
+                w = scaled.redone(role, w, begin)
             found.append(block_sums(w, v, blocking))
             if not math.isfinite(found[-1].max_error):
                 return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
@@ -207,16 +211,15 @@ def _compare(
         return result(Outcome.UNREADABLE, _nan_sums(rows * cols), codes), faults
     sums = joined(found)
     outcome = Outcome.QUANTIZED if scheme is not None else Outcome.CHANGED
+    total = sums.total if meant is None else meant
     faults = list(scale_faults(role, stored.name, sums, blocking, stored.shape))
     if scheme is not None:
         kinds = {one.kind for one in faults}
         faults += damage_faults(role, stored.name, joined(small), torch.cat(excess), scheme, stored.shape, kinds)
-    return result(outcome, sums.total, codes), faults
+    return result(outcome, total, codes), faults
 
 
-def _with_halves(
-    found: TensorComparison, original: CheckpointWeights, converted: CheckpointWeights
-) -> TensorComparison:
+def _with_halves(found: TensorComparison, original: CheckpointWeights, converted: ScaledView) -> TensorComparison:
     if not found.role.halves or found.outcome in (Outcome.IDENTICAL, Outcome.UNREADABLE):
         return found
     sums = half_sums((original, found.role), (converted, found.role))
@@ -224,19 +227,20 @@ def _with_halves(
 
 
 def _compare_plain(
-    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole
+    original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole, scaled: Scalings
 ) -> tuple[TensorComparison, list[Cause]]:
     stored = converted.stored[role]
     sums, identical, cast, offset = ErrorSums(), True, True, role.kind.value.endswith("norm")
     faults: list[Cause] = []
     dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
     changed: list[tuple[int, BlockSums]] = []
+    touched = scaled.touches(role)  # then what is equal is a fault
     for begin, w, v in _row_runs(original, converted, role):
-        same = w.dtype == v.dtype and torch.equal(w.view(torch.uint8), v.view(torch.uint8))
+        same = not touched and w.dtype == v.dtype and torch.equal(w.view(torch.uint8), v.view(torch.uint8))
         identical &= same
         dtypes.add((w.dtype, v.dtype))
         cast &= w.dtype != v.dtype and torch.equal(w.to(v.dtype), v)
-        wide, narrow = w.to(torch.float32), v.to(torch.float32)
+        wide, narrow = w.to(torch.float32), scaled.undone(role, v.to(torch.float32), begin)
         sums += _same_sums(wide) if same else error_sums(wide, narrow)
         if not same:
             changed.append((begin, block_sums(wide, narrow, None)))
@@ -255,7 +259,8 @@ def _compare_plain(
             faults.append(cause(CauseKind.OFFSET_NORM, role, text, (stored.name,)))
         else:
             rows = row_sums(changed, math.prod(stored.shape[:-1]))
-            faults += changed_faults(role, stored.name, sums, rows, stored.shape)
+            found = changed_faults(role, stored.name, sums, rows, stored.shape)
+            faults += (one for one in found if one.severity is Severity.ERROR or not touched)
     comparison = TensorComparison(role=role, name=stored.name, outcome=outcome, scheme=None, sums=sums)
     return comparison, faults
 
@@ -276,7 +281,7 @@ def _row_runs(
 
 
 def _explain(
-    original: CheckpointWeights,
+    original: ScaledView,
     converted: CheckpointWeights,
     suspects: Sequence[TensorRole],
     causes: Iterable[Cause],
@@ -300,57 +305,9 @@ def _explain(
         yield cause(CauseKind.UNEXPLAINED, role, text, (converted.stored[role].name,), severity=severity)
 
 
-def _innocent(original: CheckpointWeights, converted: CheckpointWeights, role: TensorRole) -> bool:
+def _innocent(original: ScaledView, converted: CheckpointWeights, role: TensorRole) -> bool:
     """Whether rounding the original's matrix plainly costs as much."""
     return innocent(original.matrix(role), pair_sums((original, role), (converted, role)), converted.scheme(role))
-
-
-def _absent(original: CheckpointWeights, converted: CheckpointWeights, without: Collection[Section]) -> Iterator[Cause]:
-    """Tensors that only one of the two has, and those that contradict themselves."""
-    told = set()
-    for problem in converted.problems:
-        if problem.role is not None:
-            told.add(problem.role)
-            yield cause(CauseKind.CONTRADICTION, problem.role, problem.message, (problem.name,))
-        else:
-            yield cause(CauseKind.EXTRA, None, problem.message, (problem.name,), where=problem.name)
-    tied = _tied(original)
-    for kind, ours, theirs in (
-        (CauseKind.MISSING, original, converted),
-        (CauseKind.EXTRA, converted, original),
-    ):
-        only = [role for role in ours.stored if role not in theirs.stored and role not in told]
-        only = [role for role in only if not (tied and role.kind is Kind.HEAD)]
-        for section in Section:
-            mine = [role for role in only if role.section is section and section not in without]
-            if mine and all(role in set(mine) for role in ours.stored if role.section is section):
-                yield _whole_section(kind, ours, section, mine)
-                continue
-            for where, members in _by_place(mine).items():
-                names = tuple(ours.stored[role].name for role in members)
-                listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-                verb = "missing in the converted checkpoint" if kind is CauseKind.MISSING else "not in the original"
-                yield cause(kind, members[0], f"{verb}: {listed}", names, where=where or None)
-
-
-def _tied(source: CheckpointWeights) -> bool:
-    return source.config.text.tie_word_embeddings
-
-
-def _whole_section(
-    kind: CauseKind, source: CheckpointWeights, section: Section, members: Sequence[TensorRole]
-) -> Cause:
-    what = {Section.TEXT: "decoder", Section.MTP: "MTP head", Section.VISION: "vision tower"}[section]
-    verb = "was dropped" if kind is CauseKind.MISSING else "is not in the original"
-    names = tuple(source.stored[role].name for role in members)
-    return cause(kind, members[0], f"the {what} {verb}: all {len(members)} tensors", names, where=section.value)
-
-
-def _by_place(roles: Iterable[TensorRole]) -> dict[str, list[TensorRole]]:
-    places: dict[str, list[TensorRole]] = {}
-    for role in roles:
-        places.setdefault(place_of_expert(role), []).append(role)
-    return places
 
 
 def _summary(path: str, scheme: str, members: Sequence[TensorComparison]) -> RoleSummary:

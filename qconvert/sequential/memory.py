@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qconvert.core.errors import PlanError
-from qconvert.sequential.layer import ROWS
+from qconvert.sequential.experts import ROWS
 from reference_model.config import TextConfig
 
 
@@ -25,13 +25,14 @@ class Needs:
     kept: int
 
 
-def needs(config: TextConfig, jobs: int, tokens: int) -> Needs:
+def needs(config: TextConfig, jobs: int, tokens: int, tried: int = 0) -> Needs:
     """What text of so many ``tokens`` takes with ``jobs`` experts that are rounded at once.
 
     At work are a layer of 32-bit weights without its experts, and ``jobs`` experts. An expert takes its second moments
     in six places (summed up, blended, damped, split, turned around, in use), its matrices in four, and what it reads
     and gives for ``ROWS`` tokens twice. What heads give has more inputs, and is rounded alone. Where each token goes
-    takes 32 bytes a visit: numbers of experts, their order, weights.
+    takes 32 bytes a visit: numbers of experts, their order, weights. ``tried`` factors of a layer's input are looked at
+    at once, each with matrices of its own, and what it takes to round one.
     """
     hidden, width = config.hidden_size, config.moe_intermediate_size
     mixer = max(config.conv_dim + 2 * config.value_dim, 2 * config.query_dim + 2 * config.key_value_dim)
@@ -41,19 +42,19 @@ def needs(config: TextConfig, jobs: int, tokens: int) -> Needs:
     visits = 32 * tokens * (config.num_experts_per_tok + config.folded_experts)
     # in 32 bits the layer's input, what its first half gives and what experts give; in 16 what experts read
     return Needs(
-        work=4 * (layer + 2 * hidden**2 + max(jobs * expert, heads)) + visits,
+        work=4 * (layer + 2 * hidden**2 + max(jobs * expert, heads, tried * 3 * mixer * hidden)) + visits,
         waiting=(3 * 4 + 2) * tokens * hidden,
         kept=2 * 4 * tokens * hidden,
     )
 
 
-def check_room(config: TextConfig, jobs: int, memory: int, tokens: int) -> int:
-    """What of ``memory`` is left for what waits.
+def check_room(config: TextConfig, jobs: int, memory: int, tokens: int, tried: int = 0) -> int:
+    """What of ``memory`` is left for what waits; arguments as for ``needs``.
 
     Raises:
         PlanError: nothing is.
     """
-    needed = needs(config, jobs, tokens).work
+    needed = needs(config, jobs, tokens, tried).work
     if needed > memory:
         raise PlanError(
             f"a layer and {jobs} experts that are rounded at once need {needed / 2**20:.0f} MiB, but only "

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qconvert.core.plan import Quantize
-from qconvert.core.scheme import Scheme
+from qconvert.core.awq_fold import AwqFold
+from qconvert.execute import Folded
 from qconvert.numerics.awq import awq
 from qconvert.numerics.gptq import row_losses
 from qconvert.numerics.hessian import Factor, Hessian, Moments, blended, factorize, no_moments
@@ -22,6 +22,7 @@ from qconvert.numerics.rounding import quantize
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.places import MlpSteps
 from qconvert.sequential.rounder import Rounder, Way, to_nearest, with_feedback
+from qconvert.sequential.scaling import scheme_of, told
 from reference_model.load import ExpertWeights
 
 Name = Literal["gate", "up", "down"]
@@ -40,12 +41,15 @@ class MlpInputs:
             for each [r], with a mean square of 1 over all of them; the same ones when it is asked again.
         layer: moments of the layer's tokens; ``None`` where all of them are its own.
         sample: some of the layer's tokens [S, D], for what they would be behind gate and up of this expert.
+        columns: [D], what columns of gate and up are multiplied by, because a norm divides these inputs by it;
+            ``None`` where none does.
     """
 
     width: int
     runs: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     layer: Moments | None = None
     sample: Tensor | None = None
+    columns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,7 @@ class _Mlp:
     inputs: MlpInputs
     rounder: Rounder
     calibration: Calibration
+    unrounded: Original
 
     def hessian(self) -> Hessian:
         """Of what gate and up read."""
@@ -92,18 +97,30 @@ class _Mlp:
         """With the damping that was asked for."""
         return factorize(hessian, damping=self.calibration.damping)
 
-    def round(self, name: Name, way: Way, hessian: Hessian | Factor, tokens: int) -> Tensor | None:
+    def round(
+        self, name: Name, way: Way, hessian: Hessian | Factor, tokens: int, folded: Folded | None = None
+    ) -> Tensor | None:
         """What the matrix means once it is rounded; ``None`` where no step rounds it."""
         step = getattr(self.steps, name)
-        return None if step is None else self.rounder.round(step, way, tokens, hessian.support.name.lower())
+        if step is None:
+            return None
+        return self.rounder.round(step, way, tokens, hessian.support.name.lower(), folded=folded)
 
     def shown(self, name: Name, rounded: Tensor | None) -> Tensor:
         """The matrix that later ones are rounded for: as it is now, or as it was."""
-        return self.original(name) if rounded is None or not self.calibration.propagate else rounded
+        if not self.calibration.propagate:
+            return self.original(name)
+        return self.unrounded(name) if rounded is None else rounded
 
 
 def round_mlp(
-    steps: MlpSteps, original: Original, inputs: MlpInputs, rounder: Rounder, calibration: Calibration
+    steps: MlpSteps,
+    original: Original,
+    inputs: MlpInputs,
+    rounder: Rounder,
+    calibration: Calibration,
+    *,
+    unrounded: Original | None = None,
 ) -> Shown:
     """Round the matrices that ``steps`` name, and return all three as the layers behind shall see them.
 
@@ -115,8 +132,16 @@ def round_mlp(
         inputs: what reaches the expert.
         rounder: writes.
         calibration: how.
+        unrounded: gives matrices that no step rounds as they will be; by default as they were.
     """
-    mlp = _Mlp(steps=steps, original=original, inputs=inputs, rounder=rounder, calibration=calibration)
+    mlp = _Mlp(
+        steps=steps,
+        original=original,
+        inputs=inputs,
+        rounder=rounder,
+        calibration=calibration,
+        unrounded=unrounded or original,
+    )
     return _by_feedback(mlp) if calibration.method == "gptq" else _by_scaling(mlp)
 
 
@@ -147,30 +172,26 @@ def _by_scaling(mlp: _Mlp) -> Shown:
     """AWQ from up to down where both are rounded, of what they read as it is in the source; then to nearest."""
     gate = up = down = None
     over: Tensor | None = None
+    said: Folded | None = None
     losses = (0.0, 0.0)
     behind: Hessian | None = None
     if mlp.steps.down is not None:
         own, layer, _ = mlp.inner_moments(mlp.original("gate"), mlp.original("up"))
         behind = blended(own, layer)
-        if mlp.steps.up is not None:
+        if mlp.steps.up is not None and mlp.calibration.folds_by(AwqFold.UP_DOWN):
             sizes = own if own.tokens or layer is None else layer
-            scheme = _scheme(mlp.steps)
+            scheme = scheme_of(mlp.steps.down)
             factor, w = mlp.factor(behind), mlp.original("down")
             found = awq([w], scheme, sizes.mean_abs, factor, mean_squares=behind.matrix.diagonal())
             nearest = quantize(w, scheme, search=True).quantized.dequantize()
             over, losses = found.factors, (float(row_losses(nearest - w, factor).sum()), found.loss)
+            said = told(AwqFold.UP_DOWN, found)
     if mlp.steps.gate is not None or mlp.steps.up is not None:
-        hessian = mlp.hessian()
-        gate = mlp.round("gate", to_nearest(hessian), hessian, hessian.tokens)
-        up = mlp.round("up", to_nearest(hessian, rows_over=over), hessian, hessian.tokens)
+        hessian, columns = mlp.hessian(), mlp.inputs.columns
+        gate = mlp.round("gate", to_nearest(hessian, columns=columns), hessian, hessian.tokens)
+        way = to_nearest(hessian, columns=columns, rows_over=over)
+        up = mlp.round("up", way, hessian, hessian.tokens, said)
     if behind is not None:
         down = mlp.round("down", to_nearest(behind, columns=over, losses=losses), behind, behind.tokens)
     weights = ExpertWeights(gate=mlp.shown("gate", gate), up=mlp.shown("up", up), down=mlp.shown("down", down))
     return Shown(weights=weights)
-
-
-def _scheme(steps: MlpSteps) -> Scheme:
-    action = None if steps.down is None else steps.down.action
-    if not isinstance(action, Quantize):
-        raise TypeError("the down matrix is not rounded")
-    return action.scheme

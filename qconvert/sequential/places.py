@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from qconvert.arch.inputs import FIRST_READER, READERS
-from qconvert.core.plan import Plan, Quantize, Step
+from qconvert.core.awq_fold import AwqFold
+from qconvert.core.plan import Plan, Quantize, Rescale, Step
 from qconvert.core.role import Kind, Section
 
 _MIXER = {*READERS[Kind.ATTENTION_QUERY], *READERS[Kind.LINEAR_QKV]}
@@ -42,18 +43,28 @@ class LayerSteps:
         mixer: matrices that read the layer's normed input.
         mixed: the one that reads what attention or the delta rule gives.
         experts: by number.
+        rescaled: norms and matrices that keep their bits, and are scaled for what is rounded.
     """
 
     mixer: list[Step] = field(default_factory=list)
     mixed: list[Step] = field(default_factory=list)
+    rescaled: list[Step] = field(default_factory=list)
     experts: defaultdict[int, MlpSteps] = field(default_factory=lambda: defaultdict(MlpSteps))
     shared: MlpSteps = field(default_factory=MlpSteps)
 
     def all(self) -> Iterator[Step]:
         """All of them."""
-        yield from (*self.mixer, *self.mixed)
+        yield from (*self.mixer, *self.mixed, *self.rescaled)
         for mlp in (*self.experts.values(), self.shared):
             yield from (step for step in (mlp.gate, mlp.up, mlp.down) if step is not None)
+
+    def kept(self, *kinds: Kind) -> list[Step]:
+        """Those of ``rescaled`` that are of these kinds."""
+        return [step for step in self.rescaled if step.role.kind in kinds]
+
+    def norm(self, fold: AwqFold) -> Step | None:
+        """The norm that a fold divides; ``None`` where it does not."""
+        return next(iter(self.kept(*fold.parts.producers)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,15 +121,21 @@ def _marked(step: Step, method: str) -> Step:
 
 
 def looks_at_inputs(step: Step) -> bool:
-    """Whether text reaches the matrix that a step rounds: not in the vision tower, nor where the head begins."""
+    """Whether text reaches the matrix that a step rounds, or decides by what it is scaled.
+
+    It does not in the vision tower, nor where the prediction head begins.
+    """
     role = step.role
     reached = role.kind is Kind.HEAD or role.kind in FIRST_READER
-    return isinstance(step.action, Quantize) and reached and role.section is not Section.VISION
+    rounded = isinstance(step.action, Quantize) and reached and role.section is not Section.VISION
+    return rounded or isinstance(step.action, Rescale)
 
 
 def _place(layer: LayerSteps, step: Step) -> None:
     kind, expert = step.role.kind, step.role.expert
-    if kind in _MIXER:
+    if isinstance(step.action, Rescale):
+        layer.rescaled.append(step)
+    elif kind in _MIXER:
         layer.mixer.append(step)
     elif kind in _MIXED:
         layer.mixed.append(step)

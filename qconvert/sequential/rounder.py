@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qconvert.core.errors import PlanError
-from qconvert.core.plan import Quantize, Step
+from qconvert.core.errors import DataError, PlanError
+from qconvert.core.plan import Quantize, Rescale, Step
 from qconvert.core.quantized import QuantizedTensor
 from qconvert.encode import check_scale_range, second_scale
-from qconvert.execute import Fit, Loss, Outcome
+from qconvert.execute import Fit, Folded, Loss, Outcome
 from qconvert.formats.table import format_named
 from qconvert.io.checkpoint import Checkpoint
+from qconvert.io.piece import Piece
 from qconvert.io.sink import Sink
 from qconvert.largest_values import LargestValues
 from qconvert.matrix_reader import MatrixReader, SourceHash
+from qconvert.numerics.awq import rescaled
+from qconvert.numerics.finite import all_finite
 from qconvert.numerics.gptq import gptq
 from qconvert.numerics.hessian import Factor, Hessian
 from qconvert.numerics.importance import quantize_by_importance
@@ -109,7 +112,16 @@ class Rounder:
         self._threads = threading.local()
         self.outcomes: dict[str, Outcome] = {}
 
-    def round(self, step: Step, way: Way, tokens: int, support: str, *, wanted: bool = True) -> Tensor:
+    def round(
+        self,
+        step: Step,
+        way: Way,
+        tokens: int,
+        support: str,
+        *,
+        wanted: bool = True,
+        folded: Folded | None = None,
+    ) -> Tensor:
         """Round a matrix, write it unless an earlier run has, and return what its codes mean.
 
         Args:
@@ -118,6 +130,7 @@ class Rounder:
             tokens: of text that reached it.
             support: what its Hessian rests on, for the record.
             wanted: whether the meaning is needed, which takes 4 bytes an element.
+            folded: what its rows are divided by, for the record.
 
         Returns:
             Float32 [N, K]; [0, K] where it is not ``wanted``.
@@ -159,12 +172,92 @@ class Rounder:
             source_hash=source_hash.hexdigest(),
             loss=Loss(squared_error=squared_error, signal=signal),
             fit=Fit(nearest_loss=nearest_loss, loss=loss, tokens=tokens, support=support, inputs=shape[1]),
+            folded=folded,
         )
-        if write:
-            self._sink.commit(step.key, list(pieces.values()), outcome.note())
+        self._finish(step, list(pieces.values()), outcome)
+        return meaning
+
+    def rescale(
+        self,
+        step: Step,
+        *,
+        columns: Tensor | None = None,
+        over: Tensor | None = None,
+        wanted: bool = True,
+        folded: Folded | None = None,
+    ) -> Tensor:
+        """Write a matrix that keeps its bits between what is folded, and return what it means; see ``rescaled``.
+
+        Args:
+            step: one that rescales.
+            columns: [K], what its columns are multiplied by.
+            over: [N], what its rows are divided by.
+            wanted: whether the meaning is needed.
+            folded: for the record, where its rows are divided.
+
+        Returns:
+            Float32 [N, K]; [0, K] where it is not ``wanted``.
+
+        Raises:
+            DataError: a weight is NaN or infinite, or becomes so; names file and tensor.
+        """
+        action, read, reading = step.action, self._reader(), step.reading
+        if not isinstance(action, Rescale):
+            raise PlanError(f"{step.key} is not rescaled")
+        shape = read.shape(reading)
+        source_hash = SourceHash(self._sink.algorithm, step.inputs)
+        pieces = [self._sink.piece(action.name)] if step.key not in self._sink.finished else []
+        meaning = torch.empty(shape if wanted else (0, shape[1]))
+        squared_error = signal = 0.0
+        for begin, end in row_blocks(*shape, rows_together(reading.packed, 1)):
+            rows = read.rows(reading, begin, end, source_hash)
+            some = None if over is None else over[begin:end]
+            stored, found = rescaled(rows, action.dtype.torch_dtype, columns=columns, over=some)
+            with read.naming(reading, action.name):
+                if not all_finite(stored):
+                    raise DataError(f"has NaN or infinite values in {action.dtype}")
+            if wanted:
+                meaning[begin:end] = found
+            w = rows.to(torch.float32).flatten()
+            lost = found.flatten() - w
+            squared_error += float(lost.dot(lost))
+            signal += float(w.dot(w))
+            for piece in pieces:
+                piece.append(stored)
+        loss = Loss(squared_error=squared_error, signal=signal)
+        self._finish(step, pieces, Outcome(source_hash=source_hash.hexdigest(), loss=loss, folded=folded))
+        return meaning
+
+    def replace(self, step: Step, weight: Tensor, folded: Folded) -> None:
+        """Write the weight [D] of a norm that is folded in place of what the source has.
+
+        Args:
+            step: one that rescales.
+            weight: in the type of the step.
+            folded: for the record.
+
+        Raises:
+            DataError: a weight is NaN or infinite; names file and tensor.
+        """
+        action, read, reading = step.action, self._reader(), step.reading
+        if not isinstance(action, Rescale):
+            raise PlanError(f"{step.key} is not rescaled")
+        source_hash = SourceHash(self._sink.algorithm, step.inputs)
+        rows, _ = read.shape(reading)
+        with read.naming(reading, action.name):
+            if not all_finite(read.rows(reading, 0, rows, source_hash)):
+                raise DataError(f"has NaN or infinite values in {action.dtype}")
+        pieces = [self._sink.piece(action.name)] if step.key not in self._sink.finished else []
+        for piece in pieces:
+            piece.append(weight)
+        self._finish(step, pieces, Outcome(source_hash=source_hash.hexdigest(), folded=folded))
+
+    def _finish(self, step: Step, pieces: Sequence[Piece], outcome: Outcome) -> None:
+        """Commit what an earlier run has not, and keep the outcome."""
+        if pieces:
+            self._sink.commit(step.key, list(pieces), outcome.note())
         self.outcomes[step.key] = outcome
         self._done(step)
-        return meaning
 
     def _reader(self) -> MatrixReader:
         if not hasattr(self._threads, "reader"):

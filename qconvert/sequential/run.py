@@ -27,12 +27,14 @@ from qconvert.numerics.gptq import gptq
 from qconvert.numerics.hessian import blended, factorize, no_moments
 from qconvert.numerics.rounding_bitsandbytes import is_bitsandbytes
 from qconvert.numerics.threads import one_thread
+from qconvert.plan.awq_folds import fold_by_awq
 from qconvert.run import Progress, run, step_bytes
 from qconvert.sequential.calibration import Calibration
-from qconvert.sequential.layer import Shop, round_layer
+from qconvert.sequential.layer import round_layer
 from qconvert.sequential.memory import check_room
 from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps, looks_at_inputs, marked
 from qconvert.sequential.rounder import Rounder
+from qconvert.sequential.shop import Shop
 from qconvert.weights.boundaries import Boundaries
 from qconvert.weights.source import CheckpointWeights
 from qconvert.weights.spill import SpillStore
@@ -59,6 +61,8 @@ def plan_calibrated(plan: Plan, source: Checkpoint, calibration: Calibration) ->
             f"token ids from {low} to {high} for calibration, the vocabulary of {source.path} has {vocabulary}"
         )
     _check(plan, calibration)
+    if calibration.method == "awq":
+        plan = fold_by_awq(plan, calibration.folds)
     return marked(plan, calibration.method)
 
 
@@ -120,7 +124,7 @@ def run_calibrated(
     """
     steps = calibrated_steps(plan)
     weights = CheckpointWeights(source)
-    left = check_room(weights.config.text, jobs, memory, calibration.tokens)
+    left = check_room(weights.config.text, jobs, memory, calibration.tokens, calibration.tried(jobs))
     total = sum(step_bytes(source, step) for step in plan.steps)
     outcomes = run(
         replace(plan, steps=steps.others),

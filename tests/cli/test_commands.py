@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -72,6 +73,33 @@ def test_a_dry_run_writes_nothing_and_names_every_tensor(source: Path, tmp_path:
     assert read == {name for file in source.glob("*.safetensors") for name in load_file(file)}
     assert all(step["reason"] for step in plan["steps"])
     assert os.listdir(tmp_path) == []
+
+
+def test_a_dry_run_shows_what_is_scaled(source: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(400).reshape(4, 100))
+    asked = [
+        "--group",
+        "32",
+        "--method",
+        "awq",
+        "--calibration-data",
+        tmp_path / "ids.npy",
+        "--calibration-tokens",
+        "96",
+    ]
+    asked += ["--calibration-window", "24", "--dry-run", "--json"]
+    plans = [
+        json.loads(run("quantize", source, tmp_path / "out", *asked, "--awq-folds", folds).stdout)["steps"]
+        for folds in ("none", "up-down,post-attention")
+    ]
+    changed = {
+        step["role"].partition(" ")[0]: step["action"]
+        for before, step in zip(*plans, strict=True)
+        if step["action"] != before["action"]
+    }
+    kept = ("text.router", "text.shared_expert_gate", "text.post_attention_norm", "text.shared_expert.gate")
+    assert changed == dict.fromkeys((*kept, "text.shared_expert.up"), "scale in BF16")
+    assert any("post-attention scales its columns" in step["reason"] for step in plans[1])
 
 
 def test_quantize_reports_and_parity_passes(source: Path, converted: Path, tmp_path: Path) -> None:
@@ -153,6 +181,9 @@ def test_a_policy_decides(source: Path, tmp_path: Path) -> None:
         (["--device", "cuda:"], 2, "cpu, cuda or"),
         (["--shceme", "int4"], 2, "No such option"),
         (["--policy", "missing.toml"], 2, "missing.toml"),
+        (["--awq-folds", "none"], 2, "--awq-folds for awq"),
+        (["--method", "gptq", "--awq-folds", "none"], 2, "--awq-folds is for --method awq"),
+        (["--method", "awq", "--awq-folds", "up-down,sideways"], 2, "up-down, post-attention, input"),
         (["--group", "128"], 4, "128"),
         (["--scheme", "fp8-block"], 4, "128"),
         (["--group", "32", "--max-memory", "1MB"], 4, "--max-memory"),

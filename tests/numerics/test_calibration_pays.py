@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from qconvert.core.scheme import FP8, NVFP4, Scheme, int4
-from qconvert.numerics.awq import awq
+from qconvert.numerics.awq import awq, best_of, candidates
 from qconvert.numerics.gptq import gptq
 from qconvert.numerics.hessian import Moments, blended, factorize, no_moments
 from qconvert.numerics.importance import quantize_by_importance
 from qconvert.numerics.rounding import quantize, second_scale_for
-from tests.numerics.activations import TrainedExpert, trained_experts
+from tests.numerics.activations import Inputs, TrainedExpert, trained_experts
 from tests.tolerances import tolerances
 
 LIMITS = tolerances("calibrated")
@@ -96,6 +97,28 @@ def test_scaling_up_to_down() -> None:
         return quantize(w * s, int4(32), search=True).quantized.dequantize() / s
 
     assert left(method, int4(32), "down") < LIMITS["awq_int4_g32_down"]
+
+
+def test_scaling_what_several_experts_read() -> None:
+    """One set of factors for gate and up of several experts, by what these give for seen tokens, serves others too."""
+    experts = trained_experts(LAYER, 4096)[::3]
+    read, scheme = experts[0].seen.x, int4(32)
+
+    def error(inputs: Callable[[TrainedExpert], Inputs], s: Tensor) -> float:
+        total = 0.0
+        for one in experts:
+            rows, squares = one.rows(inputs(one)), read.square().mean(0) / s.square()
+            gate, up = (
+                quantize_by_importance(w * s, scheme, squares).quantized.dequantize() / s for w in (one.gate, one.up)
+            )
+            missed = replace(one, gate=gate, up=up).inner(rows) - one.inner(rows)
+            total += float((missed @ one.down.T).square().sum())
+        return total
+
+    tried = candidates(read.abs().mean(0))
+    found = best_of(tried, [error(lambda one: one.seen, s) for s in tried])
+    share = error(lambda one: one.unseen, found.factors) / error(lambda one: one.unseen, tried[0])
+    assert share < LIMITS["awq_int4_g32_norm"]
 
 
 def test_the_seen_and_the_unseen_differ() -> None:
