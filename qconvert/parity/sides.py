@@ -52,10 +52,10 @@ def refuse_foreign(path: Path) -> None:
     graphs = [path] if path.suffix == ".onnx" and path.is_file() else [*path.glob("*.onnx"), *path.glob("onnx/*.onnx")]
     if graphs and not any(path.glob(f"*{WEIGHTS_SUFFIX}")):
         raise SourceError(
-            f"{graphs[0]}: an ONNX graph without the weights that qconvert writes beside one, so that of another "
-            "exporter, whose weights cannot be told by their names. Save the log-probabilities that its engine gives "
-            "and compare those (docs/parity-metrics.md, saved log-probabilities), or export the checkpoint with "
-            "`qconvert export-onnx`"
+            f"{graphs[0]}: no checkpoint, and no package of qconvert either, which has weights in safetensors files "
+            "beside the graph: another exporter wrote it, whose weights cannot be told by their names. Save the "
+            "log-probabilities that its engine gives and compare those (docs/parity-metrics.md, saved "
+            "log-probabilities), or export the checkpoint with `qconvert export-onnx`"
         )
 
 
