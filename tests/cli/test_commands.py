@@ -294,7 +294,7 @@ def test_a_demo_never_removes_somebody_elses_conversion(source: Path, tmp_path: 
 def test_a_dry_run_says_what_the_real_run_would_refuse(source: Path, tmp_path: Path) -> None:
     arguments = ("quantize", source, tmp_path, "--group", "32", "--dry-run")
     assert run(*arguments).exit_code == 5
-    assert run(*arguments, "--max-memory", "1MB").exit_code == 4
+    assert run(*arguments[:2], tmp_path / "out", *arguments[3:], "--max-memory", "1MB").exit_code == 4
 
 
 def test_what_stays_behind_is_said(source: Path, tmp_path: Path) -> None:
