@@ -112,16 +112,23 @@ class TextOptions:
                 f"--no-propagate are for --method gptq and awq, --awq-folds for awq; --method {method} runs no text"
             )
 
-    def calibration(self, method: str, source: Path) -> Calibration:
-        """Cut the text into windows with the tokenizer of ``source``.
+    def folds_of(self, method: str) -> tuple[AwqFold, ...]:
+        """Those that were named.
 
         Raises:
-            UsageError, SourceError: see ``calibration_windows`` and ``Calibration``; or folds that are none, or not of
-                this method.
+            UsageError: they are none, or not of this method.
         """
         folds = folds_named(self.folds)
         if method != "awq" and folds != DEFAULT_FOLDS:
             raise UsageError(f"--awq-folds is for --method awq; --method {method} scales nothing")
+        return folds
+
+    def calibration(self, method: str, source: Path) -> Calibration:
+        """Cut the text into windows with the tokenizer of ``source``.
+
+        Raises:
+            UsageError, SourceError: see ``calibration_windows``, ``Calibration`` and ``folds_of``.
+        """
         with CheckpointWeights.open(source) as weights:
             vocabulary = weights.config.text.vocab_size
         windows = calibration_windows(
@@ -133,7 +140,7 @@ class TextOptions:
             record=windows.record,
             damping=self.damping,
             propagate=self.propagate,
-            folds=folds,
+            folds=self.folds_of(method),
         )
 
 

@@ -193,6 +193,8 @@ def quantize(
             raise UsageError(f"--method {method} searches its scales by what inputs count: drop --search")
         elif device_named(device).type != "cpu":
             raise UsageError(f"--method {method} runs on the CPU: drop --device {device}")
+        else:
+            text.folds_of(method)  # refused before a budget is measured
         chosen = scheme_named(scheme, group=group, symmetric=not asymmetric)
         searched = search or method == IMATRIX
         own = () if policy is None else read_rules(policy, search=searched)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ from reference_model.config import ModelConfig, TextConfig
 
 SCALED = 0.1
 """Smallest ``|log2 s|`` of any row that rounding alone does not give, on average of the rows of a matrix."""
+
+FAINT = 0.01
+"""The same where rows and columns make up for each other far more closely than by chance: what eight bits can tell."""
+
+CLEARLY = 3.0
+"""How many times what is left of their products a faint scaling has to be; rounding alone gives about a half."""
 
 RECIPROCAL = 0.25
 """Largest ``|log2|`` of the product of what a row of up and a column of down were multiplied by.
@@ -96,6 +103,7 @@ class Scalings:
         self._original, self._converted = original, converted
         self._known: dict[TensorRole, Tensor | None] = {}
         self._divided: set[TensorRole] = set()
+        self._guard = RLock()  # models that are run read experts in several threads
 
     @property
     def found(self) -> Mapping[AwqFold, int]:
@@ -149,15 +157,16 @@ class Scalings:
 
     def _factors(self, producer: TensorRole, find: Callable[[TensorRole], Tensor | None]) -> Tensor | None:
         """What a tensor is divided by; ``None`` where it is not."""
-        if producer not in self._known:
-            if any((known.section, known.layer) != (producer.section, producer.layer) for known in self._known):
-                self._known.clear()  # layers come one after the other
-            self._known[producer] = None  # meanwhile
-            with suppress(FormatError):  # the fault of the one that cannot be read, which says so when its turn comes
-                self._known[producer] = find(producer)
-            if self._known[producer] is not None:
-                self._divided.add(producer)
-        return self._known[producer]
+        with self._guard:
+            if producer not in self._known:
+                if any((known.section, known.layer) != (producer.section, producer.layer) for known in self._known):
+                    self._known.clear()  # layers come one after the other
+                self._known[producer] = None  # meanwhile
+                with suppress(FormatError):  # the fault of one that cannot be read, which says so when its turn comes
+                    self._known[producer] = find(producer)
+                if self._known[producer] is not None:
+                    self._divided.add(producer)
+            return self._known[producer]
 
     def _norm(self, norm: TensorRole) -> Tensor | None:
         """S with a norm stored as ``(offset + w) / s - offset``; ``None`` where its readers do not agree."""
@@ -196,11 +205,16 @@ class Scalings:
         if rows is None or columns is None:
             return None
         columns = _by_place(columns, self._places(up, len(rows)), len(rows))
-        agree = (rows * columns).log2().abs() <= RECIPROCAL
+        silent = self._original.matrix(up).square().sum(1) <= _NOTHING  # zeros do not tell what they were divided by
+        rows = torch.where(silent, 1 / columns, rows)
+        left = (rows * columns).log2().abs()
+        agree = left <= RECIPROCAL
         if float(agree.float().mean()) < _AGREEING:
             return None
         factors = torch.where(agree, 1 / rows if exact else (columns / rows).sqrt(), 1.0)
-        return factors if float(factors.log2().abs().mean()) > SCALED else None
+        size = float(factors.log2().abs().mean())
+        clear = size > FAINT and size > CLEARLY * float(left[agree].mean())
+        return factors if size > SCALED or clear else None
 
     def _places(self, producer: TensorRole, factors: int) -> Tensor:
         """Which factor each column of readers has, [K] int64."""

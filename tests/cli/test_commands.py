@@ -349,3 +349,11 @@ def test_every_command_is_loaded_by_its_name_and_tells_of_itself(name: str) -> N
     result = run(*name.split(), "--help")
     assert result.exit_code == 0, result.stderr
     assert f"qconvert {name} [OPTIONS]" in " ".join(result.stdout.split())
+
+
+def test_a_wrong_fold_is_refused_before_a_budget_is_measured(source: Path, tmp_path: Path) -> None:
+    wrong = ("--method", "awq", "--target-size", "1MB", "--awq-folds", "bogus")
+    result = run("quantize", source, tmp_path / "out", *wrong)
+    assert result.exit_code == 2
+    assert "'bogus' is unknown" in result.stderr
+    assert os.listdir(tmp_path) == []

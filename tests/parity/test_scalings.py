@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 from qconvert.convert import convert
 from qconvert.core.awq_fold import AwqFold
 from qconvert.core.role import Kind, TensorRole
-from qconvert.core.scheme import int4
+from qconvert.core.scheme import INT8, int4
 from qconvert.parity.causes import CauseKind
 from qconvert.parity.scalings import Scalings
 from qconvert.parity.tensors import compare_weights
@@ -51,6 +54,31 @@ def compared(source: Path, out: Path) -> tuple[int, list[tuple[CauseKind, str]],
         found = compare_weights(a, b)
     quantized = [one.sums.sqnr_db for one in found.tensors if one.scheme is not None]
     return sum(found.scaled.values()), [(one.kind, str(one)) for one in found.causes], min(quantized)
+
+
+@pytest.mark.parametrize("silent", [0, 20])
+def test_what_eight_bits_can_tell_is_found_also_where_a_third_of_the_rows_is_zero(
+    source: Path, tmp_path: Path, silent: int
+) -> None:
+    """Factors within a fourteenth of an octave, far above the error of eight bits; none where none were applied."""
+    for name, strength in (("plain", 0.0), ("scaled", 0.08)):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        tensors = load_file(folder / "model.safetensors")
+        for up in [one for one in tensors if "experts." in one and one.endswith("up_proj.weight")]:
+            down = up.replace("up_proj", "down_proj")
+            noise = torch.randn(len(tensors[up]), generator=torch.Generator().manual_seed(2)).clamp(-2, 2)
+            factors = torch.exp2(strength * noise)
+            tensors[up][:silent] = 0
+            tensors[up] = (tensors[up].float() / factors[:, None]).bfloat16()
+            tensors[down] = (tensors[down].float() * factors).bfloat16()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        convert(folder, tmp_path / f"{name} int8", default_policy(INT8))
+    assert compared(tmp_path / "plain", tmp_path / "plain int8")[:2] == (0, [])
+    found, causes, worst = compared(tmp_path / "plain", tmp_path / "scaled int8")
+    assert found == 2 * 6
+    assert causes == []
+    assert worst > 35.0
 
 
 def test_experts_that_awq_has_scaled_are_compared_as_they_work(source: Path, converted: Path) -> None:
@@ -171,3 +199,19 @@ def test_the_original_fits_into_what_is_folded(folded: tuple[Path, Path]) -> Non
 
 def of_linear_attention(role: TensorRole) -> bool:
     return role.kind in (Kind.LINEAR_QKV, Kind.LINEAR_OUTPUT)
+
+
+def test_threads_that_read_at_once_read_what_one_would(source: Path, converted: Path) -> None:
+    before = sys.getswitchinterval()
+    with CheckpointWeights.open(source) as a, CheckpointWeights.open(converted, strict=False) as b:
+        roles = [role for role in a.stored if role.kind in (Kind.EXPERT_UP, Kind.EXPERT_DOWN)]
+        expected = list(map(Scalings(a, b).original_scaled.matrix, roles))
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(5):
+                view = Scalings(a, b).original_scaled
+                with ThreadPoolExecutor(8) as pool:
+                    found = list(pool.map(view.matrix, roles))
+                assert all(map(torch.equal, found, expected))
+        finally:
+            sys.setswitchinterval(before)
