@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from qconvert.manifest import AWQ_FOLDS, EXPERT_COVERAGE
 from qconvert.manifest_reader import read_manifest
 from qconvert.memory import working_memory
 from qconvert.numerics.hessian import DAMPING
-from qconvert.sequential.calibration import FOLDS, MOST_FLIPS, Calibration, method_named
+from qconvert.sequential.calibration import FOLDS, MOST_FLIPS, Calibration, method_named, tried_at_once
 from qconvert.sequential.memory import Needs, check_room, needs
 from qconvert.texts.documents import Text
 from qconvert.weights.source import CheckpointWeights
@@ -144,7 +144,7 @@ class TextOptions:
         )
 
 
-def needs_of(source: Path, jobs: int, tokens: int, limit: int) -> Needs:
+def needs_of(source: Path, jobs: int, tokens: int, limit: int, folds: Collection[AwqFold]) -> Needs:
     """What a calibrated conversion of ``source`` needs with so many ``jobs`` and tokens; before text is read.
 
     Raises:
@@ -153,8 +153,9 @@ def needs_of(source: Path, jobs: int, tokens: int, limit: int) -> Needs:
     """
     with CheckpointWeights.open(source) as weights:
         config = weights.config.text
-    check_room(config, jobs, working_memory(limit, BACKGROUND_BYTES), tokens=1)
-    return needs(config, jobs, tokens)
+    tried = tried_at_once(folds, jobs)
+    check_room(config, jobs, working_memory(limit, BACKGROUND_BYTES), tokens=1, tried=tried)
+    return needs(config, jobs, tokens, tried)
 
 
 def show_needs(found: Needs, jobs: int, limit: int, out: Path) -> None:

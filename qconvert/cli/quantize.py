@@ -203,7 +203,7 @@ def quantize(
         hashes, place = parse_hash(algorithm), device_named(device)
         folder = resolve(source)
         refuse_existing(out)
-        needed = needs_of(folder, jobs, text.tokens, limit) if method in BY_TEXT else None
+        needed = needs_of(folder, jobs, text.tokens, limit, text.folds_of(method)) if method in BY_TEXT else None
         budgeted = None
         if budget.given:
             budgeted = budget.decide(

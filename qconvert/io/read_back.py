@@ -17,6 +17,9 @@ from qconvert.io.output_file import OutputFile, page_memory
 READ_BYTES = 4 << 20
 """Bytes read at once."""
 
+DIFFERENT = "read back differently from what was written; the disk is failing or somebody else writes to it"
+"""What is said of a piece."""
+
 Place = tuple[OutputFile, TensorInfo]
 
 
@@ -124,8 +127,7 @@ class ReadBack:
 
     def _check(self, expected: _Expected, found: Hash) -> None:
         if found.hexdigest() != expected.piece.digest:
-            message = "read back differently from what was written; the disk is failing or somebody else writes to it"
-            self._add_damage([expected], OutputError(f"{expected} {message}"))
+            self._add_damage([expected], OutputError(f"{expected} {DIFFERENT}"))
 
     def _add_damage(self, pieces: Iterable[_Expected], error: OutputError) -> None:
         self.damaged.update(each.piece.step for each in pieces)

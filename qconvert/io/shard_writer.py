@@ -20,7 +20,7 @@ from qconvert.io.hashing import XXH3, new_hash
 from qconvert.io.output_file import OutputFile, page_memory
 from qconvert.io.partial_folder import PartialFolder
 from qconvert.io.piece import Piece
-from qconvert.io.read_back import READ_BYTES, Place, ReadBack
+from qconvert.io.read_back import DIFFERENT, READ_BYTES, Place, ReadBack
 from qconvert.io.resume import Identity, begin_line, keep, steps_to_keep
 from qconvert.io.safetensors_header import serialize_header
 from qconvert.io.sink import Extra, Note
@@ -244,9 +244,15 @@ class ShardWriter:
         pieces = self._pieces.get(info.name, ())
         if len(pieces) == 1:
             return pieces[0].digest
-        whole = new_hash(self.algorithm)
-        for part in self._open[info.shard].read(info.begin, info.end, page_memory(READ_BYTES)):
-            whole.update(part)
+        whole, file, memory = new_hash(self.algorithm), self._open[info.shard], page_memory(READ_BYTES)
+        for piece in sorted(pieces, key=lambda piece: piece.begin):
+            alone = new_hash(self.algorithm)
+            for part in file.read(info.begin + piece.begin, info.begin + piece.end, memory):
+                whole.update(part)
+                alone.update(part)
+            if alone.hexdigest() != piece.digest:  # nobody may have looked before
+                where = f"{file.path}: bytes {piece.begin} .. {piece.end} of {piece.name!r}"
+                raise OutputError(f"{where} {DIFFERENT}")
         return whole.hexdigest()
 
     def _index(self) -> dict[str, Iterable[bytes]]:

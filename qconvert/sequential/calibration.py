@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -44,6 +44,11 @@ def method_named(name: str) -> Method:
     raise UsageError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}")
 
 
+def tried_at_once(folds: Collection[AwqFold], jobs: int) -> int:
+    """How many factors of a layer's input ``jobs`` threads try at once under these folds."""
+    return jobs if AwqFold.INPUT in folds else 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """Text, and what is made of it.
@@ -77,7 +82,7 @@ class Calibration:
 
     def tried(self, jobs: int) -> int:
         """How many factors of a layer's input are tried at once by so many threads."""
-        return jobs if self.folds_by(AwqFold.INPUT) else 0
+        return tried_at_once(self.folds, jobs) if self.method == "awq" else 0
 
     @property
     def tokens(self) -> int:

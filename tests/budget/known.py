@@ -46,7 +46,7 @@ def known(
 
 def asked(path: Path, **more: object) -> Asked:
     """A budget over ``path``."""
-    return Asked(losses=path, **{"schemes": DEFAULT_SCHEMES, **more})  # type: ignore[arg-type]
+    return Asked(losses=path, **{"schemes": DEFAULT_SCHEMES, **more})  # type: ignore[arg-type]  # each field is checked where it is used
 
 
 def nothing_to_read() -> Text:

@@ -268,6 +268,23 @@ def test_bytes_that_change_on_disk_are_noticed(out: Path, monkeypatch: pytest.Mo
     assert_nothing_left(out)
 
 
+def test_no_hash_is_told_of_pieces_that_nobody_wrote(out: Path) -> None:
+    layout = lay_out({"a": TENSORS["a.weight"]}, 1)
+    info, flat = layout.tensors[0], TENSORS["a.weight"].contiguous().view(-1)
+    count = len(flat) // 2
+    half = count * flat.itemsize
+    expected = "of 'a' read back differently"
+    with pytest.raises(OutputError, match=expected), ShardWriter(out, layout, read_back=False) as writer:
+        write(writer, "a", flat[:count], begin=0, end=half)
+        write(writer, "a", flat[count:], begin=half, end=info.nbytes)
+        writer.flush()
+        with (writer.path / info.shard).open("r+b") as file:
+            file.seek(info.end - 1)
+            file.write(bytes([raw(flat)[-1] ^ 1]))
+        writer.finish()
+    assert_nothing_left(out)
+
+
 def test_a_shard_that_is_cut_short_is_noticed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage_when_durable(monkeypatch, lambda path: os.truncate(path, 300))
     expected = "cannot be read back, the file ends at 300"

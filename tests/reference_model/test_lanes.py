@@ -67,7 +67,9 @@ class Seen:
             take=lambda b: inputs[b].clone(), give=self.records.append, experts=source, config=CONFIG, marks=marks,
             give_states=lambda b, states: self.states.append(states),
         )  # fmt: skip
-        self.lane = replace(lane, **({} if rounding is None else {"rounding": rounding}), **more)  # type: ignore[arg-type]
+        if rounding is not None:
+            lane = replace(lane, rounding=rounding)
+        self.lane = replace(lane, **more)  # type: ignore[arg-type]  # fields of any type
 
 
 def run(*seen: Seen, rows_bytes: int = ROWS_BYTES, each: Each = one_by_one) -> None:
@@ -134,7 +136,7 @@ def mixes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     def watched(layer: DecoderLayer, x: Tensor, *rest: object) -> object:
         found.append(x)
-        return mix(layer, x, *rest)  # type: ignore[arg-type]
+        return mix(layer, x, *rest)  # type: ignore[arg-type]  # handed on as they come
 
     monkeypatch.setattr(DecoderLayer, "mix", watched)
     return found

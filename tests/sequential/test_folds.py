@@ -105,7 +105,7 @@ def watch_rounding(monkeypatch: pytest.MonkeyPatch) -> Unrounded:
 
     def quantized(w: Tensor, *rest: object, **options: object) -> object:
         last.w = w.clone()
-        return quantize(w, *rest, **options)  # type: ignore[arg-type]
+        return quantize(w, *rest, **options)  # type: ignore[arg-type]  # handed on as they come
 
     def written(self: Rounder, step: Step, way: Way, *rest: object, **options: object) -> Tensor:
         def watched(rows: Tensor, begin: int, action: Quantize, second: float) -> Rounded:
@@ -113,7 +113,7 @@ def watch_rounding(monkeypatch: pytest.MonkeyPatch) -> Unrounded:
             seen[step.role] = torch.cat((seen[step.role], last.w)) if begin else last.w
             return found
 
-        return write(self, step, watched, *rest, **options)  # type: ignore[arg-type]
+        return write(self, step, watched, *rest, **options)  # type: ignore[arg-type]  # handed on as they come
 
     monkeypatch.setattr(rounding, "quantize_by_importance", quantized)
     monkeypatch.setattr(Rounder, "round", written)
