@@ -7,6 +7,7 @@ of the convolution, W its width, E experts, F their width. Everything is float32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from qconvert.core.role import Kind
 from qconvert.onnx_export.graph_writer import GraphWriter
 from qconvert.onnx_export.heads import per_head, side_by_side
+from qconvert.onnx_export.joining import ATTENTION_INPUTS, DELTA_GATES, SHARED_INPUTS, joined, runs
 from qconvert.onnx_export.operator_set import OperatorSet
 from qconvert.onnx_export.placing import Packing
 from qconvert.onnx_export.routing import Routing
@@ -62,6 +64,18 @@ class Decoder:
         """Multiply with a matrix of a layer."""
         return self.operators.linear(self.graph, x, self.weights(kind, layer), self.accuracy_level)
 
+    def products(self, x: ir.Value, kinds: Sequence[Kind], layer: int) -> list[ir.Value]:
+        """Multiply with several matrices of a layer, of which those that are stored alike are one."""
+        found: list[ir.Value] = []
+        for run in runs((self.weights.role(kind, layer), self.weights(kind, layer)) for kind in kinds):
+            made = self.operators.linear(self.graph, x, joined(run), self.accuracy_level)
+            if len(run) > 1:
+                sizes = self.graph.integers(*(one.shape[0] for one in run))
+                found += self.graph.ops("Split", len(run), made, sizes, axis=-1)
+            else:
+                found.append(made)
+        return found
+
     def norm(self, x: ir.Value, kind: Kind, layer: int | None = None) -> ir.Value:
         """One of the RMS norms whose weights are offsets from 1."""
         weight = self.weights(kind, layer).dense(self.graph)
@@ -79,10 +93,9 @@ class Decoder:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Gated attention: x [B, S, D], past [B, M, P, K]; gives [B, S, D], and keys and values of all [B, M, A, K]."""
         graph, config = self.graph, self.config
-        both = per_head(graph, self.linear(x, Kind.ATTENTION_QUERY, layer), 2 * config.head_dim)
-        query, gate = graph.ops("Split", 2, both, axis=-1, num_outputs=2)
-        key = per_head(graph, self.linear(x, Kind.ATTENTION_KEY, layer), config.head_dim)
-        value = self.linear(x, Kind.ATTENTION_VALUE, layer)
+        both, key, value = self.products(x, ATTENTION_INPUTS, layer)
+        query, gate = graph.ops("Split", 2, per_head(graph, both, 2 * config.head_dim), axis=-1, num_outputs=2)
+        key = per_head(graph, key, config.head_dim)
         query = self._rotate(self.norm(query, Kind.ATTENTION_QUERY_NORM, layer), config.num_attention_heads)
         key = self._rotate(self.norm(key, Kind.ATTENTION_KEY_NORM, layer), config.num_key_value_heads)
         mixed, all_keys, all_values = self.operators.attention(
@@ -106,19 +119,20 @@ class Decoder:
         """
         graph, config = self.graph, self.config
         qkv, recent = self._convolution(self.linear(x, Kind.LINEAR_QKV, layer), layer, past_conv)
-        sizes = graph.integers(config.key_dim, config.key_dim, config.value_dim)
-        query, key, value = graph.ops("Split", 3, qkv, sizes, axis=-1)
+        keys, value = graph.ops("Split", 2, qkv, graph.integers(2 * config.key_dim, config.value_dim), axis=-1)
+        query, key = graph.ops("Split", 2, self._unit(keys), axis=-1, num_outputs=2)
+        b, a = self.products(x, DELTA_GATES, layer)
         decay, beta = self.operators.delta_gates(
             graph,
-            self.linear(x, Kind.LINEAR_A, layer),
+            a,
             self.weights(Kind.LINEAR_DT_BIAS, layer).dense(graph),
             self.weights(Kind.LINEAR_A_LOG, layer).dense(graph),
-            self.linear(x, Kind.LINEAR_B, layer),
+            b,
         )
         read, state = self.operators.delta_rule(
             graph,
-            self._unit(query),
-            self._unit(key),
+            query,
+            key,
             value,
             past_state,
             graph.op("Mul", decay, self.real),
@@ -149,7 +163,7 @@ class Decoder:
     def _unit(self, x: ir.Value) -> ir.Value:
         """``x / sqrt(sum(x ** 2) + L2_EPSILON)`` of each key head: an RMS norm of that many dimensions.
 
-        ``rsqrt(sum + e) = rsqrt(mean + e / dk) / sqrt(dk)``; [B, S, Hk dk], the same.
+        ``rsqrt(sum + e) = rsqrt(mean + e / dk) / sqrt(dk)``; [B, S, 2 Hk dk], queries and keys, the same.
         """
         graph, width = self.graph, self.config.linear_key_head_dim
         scale = graph.floats(np.full(width, width**-0.5))
@@ -179,8 +193,8 @@ class Decoder:
         )
         if config.folded_experts:
             return made, scored
-        opened = self.linear(x, Kind.SHARED_GATE, layer)
+        opened, up = self.products(x, SHARED_INPUTS, layer)
         opened = graph.op("Mul", opened, graph.op("Sigmoid", opened))
-        inner = graph.op("Mul", opened, self.linear(x, Kind.SHARED_UP, layer))
+        inner = graph.op("Mul", opened, up)
         shared = self.linear(inner, Kind.SHARED_DOWN, layer)
         return self.operators.gated_add(graph, made, shared, graph.op("Sigmoid", gate)), scored

@@ -13,7 +13,7 @@ from qconvert.arch.families import read_config
 from qconvert.carry_out import Conversion, Task, carry_out
 from qconvert.column_order import check_column_order
 from qconvert.core.dtypes import DType
-from qconvert.core.errors import OutputError
+from qconvert.core.errors import OutputError, PlanError
 from qconvert.core.plan import Layout, Plan
 from qconvert.exact_scales import check_scales
 from qconvert.io.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from qconvert.memory import working_memory
 from qconvert.onnx_export.embedding_graph import embedding_graph
 from qconvert.onnx_export.genai_config import genai_config
 from qconvert.onnx_export.genai_processor import NO_PROCESSOR, genai_processor
-from qconvert.onnx_export.graph_writer import ALIAS
+from qconvert.onnx_export.joining import stretch
 from qconvert.onnx_export.mtp_graph import mtp_graph
 from qconvert.onnx_export.operator_sets import operators_for
 from qconvert.onnx_export.operators import refuse_newer, unfinished_opset
@@ -172,14 +172,18 @@ def package_task(checkpoint: Checkpoint, options: PackageOptions) -> Task:
 
 
 def point_to(model: ir.Model, layout: Layout) -> None:
-    """Give every initializer without numbers its place in the weight files."""
+    """Give every initializer without numbers its place in the weight files.
+
+    Raises:
+        PlanError: there is none.
+    """
     infos = {info.name: info for info in layout.tensors}
     for name, value in model.graph.initializers.items():
         if value.const_value is None and value.dtype is not None and isinstance(value.shape, ir.Shape):
-            info = infos[name.partition(ALIAS)[0]]
-            value.const_value = ir.ExternalTensor(
-                info.shard, info.begin, info.nbytes, value.dtype, shape=value.shape, name=name
-            )
+            found = stretch(name, infos)
+            if found is None:
+                raise PlanError(f"the tensors of {name} do not follow each other in one file of the package")
+            value.const_value = ir.ExternalTensor(*found, value.dtype, shape=value.shape, name=name)
 
 
 def refuse_invalid(folder: Path) -> None:

@@ -22,6 +22,9 @@ IR_VERSION = 10
 ALIAS = "::"
 """Between the name of stored bytes and what tells a second initializer of them from the first."""
 
+JOINT = "+"
+"""Between the names of tensors whose bytes follow each other, in the name of an initializer of them all."""
+
 Dim = int | str
 
 

@@ -31,6 +31,8 @@ from qconvert.manifest import MANIFEST_FILE
 from qconvert.manifest_reader import read_manifest
 from qconvert.onnx_export.actions import OFFSET_NORMS
 from qconvert.onnx_export.graph_file import read_graph
+from qconvert.onnx_export.graph_writer import JOINT
+from qconvert.onnx_export.joining import stretch
 from qconvert.onnx_export.pictures import PROCESSORS
 from qconvert.onnx_export.plan import CONTRIB
 from qconvert.quantized_view import Problem, ProblemKind, QuantizedView, Stored
@@ -233,11 +235,10 @@ def _misplaced(checkpoint: Checkpoint) -> Iterator[Problem]:
             held = value.const_value
             if not isinstance(held, ir.ExternalTensor):
                 continue
-            info = checkpoint.tensors.get(name)
             asked = (Path(held.location).name, held.offset or 0, held.length)
-            if info is None or asked != (info.shard, info.begin, info.nbytes):
+            if asked != stretch(name, checkpoint.tensors):
                 message = f"{path.name} reads it from {asked[0]} at byte {asked[1]}, where something else is"
-                yield Problem(kind=ProblemKind.MISSHAPEN, name=name, message=message, role=_role(_base(name)[0]))
+                yield Problem(kind=ProblemKind.MISSHAPEN, name=name, message=message, role=_role(_base(name.partition(JOINT)[0])[0]))
 
 
 def _by_base(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:

@@ -17,6 +17,7 @@ from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import INT8, Scheme, int4
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.onnx_export.actions import NBITS, Wishes, action_for
+from qconvert.onnx_export.joining import runs
 from qconvert.onnx_export.operator_sets import operators_for
 from qconvert.onnx_export.operators import DEFAULT, Version, version_named
 from qconvert.onnx_export.pictures import check_picture_tokens, unused_processors
@@ -187,7 +188,7 @@ def plan_package(checkpoint: Checkpoint, options: PackageOptions) -> PackagePlan
     unused = {} if Section.VISION in sections else unused_processors(file.name for file in checkpoint.side_files)
     plan = Plan(
         steps=tuple(one.step for one in decided),
-        layout=lay_out((one.outputs for one in decided), options.shard_bytes),
+        layout=lay_out(_stored_together(decided), options.shard_bytes),
         source_hash=checkpoint.header_hash,
         policy_hash=_hash(options),
         config=_config(checkpoint.config, fold=fold),
@@ -211,6 +212,13 @@ def _sections(source: PlannedSource, options: PackageOptions) -> list[Section]:
     return [Section.TEXT, *(section for section, wanted in asked.items() if wanted and section in stored)]
 
 
+def _stored_together(decided: list[_Decided]) -> Iterator[tuple[OutputTensor, ...]]:
+    """What stands side by side: the parts of a weight; of those that graphs read as one, each part of them all."""
+    outputs = {one.weight.names: one.outputs for one in decided}
+    for run in runs((one.step.role, one.weight) for one in decided):
+        yield tuple(part for parts in zip(*(outputs[one.names] for one in run), strict=True) for part in parts)
+
+
 def _refuse_mixed_layers(decided: list[_Decided]) -> None:
     """Raise ``PlanError`` where the two stacks of a layer are not stored alike: QMoE has one width and one block."""
     stacks = {one.step.role: one.weight for one in decided if one.step.role.kind in STACKED}
@@ -219,9 +227,9 @@ def _refuse_mixed_layers(decided: list[_Decided]) -> None:
             down = stacks[replace(role, kind=Kind.EXPERT_DOWN)]
             if (up.bits, up.block_size) != (down.bits, down.block_size):
                 raise PlanError(
-                    f"{up.name} is {up.scheme or 'float32'}, {down.name} is {down.scheme or 'float32'}: ONNX Runtime's "
-                    "operator for experts reads both in one width and one size of blocks. Decide them alike, or export "
-                    "with --ops standard"
+                    f"{up.names[0]} is {up.scheme or 'float32'}, {down.names[0]} is {down.scheme or 'float32'}: ONNX "
+                    "Runtime's operator for experts reads both in one width and one size of blocks. Decide them alike, "
+                    "or export with --ops standard"
                 )
 
 
@@ -261,7 +269,7 @@ def _decide(role: TensorRole, group: list[list[SourceMatrix]], options: PackageO
     leading = (len(group),) if stacked else ()
     if isinstance(action, Cast):
         outputs: tuple[OutputTensor, ...] = (OutputTensor(name=name, dtype=action.dtype, shape=(*leading, *shape)),)
-        weight = Weight(name=name, shape=(*leading, *shape), dtype=action.dtype)
+        weight = Weight(names=(name,), shape=(*leading, *shape), dtype=action.dtype)
     else:
         matrix = (shape[0], shape[1])
         outputs = tuple(
@@ -269,7 +277,7 @@ def _decide(role: TensorRole, group: list[list[SourceMatrix]], options: PackageO
             for part in NBITS.parts(action.scheme, matrix)
         )
         weight = Weight(
-            name=action.module, shape=(*leading, *shape), scheme=action.scheme, dtype=action.scheme.scale.dtype
+            names=(action.module,), shape=(*leading, *shape), scheme=action.scheme, dtype=action.scheme.scale.dtype
         )
     step = Step(
         inputs=inputs,

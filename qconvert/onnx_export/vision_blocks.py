@@ -36,7 +36,7 @@ class Tower:
         weight, bias = (self.weights(kind, layer, part) for part in (Part.WEIGHT, Part.BIAS))
         rows, rest = weight.shape[0], weight.shape[1:]
         shape = (rows, math.prod(rest)) if rest else (rows,)
-        return self.graph.weight(weight.name, ir.DataType.FLOAT, shape), bias.dense(self.graph)
+        return self.graph.weight(weight.initializer(), ir.DataType.FLOAT, shape), bias.dense(self.graph)
 
     def linear(self, x: ir.Value, kind: Kind, layer: int | None = None) -> ir.Value:
         """``weight x + bias`` of each patch: [P, inputs] -> [P, outputs]."""
