@@ -31,9 +31,8 @@ class Decoder:
     """Writes the layers of one decoder; what all of them share is written once.
 
     Attributes:
-        real: which new tokens are no padding [B, S, 1], 1.0 or 0.0.
         bias: what attention adds to scores [B, 1, S, A]: 0, or a very negative number where a key is not seen.
-        packing: how the convolution finds the real tokens side by side.
+        packing: how linear attention finds the real tokens side by side.
         cos, sin: of the rotation [B, S, R / 2].
     """
 
@@ -44,7 +43,6 @@ class Decoder:
         config: TextConfig,
         weights: Weights,
         *,
-        real: ir.Value,
         bias: ir.Value,
         packing: Packing,
         rotation: tuple[ir.Value, ir.Value],
@@ -54,7 +52,6 @@ class Decoder:
         self.operators = operators
         self.config = config
         self.weights = weights
-        self.real = real
         self.bias = bias
         self.packing = packing
         self.cos, self.sin = rotation
@@ -88,6 +85,18 @@ class Decoder:
         weight = self.weights(kind, layer).dense(self.graph)
         return self.operators.added_rms_norm(self.graph, x, more, weight, self.config.rms_norm_eps)
 
+    def packed(self, x: ir.Value) -> ir.Value:
+        """X [B, S, D] with the real tokens first, as linear attention takes them."""
+        return self.graph.op("GatherND", x, self.packing.order, batch_dims=1)
+
+    def unpacked(self, x: ir.Value) -> ir.Value:
+        """The inverse of ``packed``; padding is what the real token before it is."""
+        return self.graph.op("GatherND", x, self.packing.inverse, batch_dims=1)
+
+    def last_real(self, x: ir.Value) -> ir.Value:
+        """X [B, S, D] of the last real token of each row, padding where none is: [B, 1, D]; x is packed."""
+        return self.graph.op("GatherND", x, self.packing.last, batch_dims=1)
+
     def attention(
         self, x: ir.Value, layer: int, past_key: ir.Value, past_value: ir.Value
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -115,7 +124,7 @@ class Decoder:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Gated DeltaNet: x [B, S, D], past_conv [B, C, W - 1], past_state [B, Hv, dk, dv]; gives [B, S, D] and both.
 
-        Padding changes neither: the convolution has it behind the real tokens, its decay and strength are zero.
+        Tokens are packed. Padding changes no state: it is behind the real tokens, its decay and strength are zero.
         """
         graph, config = self.graph, self.config
         qkv, recent = self._convolution(self.linear(x, Kind.LINEAR_QKV, layer), layer, past_conv)
@@ -135,8 +144,8 @@ class Decoder:
             key,
             value,
             past_state,
-            graph.op("Mul", decay, self.real),
-            graph.op("Mul", beta, self.real),
+            graph.op("Mul", decay, self.packing.real),
+            graph.op("Mul", beta, self.packing.real),
             key_heads=config.linear_num_key_heads,
             value_heads=config.linear_num_value_heads,
         )
@@ -152,13 +161,11 @@ class Decoder:
     def _convolution(self, raw: ir.Value, layer: int, past: ir.Value) -> tuple[ir.Value, ir.Value]:
         """``silu(conv(raw))`` [B, S, C] of raw [B, S, C] behind past [B, C, W - 1], and the past of the next call."""
         graph = self.graph
-        packed = graph.op("GatherND", raw, self.packing.order, batch_dims=1)
         kernel = self.weights(Kind.LINEAR_CONV, layer)
-        mixed = self.operators.causal_conv(graph, graph.op("Transpose", packed, perm=(0, 2, 1)), kernel, past)
-        out = graph.op("GatherND", graph.op("Transpose", mixed, perm=(0, 2, 1)), self.packing.inverse, batch_dims=1)
-        inputs = graph.op("Concat", graph.op("Transpose", past, perm=(0, 2, 1)), packed, axis=1)
+        mixed = self.operators.causal_conv(graph, graph.op("Transpose", raw, perm=(0, 2, 1)), kernel, past)
+        inputs = graph.op("Concat", graph.op("Transpose", past, perm=(0, 2, 1)), raw, axis=1)
         recent = graph.op("GatherND", inputs, self.packing.window, batch_dims=1)
-        return out, graph.op("Transpose", recent, perm=(0, 2, 1))
+        return graph.op("Transpose", mixed, perm=(0, 2, 1)), graph.op("Transpose", recent, perm=(0, 2, 1))
 
     def _unit(self, x: ir.Value) -> ir.Value:
         """``x / sqrt(sum(x ** 2) + L2_EPSILON)`` of each key head: an RMS norm of that many dimensions.

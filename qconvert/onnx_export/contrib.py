@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qconvert.onnx_export.graph_writer import MICROSOFT, Attribute, GraphWriter
 from qconvert.onnx_export.routing import Routing, scores
-from qconvert.onnx_export.standard import Standard
+from qconvert.onnx_export.standard import Standard, silu
 from qconvert.onnx_export.weight import Weight
 
 
@@ -86,10 +86,6 @@ class Contrib(Standard):
         mean.name = deviation.name = ""  # of use in training only
         return total, normal
 
-    def gated_rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, gate: ir.Value, eps: float) -> ir.Value:
-        """See ``OperatorSet``."""
-        return graph.op("GatedRMSNorm", x, weight, gate, domain=MICROSOFT, epsilon=eps, activation="silu")
-
     def full_attention(
         self, graph: GraphWriter, query: ir.Value, key: ir.Value, value: ir.Value, *, heads: int
     ) -> ir.Value:
@@ -97,10 +93,9 @@ class Contrib(Standard):
         return graph.op("MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=heads)
 
     def causal_conv(self, graph: GraphWriter, x: ir.Value, weight: Weight, past: ir.Value) -> ir.Value:
-        """See ``OperatorSet``."""
-        return graph.ops(
-            "CausalConvWithState", 2, x, weight.dense(graph), None, past, domain=MICROSOFT, activation="silu"
-        )[0]
+        """See ``OperatorSet``. The CPU's kernel takes longer for its own activation than for everything else."""
+        made = graph.ops("CausalConvWithState", 2, x, weight.dense(graph), None, past, domain=MICROSOFT)[0]
+        return silu(graph, made)
 
     def delta_gates(
         self, graph: GraphWriter, a: ir.Value, dt_bias: ir.Value, minus_exp_a_log: ir.Value, b: ir.Value

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qconvert.onnx_export.contrib import Contrib
-from qconvert.onnx_export.graph_writer import Attribute, GraphWriter
+from qconvert.onnx_export.graph_writer import MICROSOFT, Attribute, GraphWriter
 from qconvert.onnx_export.standard import gemm
 from qconvert.onnx_export.weight import Weight
 
@@ -48,6 +48,16 @@ class Cuda(Contrib):
         narrow = graph.cast(x, ir.DataType.FLOAT, weight.type)
         made = gemm(graph, narrow, weight.stored(graph), weight.shape)
         return graph.cast(made, weight.type, ir.DataType.FLOAT)
+
+    def gated_rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, gate: ir.Value, eps: float) -> ir.Value:
+        """See ``OperatorSet``. One kernel for five."""
+        return graph.op("GatedRMSNorm", x, weight, gate, domain=MICROSOFT, epsilon=eps, activation="silu")
+
+    def causal_conv(self, graph: GraphWriter, x: ir.Value, weight: Weight, past: ir.Value) -> ir.Value:
+        """See ``OperatorSet``."""
+        return graph.ops(
+            "CausalConvWithState", 2, x, weight.dense(graph), None, past, domain=MICROSOFT, activation="silu"
+        )[0]
 
     def attention(
         self,

@@ -24,43 +24,58 @@ def new_tokens(graph: GraphWriter, tokens: ir.Value, mask: ir.Value) -> tuple[ir
     return count, before, real
 
 
-def attention_bias(graph: GraphWriter, mask: ir.Value, count: ir.Value, before: ir.Value, unseen: float) -> ir.Value:
-    """0 where a real key is not later than the query, ``unseen`` elsewhere: [B, 1, S, A]."""
-    zero, one = graph.integer(0), graph.integer(1)
-    first = graph.op("Squeeze", before)
-    total = graph.op("Add", first, graph.op("Squeeze", count))
-    queries = graph.op("Unsqueeze", graph.op("Range", first, total, one), graph.integers(1))
-    earlier = graph.op("LessOrEqual", graph.op("Range", zero, total, one), queries)
-    real = graph.op("Unsqueeze", graph.op("Cast", mask, to=ir.DataType.BOOL.value), graph.integers(1, 2))
-    return graph.op("Where", graph.op("And", real, earlier), graph.float(0.0), graph.float(unseen))
+def attention_bias(graph: GraphWriter, mask: ir.Value, before: ir.Value, unseen: float) -> ir.Value:
+    """0 where a real key is not later than the query, ``unseen`` elsewhere: [B, 1, S, A].
+
+    Tokens are ordered by how many real ones there are up to them; padding comes after all.
+    """
+    numbers = graph.op("CumSum", mask, graph.integer(1))
+    asked = graph.op("Slice", numbers, before, graph.op("Shape", mask, start=1, end=2), graph.integers(1))
+    real = graph.op("Cast", mask, to=ir.DataType.BOOL.value)
+    keys = graph.op("Where", real, numbers, graph.integer(np.iinfo(np.int64).max))
+    earlier = graph.op(
+        "LessOrEqual",
+        graph.op("Unsqueeze", keys, graph.integers(1, 2)),
+        graph.op("Unsqueeze", asked, graph.integers(1, 3)),
+    )
+    return graph.op("Where", earlier, graph.float(0.0), graph.float(unseen))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How a convolution finds the real tokens side by side, wherever the padding is.
+    """The new tokens of each row with the real ones first, wherever the padding is.
 
     Attributes:
-        order: int64 [B, S, 1], the new tokens of each row, the real ones first.
-        inverse: int64 [B, S, 1], where each is in that order.
+        order: int64 [B, S, 1], which token is where.
+        inverse: int64 [B, S, 1], where each token is; padding where the real one before it is.
+        real: which places have a real token [B, S, 1], 1.0 or 0.0.
+        last: int64 [B, 1, 1], where the last real one is; -1 where none is.
         window: int64 [B, W - 1, 1], rows of [before | new, in order] that end at the last real token.
     """
 
     order: ir.Value
     inverse: ir.Value
+    real: ir.Value
+    last: ir.Value
     window: ir.Value
 
 
 def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> Packing:
-    """The packing of tokens that are ``real`` int64 [B, S], for a convolution of ``width`` taps."""
-    zero, one = graph.integer(0), graph.integer(1)
-    places = graph.op("Range", zero, graph.op("Squeeze", count), one)
-    behind = graph.op("Mul", graph.op("Sub", one, real), count)
-    _, order = graph.ops("TopK", 2, graph.op("Add", behind, places), count, axis=1, largest=0)
-    _, inverse = graph.ops("TopK", 2, order, count, axis=1, largest=0)
-    first = graph.op("ReduceSum", real, graph.integers(1), keepdims=1)
-    window = graph.op("Add", first, graph.integers(*range(width - 1)))
-    order, inverse, window = (graph.op("Unsqueeze", one, graph.integers(2)) for one in (order, inverse, window))
-    return Packing(order=order, inverse=inverse, window=window)
+    """The packing of tokens that are ``real`` int64 [B, S], for a convolution of ``width`` taps.
+
+    TopK gives equal elements in the order of their places.
+    """
+    one = graph.integer(1)
+    apart = graph.op("Unsqueeze", real, graph.integers(2))
+    ordered, order = graph.ops("TopK", 2, apart, count, axis=1)
+    filled = graph.op("ReduceSum", apart, graph.integers(1), keepdims=1)
+    return Packing(
+        order=order,
+        inverse=graph.op("Sub", graph.op("CumSum", apart, one), one),
+        real=graph.op("Cast", ordered, to=ir.DataType.FLOAT.value),
+        last=graph.op("Sub", filled, one),
+        window=graph.op("Add", filled, graph.constant(np.arange(width - 1, dtype=np.int64)[:, None])),
+    )
 
 
 def rotation(
@@ -79,15 +94,3 @@ def rotation(
         return both
     cos, sin = (graph.op("Mul", one, graph.float(factor)) for one in both)
     return cos, sin
-
-
-def last_real(graph: GraphWriter, x: ir.Value, real: ir.Value) -> ir.Value:
-    """X [B, S, D] of the last real token of each row, the first where none is: [B, 1, D]; ``real`` [B, S, 1]."""
-    counted = graph.op("CumSum", real, graph.integer(1))
-    index = graph.op("ArgMax", graph.op("Mul", counted, real), axis=1, keepdims=1)
-    return graph.op("GatherND", x, index, batch_dims=1)
-
-
-def spread_real(graph: GraphWriter, real: ir.Value) -> ir.Value:
-    """``real`` int64 [B, S] as float32 [B, S, 1]."""
-    return graph.op("Cast", graph.op("Unsqueeze", real, graph.integers(2)), to=ir.DataType.FLOAT.value)

@@ -48,8 +48,7 @@ def place(
             operators,
             config,
             weights,
-            real=placing.spread_real(graph, real),
-            bias=placing.attention_bias(graph, mask, count, before, operators.unseen),
+            bias=placing.attention_bias(graph, mask, before, operators.unseen),
             packing=placing.packing(graph, real, count, config.linear_conv_kernel_dim),
             rotation=placing.rotation(
                 graph, positions, frequencies.numpy(), factor, axis_of_planes(config.rope.mrope_section).numpy()
@@ -107,6 +106,7 @@ def text_graph(
     positions = graph.input("position_ids", integer, (3, "batch", "sequence"))
     decoder = place(graph, operators, config, weights, tokens, mask, positions, accuracy_level=accuracy_level)
     x = tokens if embedded else operators.look_up(graph, weights(Kind.EMBEDDING), tokens)
+    x = decoder.packed(x)
     normal = decoder.norm(x, Kind.INPUT_NORM, 0)
     present: list[tuple[ir.Value, State, ir.DataType]] = []
     tapped: list[tuple[str, ir.Value]] = []
@@ -115,17 +115,24 @@ def text_graph(
             states = layer_states(config, layer)
             kinds = [cache if state.grows else real_number for state in states]
             past = inputs_of(graph, states, kinds)
-            mix = decoder.attention if kind == "full_attention" else decoder.linear_attention
-            mixed, *after = mix(normal, layer, past[0], past[1])
+            if kind == "full_attention":
+                mixed, *after = decoder.attention(decoder.unpacked(normal), layer, past[0], past[1])
+                mixed = decoder.packed(mixed)
+            else:
+                mixed, *after = decoder.linear_attention(normal, layer, past[0], past[1])
             x, normal = decoder.added_norm(x, mixed, Kind.POST_ATTENTION_NORM, layer)
             made, router = decoder.moe(normal, layer)
             x, normal = decoder.added_norm(x, made, *following_norm(layer, config.num_hidden_layers))
-            tapped += [(tap_name(layer, tap), value) for tap, value in zip(TAPS, (mixed, made, router, x), strict=True)]
+            inside = (mixed, made, router, x)
+            tapped += [
+                (tap_name(layer, tap), decoder.unpacked(value)) for tap, value in zip(TAPS, inside, strict=True)
+            ]
             present += zip(after, states, kinds, strict=True)
-    scored = placing.last_real(graph, normal, decoder.real) if last_logits else normal
+    outside = decoder.unpacked(normal)
+    scored = decoder.last_real(normal) if last_logits else outside
     logits = operators.linear(graph, scored, head_of(config, weights), accuracy_level)
     if hidden:
-        graph.output(normal, HIDDEN_STATES, real_number, ("batch", "sequence", config.hidden_size))
+        graph.output(outside, HIDDEN_STATES, real_number, ("batch", "sequence", config.hidden_size))
     graph.output(logits, LOGITS, real_number, ("batch", 1 if last_logits else "sequence", config.vocab_size))
     for value, state, stored in present:
         graph.output(graph.cast(value, real_number, stored), state.present, stored, state.shape("total"))
