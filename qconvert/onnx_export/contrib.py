@@ -76,16 +76,6 @@ class Contrib(Standard):
         """What tells QMoE that codes lie as ``packed`` has them."""
         return {}
 
-    def added_rms_norm(
-        self, graph: GraphWriter, x: ir.Value, more: ir.Value, weight: ir.Value, eps: float
-    ) -> tuple[ir.Value, ir.Value]:
-        """See ``OperatorSet``. One pass over the numbers instead of two."""
-        normal, mean, deviation, total = graph.ops(
-            "SkipSimplifiedLayerNormalization", 4, x, more, weight, domain=MICROSOFT, epsilon=eps
-        )
-        mean.name = deviation.name = ""  # of use in training only
-        return total, normal
-
     def full_attention(
         self, graph: GraphWriter, query: ir.Value, key: ir.Value, value: ir.Value, *, heads: int
     ) -> ir.Value:

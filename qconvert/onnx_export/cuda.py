@@ -49,6 +49,16 @@ class Cuda(Contrib):
         made = gemm(graph, narrow, weight.stored(graph), weight.shape)
         return graph.cast(made, weight.type, ir.DataType.FLOAT)
 
+    def added_rms_norm(
+        self, graph: GraphWriter, x: ir.Value, more: ir.Value, weight: ir.Value, eps: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """See ``OperatorSet``. One pass over the numbers instead of two."""
+        normal, mean, deviation, total = graph.ops(
+            "SkipSimplifiedLayerNormalization", 4, x, more, weight, domain=MICROSOFT, epsilon=eps
+        )
+        mean.name = deviation.name = ""  # of use in training only
+        return total, normal
+
     def gated_rms_norm(self, graph: GraphWriter, x: ir.Value, weight: ir.Value, gate: ir.Value, eps: float) -> ir.Value:
         """See ``OperatorSet``. One kernel for five."""
         return graph.op("GatedRMSNorm", x, weight, gate, domain=MICROSOFT, epsilon=eps, activation="silu")

@@ -7,7 +7,7 @@ in another way, for an initializer is a stretch of bytes, which may go over seve
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from qconvert.core.role import Kind, TensorRole
 from qconvert.core.tensor_info import TensorInfo
@@ -51,7 +51,7 @@ def stretch(initializer: str, infos: Mapping[str, TensorInfo]) -> tuple[str, int
     names = initializer.partition(ALIAS)[0].split(JOINT)
     parts = [infos[name] for name in names if name in infos]
     if len(parts) < len(names) or any(
-        (one.shard, one.end) != (after.shard, after.begin) for one, after in zip(parts, parts[1:], strict=False)
+        (one.shard, one.end) != (after.shard, after.begin) for one, after in pairwise(parts)
     ):
         return None
     return parts[0].shard, parts[0].begin, parts[-1].end - parts[0].begin

@@ -238,7 +238,12 @@ def _misplaced(checkpoint: Checkpoint) -> Iterator[Problem]:
             asked = (Path(held.location).name, held.offset or 0, held.length)
             if asked != stretch(name, checkpoint.tensors):
                 message = f"{path.name} reads it from {asked[0]} at byte {asked[1]}, where something else is"
-                yield Problem(kind=ProblemKind.MISSHAPEN, name=name, message=message, role=_role(_base(name.partition(JOINT)[0])[0]))
+                yield Problem(
+                    kind=ProblemKind.MISSHAPEN,
+                    name=name,
+                    message=message,
+                    role=_role(_base(name.partition(JOINT)[0])[0]),
+                )
 
 
 def _by_base(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:

@@ -70,7 +70,7 @@ def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> 
     ordered, order = graph.ops("TopK", 2, apart, count, axis=1)
     filled = graph.op("ReduceSum", apart, graph.integers(1), keepdims=1)
     return Packing(
-        order=order,
+        order=graph.op("Reshape", order, graph.integers(0, -1, 1)),  # tells how wide it is to who infers shapes
         inverse=graph.op("Sub", graph.op("CumSum", apart, one), one),
         real=graph.op("Cast", ordered, to=ir.DataType.FLOAT.value),
         last=graph.op("Sub", filled, one),

@@ -124,9 +124,7 @@ def text_graph(
             made, router = decoder.moe(normal, layer)
             x, normal = decoder.added_norm(x, made, *following_norm(layer, config.num_hidden_layers))
             inside = (mixed, made, router, x)
-            tapped += [
-                (tap_name(layer, tap), decoder.unpacked(value)) for tap, value in zip(TAPS, inside, strict=True)
-            ]
+            tapped += [(tap_name(layer, tap), decoder.unpacked(value)) for tap, value in zip(TAPS, inside, strict=True)]
             present += zip(after, states, kinds, strict=True)
     outside = decoder.unpacked(normal)
     scored = decoder.last_real(normal) if last_logits else outside

@@ -32,12 +32,12 @@ TIE = 2e-6
 closer, float32 itself decides, and each implementation as it likes."""
 
 
-def reference(folder: Path) -> CausalLM:
-    """The reference model with the numbers that the checkpoint's codes mean, in float32."""
+def reference(folder: Path, reader: type[CheckpointWeights] = CheckpointWeights) -> CausalLM:
+    """The reference model with the numbers that the codes of a checkpoint, or of a package, mean, in float32."""
     config = ModelConfig.from_file(folder / "config.json").text
     with torch.device("meta"):
         model = CausalLM(config)
-    with CheckpointWeights.open(folder) as weights:
+    with reader.open(folder) as weights:
         load_weights(model, weights, torch.float32)
     return model.eval()
 

@@ -59,12 +59,14 @@ def test_every_operator_of_its_own_has_a_version(graph: ir.Graph) -> None:
     assert {(node.domain, node.op_type) for node in graph.all_nodes() if node.domain == MICROSOFT} <= SINCE.keys()
 
 
-def test_the_default_is_the_oldest_version_that_runs_what_is_written(graph: ir.Graph) -> None:
-    refuse_newer(graph, DEFAULT)
-    with pytest.raises(PlanError, match=r"GatedRMSNorm's activation \(since 1\.31\).*--ort-version"):
-        refuse_newer(graph, (1, 30))
+def test_the_default_is_the_oldest_version_that_runs_codes_and_an_older_one_runs_the_rest(folder: Path) -> None:
+    plain, codes = (ir.load(folder / name / MODEL_FILE).graph for name in ("plain", "int4"))
+    refuse_newer(codes, DEFAULT)
+    with pytest.raises(PlanError, match=r"QMoE's accuracy_level \(since 1\.31\).*--ort-version"):
+        refuse_newer(codes, (1, 30))
+    refuse_newer(plain, (1, 29))
     with pytest.raises(PlanError, match=r"LinearAttentionGate \(since 1\.29\)"):
-        refuse_newer(graph, (1, 28))
+        refuse_newer(plain, (1, 28))
 
 
 def test_what_came_later_than_its_operator_is_no_older_than_it() -> None:
