@@ -113,11 +113,12 @@ def cast(rows: Tensor, dtype: DType, formula: Formula = Formula.SAME) -> Encoded
             exact = exact.exp().neg_()
         case Formula.SAME:
             pass
-    stored = exact.to(dtype.torch_dtype)
+    same = formula is Formula.SAME and rows.dtype is dtype.torch_dtype
+    stored = rows if same else exact.to(dtype.torch_dtype)
     if not all_finite(stored):
         raise DataError(f"has NaN or infinite values in {dtype}")
     flat, squared_error = exact.reshape(-1), 0.0
-    if stored is not exact:
+    if not same and stored is not exact:
         lost = stored.to(torch.float32).sub_(exact).view(-1)
         squared_error = float(lost.dot(lost))
     return Encoded(parts={WEIGHT: stored}, squared_error=squared_error, signal=float(flat.dot(flat)))
