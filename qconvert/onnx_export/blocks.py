@@ -90,7 +90,7 @@ class Decoder:
         return self.graph.op("GatherND", x, self.packing.order, batch_dims=1)
 
     def unpacked(self, x: ir.Value) -> ir.Value:
-        """The inverse of ``packed``; padding is what the real token before it is."""
+        """The inverse of ``packed``."""
         return self.graph.op("GatherND", x, self.packing.inverse, batch_dims=1)
 
     def last_real(self, x: ir.Value) -> ir.Value:

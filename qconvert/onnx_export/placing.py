@@ -47,7 +47,7 @@ class Packing:
 
     Attributes:
         order: int64 [B, S, 1], which token is where.
-        inverse: int64 [B, S, 1], where each token is; padding where the real one before it is.
+        inverse: int64 [B, S, 1], where each token is.
         real: which places have a real token [B, S, 1], 1.0 or 0.0.
         last: int64 [B, 1, 1], where the last real one is; -1 where none is.
         window: int64 [B, W - 1, 1], rows of [before | new, in order] that end at the last real token.
@@ -65,15 +65,17 @@ def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> 
 
     TopK gives equal elements in the order of their places.
     """
-    one = graph.integer(1)
     apart = graph.op("Unsqueeze", real, graph.integers(2))
+    shape = graph.integers(0, -1, 1)  # what TopK gives is of unknown width to who infers shapes
     ordered, order = graph.ops("TopK", 2, apart, count, axis=1)
+    order = graph.op("Reshape", order, shape)
+    _, inverse = graph.ops("TopK", 2, order, count, axis=1, largest=0)
     filled = graph.op("ReduceSum", apart, graph.integers(1), keepdims=1)
     return Packing(
-        order=graph.op("Reshape", order, graph.integers(0, -1, 1)),  # tells how wide it is to who infers shapes
-        inverse=graph.op("Sub", graph.op("CumSum", apart, one), one),
+        order=order,
+        inverse=graph.op("Reshape", inverse, shape),
         real=graph.op("Cast", ordered, to=ir.DataType.FLOAT.value),
-        last=graph.op("Sub", filled, one),
+        last=graph.op("Sub", filled, graph.integer(1)),
         window=graph.op("Add", filled, graph.constant(np.arange(width - 1, dtype=np.int64)[:, None])),
     )
 

@@ -50,6 +50,11 @@ class Edited:
         node = self.named(node.name)
         node.input[place] = self.before(node, "Add", [nothing, self.number(value)])
 
+    def reorder(self, node: NodeProto, place: int, order: str) -> None:
+        """Let a node have the tokens of an input in another order."""
+        moved = self.before(node, "GatherND", [node.input[place], order], batch_dims=1)
+        self.named(node.name).input[place] = moved
+
 
 def plant(package: Path, fault: Plant, layer: int) -> None:
     """Rewrite the decoder of ``package`` with a fault."""
@@ -76,25 +81,35 @@ def keys_lost(graph: Edited, layer: int) -> None:
         graph.silence(graph.node(layer, "Attention"), place)
 
 
+ORDER, INVERSE = "placing/Reshape.0.0", "placing/Reshape.1.0"
+"""Which token is where when the real ones come first, and where each token is then."""
+
+
 def memory_unmasked(graph: Edited, layer: int) -> None:
-    for number in (0, 1):
+    """It has the tokens in the order of the text, and takes padding for text."""
+    for number in (1, 2):
         graph.silence(graph.node(layer, "Mul", number), 1, 1.0)
+    for place in (0, 1, 2, 4, 5):
+        graph.reorder(graph.node(layer, "LinearAttention"), place, INVERSE)
+    graph.reorder(graph.node(layer, "Reshape", 2), 0, ORDER)
 
 
 def convolution_unmasked(graph: Edited, layer: int) -> None:
-    graph.node(layer, "Transpose", 0).input[0] = graph.node(layer, "GatherND", 0).input[0]
-    graph.node(layer, "Split", 0).input[0] = graph.node(layer, "GatherND", 1).input[0]
+    """It has the tokens in the order of the text, padding in between."""
+    graph.reorder(graph.node(layer, "Transpose", 0), 0, INVERSE)
+    graph.reorder(graph.node(layer, "Split", 0), 0, ORDER)
 
 
 def window_unmasked(graph: Edited, layer: int) -> None:
     """What is carried ends with the last token, real or not; an output's name must stay."""
-    node = graph.node(layer, "GatherND", 2)
-    places = graph.before(node, "Shape", [graph.node(layer, "FusedMatMul", 0).output[0]], start=1, end=2)
-    taken = graph.before(graph.node(layer, "GatherND", 2), "Add", [places, graph.integers(0, 1, 2)])
-    source = graph.node(layer, "GatherND", 2).input[0]
-    gathered = graph.before(graph.node(layer, "GatherND", 2), "Gather", [source, taken], axis=1)
+    graph.reorder(graph.node(layer, "Concat", 0), 1, INVERSE)
+    places = graph.before(
+        graph.node(layer, "GatherND"), "Shape", [graph.node(layer, "FusedMatMul").output[0]], start=1, end=2
+    )
+    taken = graph.before(graph.node(layer, "GatherND"), "Add", [places, graph.integers(0, 1, 2)])
+    source = graph.node(layer, "GatherND").input[0]
+    gathered = graph.before(graph.node(layer, "GatherND"), "Gather", [source, taken], axis=1)
     graph.node(layer, "Transpose", 3).input[0] = gathered
-    graph.node(layer, "Concat", 0).input[1] = graph.node(layer, "GatherND", 0).input[0]
 
 
 def unmasked(graph: Edited, layer: int) -> None:
@@ -104,9 +119,15 @@ def unmasked(graph: Edited, layer: int) -> None:
 
 
 def attention_unmasked(graph: Edited, layer: int) -> None:
-    whole = graph.named("placing/Where.0")
-    earlier = graph.named("placing/And.0").input[1]
-    causal = graph.before(graph.node(layer, "Attention"), "Where", [earlier, *whole.input[1:]])
+    def put(kind: str, *inputs: str) -> str:
+        return graph.before(graph.node(layer, "Attention"), kind, list(inputs))
+
+    _, before, end, axis = graph.named("placing/Slice.1").input
+    everywhere = put("Add", put("Sub", "attention_mask", "attention_mask"), axis)
+    counted = put("CumSum", everywhere, axis)
+    asked = put("Unsqueeze", put("Slice", counted, before, end, axis), graph.integers(1, 3))
+    earlier = put("LessOrEqual", put("Unsqueeze", counted, graph.integers(1, 2)), asked)
+    causal = put("Where", earlier, *graph.named("placing/Where.1").input[1:])
     graph.node(layer, "Attention").input[3] = causal
 
 
@@ -137,15 +158,15 @@ def rotation_lost(graph: Edited, layer: int) -> None:
 
 
 def residual_lost(graph: Edited, layer: int) -> None:
-    graph.silence(graph.node(layer, "SkipSimplifiedLayerNormalization", 1), 0)
+    graph.silence(graph.node(layer, "Add", 1), 0)
 
 
 def mixed_twice(graph: Edited, layer: int) -> None:
     """No fault that anybody has a name for."""
-    node = graph.node(layer, "FusedMatMul", 4)
+    node = graph.node(layer, "FusedMatMul", 3)
     node.input[0] = graph.before(node, "Mul", [node.input[0], node.input[0]])
 
 
 def router_halved(graph: Edited, layer: int) -> None:
-    node = graph.node(layer, "FusedMatMul", 5)
+    node = graph.node(layer, "FusedMatMul", 4)
     node.input[0] = graph.before(node, "Mul", [node.input[0], graph.number(0.5)])
