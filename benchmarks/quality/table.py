@@ -41,6 +41,7 @@ class Row:
     Attributes:
         measured: what it took and how large it is, see ``bench_quality.Measured``.
         kl: mean KL(original || output) in nats; ``None`` where it did not run, as are all others then.
+        median: KL of the median position: in eight bits the mean is that of a few at which routers choose others.
         kl_experts: the same for its experts between the original's other tensors, where it changed some of them.
         perplexity: ratio of perplexities.
         recovered: share of the baseline's KL in the same scheme that is gone.
@@ -49,6 +50,7 @@ class Row:
 
     measured: Mapping[str, Any]
     kl: Interval | None = None
+    median: float | None = None
     kl_experts: Interval | None = None
     perplexity: Interval | None = None
     recovered: Interval | None = None
@@ -85,6 +87,7 @@ def rows(
             Row(
                 measured=one,
                 kl=_mean(draws, found["kl"]),
+                median=float(np.median(found["kl"])),
                 kl_experts=_mean(draws, found["kl_experts"]) if "kl_experts" in found else None,
                 perplexity=_perplexity(draws, found["nll_converted"] - found["nll_original"]),
                 recovered=None if base is None or one["key"] == baseline else _recovered(draws, found, base),
@@ -112,7 +115,7 @@ def _recovered(draws: Draws, found: Mapping[str, Floats], base: Mapping[str, Flo
 
 
 _HEAD = (
-    "", "bits a weight of experts", "text decoder MB", "all MB", "KL, 1e-3 nats", "perplexity ratio",
+    "", "bits a weight of experts", "text decoder MB", "all MB", "KL, 1e-3 nats", "median KL, 1e-6", "perplexity ratio",
     "of rtn's KL recovered", "KL over qconvert gptq's", "CPU s", "peak RSS",
 )  # fmt: skip
 
@@ -145,6 +148,7 @@ def _cells(row: Row) -> list[str]:
         f"{one['text_bytes'] / 1e6:.2f}",
         f"{one['bytes'] / 1e6:.2f}",
         _said(row.kl, 1e3, ".3f"),
+        "" if row.median is None else f"{1e6 * row.median:.2f}",
         _said(row.perplexity, 1, ".5f"),
         _said(row.recovered, 100, ".0f", "%"),
         _said(row.to_ours, 1, ".2f"),

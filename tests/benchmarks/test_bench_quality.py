@@ -113,6 +113,7 @@ def test_shares_and_ratios_are_paired() -> None:
     )  # fmt: skip
     rtn, gptq, peer = table
     assert rtn.kl is not None and rtn.kl.low < 0.9 * rtn.kl.value and rtn.kl.high > 1.1 * rtn.kl.value
+    assert (rtn.median, gptq.median) == (np.median(HARD), np.median(0.6 * HARD))
     assert rtn.recovered is None and rtn.to_ours is None and gptq.to_ours is None
     assert gptq.recovered is not None and peer.to_ours is not None
     for interval, value in ((gptq.recovered, 0.4), (peer.to_ours, 0.5 / 0.6)):
