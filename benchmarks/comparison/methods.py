@@ -35,6 +35,7 @@ _FOLDS = {
     "up-down,input": WIDER,
     "up-down,value": WIDER,
     "up-down,linear-norm": WIDER,
+    "up-down,input,value,linear-norm": WIDER,
     "up-down,post-attention,input,value,linear-norm": WIDER,
 }
 """What `--awq-folds` is asked for beside the usual, and where it has something to fold."""

@@ -122,6 +122,17 @@ def test_shares_and_ratios_are_paired() -> None:
     assert peer.lower_than_ours and not gptq.lower_than_ours
 
 
+def test_other_folds_are_held_against_the_default_ones_of_their_scheme() -> None:
+    usual, other, alone = rows(
+        [measured("awq", ours=True), measured("awq-input", ours=True), measured("awq-input", "int8", ours=True)],
+        {("awq", "int4-g128"): scores(HARD), ("awq-input", "int4-g128"): scores(0.9 * HARD),
+         ("awq-input", "int8"): scores(HARD)},
+        "rtn", "gptq",
+    )  # fmt: skip
+    assert usual.to_usual is None and alone.to_usual is None
+    assert other.to_usual is not None and other.to_usual.high == pytest.approx(0.9)
+
+
 @pytest.mark.parametrize(("text_bytes", "rival"), [(999, 1.0), (1500, 0.5), (900, None)])
 def test_a_peer_is_held_against_the_largest_that_is_not_larger(text_bytes: int, rival: float | None) -> None:
     table = rows(
