@@ -2,6 +2,9 @@
 
     bash benchmarks/peers/setup.sh llm-compressor
     python benchmarks/bench_calibrated.py [SOURCE] [--tokens 16384] [--peer none] [--json FILE]
+    python benchmarks/bench_calibrated.py SOURCE --methods awq-none,awq --scheme int4-all --peer none
+
+Other methods of qconvert and other schemes are those of bench_quality.py, by its names.
 
 SOURCE is the demo checkpoint by default; one of ``make_synthetic.py`` has the layer shapes of a public size. Token ids
 are drawn uniformly, so that a checkpoint needs no tokenizer, and both get the same windows. What is measured has in it
@@ -23,13 +26,12 @@ from typing import Any
 
 from comparison.candidates import versions
 from comparison.experts import experts_found, routed_expert_weights, stored_in
-from comparison.methods import MEASURE, Method, Text, our_methods, peer_methods
+from comparison.methods import MEASURE, SCHEMES, WIDER, Method, Text, our_methods, peer_methods
 from comparison.process import Taken, failure, run
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "reference_model" / "demo"
 PEER = "llm-compressor"
-SCHEME = "int4-g128"
 FAILED = "failed"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _DRAW = (
@@ -51,10 +53,12 @@ def text_config(source: Path) -> dict[str, Any]:
     return {**config, **config.get("text_config", {})}
 
 
-def measure(method: Method, source: Path, work: Path, env: dict[str, str], timeout: float) -> tuple[Taken, str]:
+def measure(
+    method: Method, source: Path, work: Path, scheme: str, env: dict[str, str], timeout: float
+) -> tuple[Taken, str]:
     """Convert once; what it took, and how the experts of its output are stored or why there is none."""
     out = work / method.key
-    taken = run(method.command(source, out, SCHEME), env=env, log=work / "log", timeout=timeout)
+    taken = run(method.command(source, out, scheme), env=env, log=work / "log", timeout=timeout)
     reason = failure(taken)
     try:
         said = f"{FAILED}: {reason}" if reason else str(experts_found(stored_in(source), stored_in(out)))
@@ -87,6 +91,8 @@ def main() -> int:
     parser.add_argument("source", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--tokens", type=int, default=16_384, help="default: %(default)s")
     parser.add_argument("--window", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--methods", default=MEASURE, help="qconvert's, with commas between them; default: %(default)s")
+    parser.add_argument("--scheme", choices=(*SCHEMES, *WIDER), default=SCHEMES[0], help="default: %(default)s")
     parser.add_argument("--peer", choices=(PEER, "none"), default=PEER)
     parser.add_argument("--peer-folder", type=Path, default=HERE / ".peers", help="where peers/setup.sh put them")
     parser.add_argument("--threads", type=int, default=2)
@@ -106,16 +112,22 @@ def main() -> int:
         draw_ids(ids, config["vocab_size"], asked.tokens, asked.window)
         given = ("--text", f"ids={ids}", "--tokens", str(asked.tokens), "--window", str(asked.window))
         text = Text(ids=ids, options=given)
-        methods = [one for one in our_methods(asked.threads, text) if one.key == MEASURE]
-        methods += [one for one in peer_methods(asked.peer_folder.absolute(), text, ids) if one.key == asked.peer]
+        ours = {one.key: one for one in our_methods(asked.threads, text) if one.before is None}
+        wanted = asked.methods.split(",")
+        if not {*wanted} <= {*ours}:
+            parser.error(f"--methods {asked.methods}: expected names out of {', '.join(ours)}")
+        peers = [one for one in peer_methods(asked.peer_folder.absolute(), text, ids) if one.key == asked.peer]
+        methods = [*(ours[key] for key in wanted), *peers]
+        if strange := [one.title for one in methods if asked.scheme not in one.schemes]:
+            parser.error(f"--scheme {asked.scheme}: {', '.join(strange)} is not measured in it")
         try:
             found = [versions(method, env) for method in methods]
         except ValueError as error:
             parser.error(str(error))
-        done = [measure(method, source, work, env, asked.timeout) for method in methods]
+        done = [measure(method, source, work, asked.scheme, env, asked.timeout) for method in methods]
     titles = [f"{one.title} {found[n][one.packages[0]]}" for n, one in enumerate(methods)]
     taken, stored = [one for one, _ in done], [said for _, said in done]
-    print(f"{source.name}: {experts} experts, {asked.tokens:,} tokens, {asked.threads} threads, load "
+    print(f"{source.name}: {experts} experts, {asked.scheme}, {asked.tokens:,} tokens, {asked.threads} threads, load "
           f"{os.getloadavg()[0]:.1f}\n")  # fmt: skip
     print(table(titles, taken, stored, experts))
     if asked.json is not None:

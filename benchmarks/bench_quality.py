@@ -26,12 +26,12 @@ from typing import Any
 
 from comparison.candidates import versions
 from comparison.experts import experts_found, sizes, stored_in
-from comparison.methods import BASELINE, MEASURE, SCHEMES, WIDER, Method, Text, our_methods, peer_methods
+from comparison.methods import BASELINE, MEASURE, PEERS_ALONE, SCHEMES, WIDER, Method, Text, our_methods, peer_methods
 from comparison.process import failure, run
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "reference_model" / "demo"
-ALL_SCHEMES = (*SCHEMES, "nf4", *WIDER)
+ALL_SCHEMES = (*SCHEMES, *PEERS_ALONE, "nf4", *WIDER)
 LOGITS = "logits"
 """The one tensor of ``logits.safetensors``, where a peer leaves it beside its checkpoint."""
 
@@ -223,7 +223,9 @@ def report(asked: argparse.Namespace, work: Path, measured: Sequence[Mapping[str
     positions = len(next(iter(scores.values()))["kl"]) if scores else 0
     print(f"{positions:,} held-out positions, {asked.calibration_tokens:,} tokens of calibration\n\n{markdown(table)}")
     if asked.plot is not None:
-        draw(table, asked.plot)
+        # folds one by one would hide the others, and in wider schemes there are no peers
+        drawn = (one for one in table if one.measured["scheme"] not in WIDER)
+        draw([one for one in drawn if not one.measured["key"].startswith("awq-")], asked.plot)
     if asked.json is not None:
         asked.json.write_text(json.dumps([asdict(row) for row in table], indent=1) + "\n", encoding="utf-8")
     beaten = [row.measured["title"] for row in table if row.lower_than_ours]

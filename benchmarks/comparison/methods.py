@@ -10,6 +10,8 @@ from pathlib import Path
 from .candidates import Candidate
 
 SCHEMES = ("int4-g128", "int4-g32", "int8")
+PEERS_ALONE = ("int8-g128",)
+"""Experts in int8 in groups of 128, as peers have it by default; qconvert writes int8 with a scale a row."""
 WIDER = ("mixed", "int4-all")
 """Experts in int4 in groups of 128, and what is always active in int8, or in int4 in groups of 64: ours alone."""
 BASELINE, MEASURE = "rtn", "gptq"
@@ -33,6 +35,7 @@ _FOLDS = {
     "up-down,input": WIDER,
     "up-down,value": WIDER,
     "up-down,linear-norm": WIDER,
+    "up-down,input,value,linear-norm": WIDER,
     "up-down,post-attention,input,value,linear-norm": WIDER,
 }
 """What `--awq-folds` is asked for beside the usual, and where it has something to fold."""
@@ -143,12 +146,14 @@ def peer_methods(folder: Path, text: Text, held_out: Path) -> tuple[Method, ...]
         )
 
     return (
-        peer("llm-compressor", "llm-compressor", "llm-compressor GPTQ", "llm_compressor_gptq.py", SCHEMES,
-             ("llmcompressor", "compressed-tensors")),
+        peer("llm-compressor", "llm-compressor", "llm-compressor GPTQ", "llm_compressor_gptq.py",
+             (*SCHEMES, *PEERS_ALONE), ("llmcompressor", "compressed-tensors")),
         peer("llm-compressor-mse", "llm-compressor", "llm-compressor GPTQ, searched scales", "llm_compressor_gptq.py",
              ("int4-g128", "int4-g32"), ("llmcompressor", "compressed-tensors"), variant="-mse"),
-        peer("gptqmodel", "gptqmodel", "GPTQModel GPTQ", "gptqmodel_gptq.py", SCHEMES, ("gptqmodel",)),
-        peer("auto-round", "auto-round", "AutoRound", "auto_round_tuned.py", SCHEMES, ("auto-round",)),
+        peer("gptqmodel", "gptqmodel", "GPTQModel GPTQ", "gptqmodel_gptq.py", (*SCHEMES, *PEERS_ALONE),
+             ("gptqmodel",)),
+        peer("auto-round", "auto-round", "AutoRound", "auto_round_tuned.py", (*SCHEMES, *PEERS_ALONE),
+             ("auto-round",)),
         peer("bitsandbytes", "bitsandbytes", "bitsandbytes", "bitsandbytes_nf4.py", ("nf4",), ("bitsandbytes",)),
         peer("torchao", "torchao", "torchao", "torchao_weight_only.py", ("int4-g128", "int8"), ("torchao",),
              logits=True),

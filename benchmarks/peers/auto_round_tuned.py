@@ -21,6 +21,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int4-g128": {"scheme": "W4A16"},
     "int4-g32": {"scheme": "W4A16", "group_size": 32},
     "int8": {"scheme": "W8A16", "group_size": -1},
+    "int8-g128": {"scheme": "W8A16"},
 }
 KEPT = "self_attn,linear_attn,shared_expert,shared_expert_gate,mlp.gate,mtp,visual,lm_head"
 

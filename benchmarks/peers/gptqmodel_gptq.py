@@ -18,7 +18,8 @@ from text_copy import text_copy
 SCHEMES = {
     "int4-g128": {"bits": 4, "group_size": 128},
     "int4-g32": {"bits": 4, "group_size": 32},
-    "int8": {"bits": 8, "group_size": -1},
+    "int8": {"bits": 8, "group_size": -1, "act_group_aware": False},  # its default order of groups refuses rows
+    "int8-g128": {"bits": 8, "group_size": 128},
 }
 KEPT = (r".*self_attn.*", r".*linear_attn.*", r".*shared_expert.*", r".*mlp\.gate$", r".*visual.*", r".*mtp.*")
 

@@ -24,6 +24,7 @@ SCHEMES = {
     "int4-g128": {"num_bits": 4, "strategy": "group", "group_size": 128},
     "int4-g32": {"num_bits": 4, "strategy": "group", "group_size": 32},
     "int8": {"num_bits": 8, "strategy": "channel"},
+    "int8-g128": {"num_bits": 8, "strategy": "group", "group_size": 128},
 }
 SEARCHED = "-mse"
 DEMO = Path(__file__).parents[2] / "reference_model" / "demo"

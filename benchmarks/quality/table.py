@@ -15,6 +15,8 @@ import numpy as np
 from qconvert.parity.logits import Floats
 from qconvert.parity.summary import Draws
 
+USUAL = "awq"
+"""The key of AWQ's default folds; those of other folds begin with it."""
 NOT_LARGER = 1.005
 """How many times as many bytes count as equal."""
 
@@ -41,18 +43,22 @@ class Row:
     Attributes:
         measured: what it took and how large it is, see ``bench_quality.Measured``.
         kl: mean KL(original || output) in nats; ``None`` where it did not run, as are all others then.
+        median: KL of the median position; in eight bits a few positions make up much of the mean.
         kl_experts: the same for its experts between the original's other tensors, where it changed some of them.
         perplexity: ratio of perplexities.
         recovered: share of the baseline's KL in the same scheme that is gone.
         to_ours: KL over that of the measure that is not larger; for peers only.
+        to_usual: for ways of AWQ other than the usual one, KL over that of the usual one in the same scheme.
     """
 
     measured: Mapping[str, Any]
     kl: Interval | None = None
+    median: float | None = None
     kl_experts: Interval | None = None
     perplexity: Interval | None = None
     recovered: Interval | None = None
     to_ours: Interval | None = None
+    to_usual: Interval | None = None
 
     @property
     def lower_than_ours(self) -> bool:
@@ -77,6 +83,7 @@ def rows(
             table.append(Row(measured=one))
             continue
         base = scores.get((baseline, one["scheme"]))
+        usual = scores.get((USUAL, one["scheme"])) if one["key"].startswith(f"{USUAL}-") else None
         rivals = [
             key for key in scores if key[0] == measure and sizes[key] <= NOT_LARGER * one["text_bytes"]
         ]  # fmt: skip
@@ -85,10 +92,12 @@ def rows(
             Row(
                 measured=one,
                 kl=_mean(draws, found["kl"]),
+                median=float(np.median(found["kl"])),
                 kl_experts=_mean(draws, found["kl_experts"]) if "kl_experts" in found else None,
                 perplexity=_perplexity(draws, found["nll_converted"] - found["nll_original"]),
                 recovered=None if base is None or one["key"] == baseline else _recovered(draws, found, base),
                 to_ours=None if one["ours"] or rival is None else _ratio(draws, found["kl"], scores[rival]["kl"]),
+                to_usual=None if usual is None else _ratio(draws, found["kl"], usual["kl"]),
             )
         )
     return table
@@ -112,8 +121,9 @@ def _recovered(draws: Draws, found: Mapping[str, Floats], base: Mapping[str, Flo
 
 
 _HEAD = (
-    "", "bits a weight of experts", "text decoder MB", "all MB", "KL, 1e-3 nats", "perplexity ratio",
-    "of rtn's KL recovered", "KL over qconvert gptq's", "CPU s", "peak RSS",
+    "", "bits a weight of experts", "text decoder MB", "all MB", "KL, 1e-3 nats", "median KL, 1e-6", "perplexity ratio",
+    "of rtn's KL recovered", "KL over qconvert gptq's", "over the default folds'", "CPU s",
+    "peak RSS",
 )  # fmt: skip
 
 
@@ -145,9 +155,11 @@ def _cells(row: Row) -> list[str]:
         f"{one['text_bytes'] / 1e6:.2f}",
         f"{one['bytes'] / 1e6:.2f}",
         _said(row.kl, 1e3, ".3f"),
+        "" if row.median is None else f"{1e6 * row.median:.2f}",
         _said(row.perplexity, 1, ".5f"),
         _said(row.recovered, 100, ".0f", "%"),
         _said(row.to_ours, 1, ".2f"),
+        _said(row.to_usual, 1, ".3f"),
         f"{one['cpu']:.0f}",
         f"{one['peak_rss'] / 1e6:.0f} MB",
     ]

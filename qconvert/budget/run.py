@@ -77,6 +77,7 @@ class Budgeted:
     Attributes:
         rules: those of the user, then those of the decision.
         own: those of the decision alone.
+        measured: how many sensitivities were measured for it; the others were in the file.
         file_bytes: what the files with weights take, from their plan.
         beside: bytes of the files that no budget changes.
         weights: numbers in all parts.
@@ -88,6 +89,7 @@ class Budgeted:
     rules: tuple[Rule, ...]
     own: tuple[Rule, ...]
     losses: Losses
+    measured: int
     file_bytes: int
     beside: int
     weights: int
@@ -132,7 +134,7 @@ def decide(
         free = Choices(ways=tuple(_ways(weights, part) for part in parts), layers_apart=asked.layers_apart)
         count = sum(math.prod(weights.stored[role].shape) for part in parts for role in part.roles)
         room = _room(free, asked, count, _Written(weights, asked))
-        losses = _losses(weights, asked, parts, text, progress, tell)
+        losses, measured = _losses(weights, asked, parts, text, progress, tell)
         choices = replace(free, ways=tuple(tuple(_costing(way, losses) for way in ways) for ways in free.ways))
         decision = room.best_of(choices)
         taken = room.written(decision)
@@ -142,6 +144,7 @@ def decide(
         rules=(*asked.rules, *own),
         own=own,
         losses=losses,
+        measured=measured,
         file_bytes=taken,
         beside=room.beside,
         weights=count,
@@ -173,24 +176,27 @@ def _losses(
     text: Callable[[], Text],
     progress: Progress,
     tell: Callable[[str], None],
-) -> Losses:
+) -> tuple[Losses, int]:
+    """What is known of the parts, and how many of it was measured now."""
     mark = fingerprint(weights.checkpoint)
     known = read_losses(asked.losses, mark, search=asked.search)
     if known is not None and known.complete(parts) and not asked.text_named:
-        return known
+        return known, 0
     found = text()
     if known is None:
         known = Losses(path=asked.losses, fingerprint=mark, text=found.record, search=asked.search)
     elif any(known.text.get(key) != found.record[key] for key in ("ids_sha256", "window")):
         raise UsageError(
-            f"{known.path} was measured on {_said(known.text)}, now it is {_said(found.record)}: give the same text "
-            "and numbers, or name another file with --sensitivities"
+            f"{known.path} was measured on {text_said(known.text)}, now it is {text_said(found.record)}: give the same "
+            "text and numbers, or name another file with --sensitivities"
         )
+    missing = len(known.missing(parts)) + len(known.missing_together(parts))
     measure(weights, found.batches, known, parts, progress=progress, tell=tell)
-    return known
+    return known, missing
 
 
-def _said(record: Mapping[str, Any]) -> str:
+def text_said(record: Mapping[str, Any]) -> str:
+    """Which text, in words."""
     domains = record.get("domains")
     names = ", ".join(map(str, domains)) if isinstance(domains, Mapping) else "a text"
     return f"{record.get('tokens')} tokens of {names} in windows of {record.get('window')}, seed {record.get('seed')}"

@@ -14,7 +14,7 @@ from calibration.data import calibration_windows
 from qconvert.budget.parts import DEFAULT_SCHEMES, KEPT, SCHEMES
 from qconvert.budget.policy_file import policy_text
 from qconvert.budget.report import document, document_text, picture
-from qconvert.budget.run import Asked, Budgeted, Text, decide, policy_of, said
+from qconvert.budget.run import Asked, Budgeted, Text, decide, policy_of, said, text_said
 from qconvert.cli import console
 from qconvert.cli.calibrated import TextOptions
 from qconvert.cli.options import parse_size
@@ -170,7 +170,11 @@ class BudgetedPolicy:
 
     def document(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {**document(self.found), "files": [str(path) for path in self.files]}
+        return {
+            **document(self.found),
+            "sensitivities": {"file": str(self.asked.losses), "measured_now": self.found.measured},
+            "files": [str(path) for path in self.files],
+        }
 
     def show(self) -> None:
         """What got which scheme, what that costs, and what more bytes would buy."""
@@ -191,6 +195,8 @@ class BudgetedPolicy:
         )
         if decision.price:
             console.say(f"another 1 MB would take about {decision.price * 1e6:.2g} nats off")
+        origin = f"{found.measured} measured now, the others" if found.measured else "all"
+        console.say(f"sensitivities: {origin} kept in {found.losses.path}, on {text_said(found.losses.text)}")
         for path in self.files:
             console.say(f"budget: {path}")
 

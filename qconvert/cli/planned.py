@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qconvert.arch.shapes import expected_shape
 from qconvert.cli import console
@@ -62,15 +64,17 @@ def refuse_existing(out: Path) -> None:
         raise OutputError(f"{out} exists already; choose another output folder or remove it")
 
 
-def preview(plan: Plan, out: Path, *, json: bool, engines: bool = True) -> None:
-    """What ``--dry-run`` prints.
+def preview(
+    plan: Plan, out: Path, *, json: bool, engines: bool = True, beside: Mapping[str, Any] | None = None
+) -> None:
+    """What ``--dry-run`` prints; ``beside`` are further keys of its JSON document.
 
     Raises:
         OutputError: ``out`` is there already.
     """
     refuse_existing(out)
     if json:
-        console.show_parts(plan_text(plan))
+        console.show_parts(plan_text(plan, beside))
     else:
         show_plan(plan, engines=engines)
 

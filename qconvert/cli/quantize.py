@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +42,6 @@ from qconvert.cli.calibrated import (
 from qconvert.cli.options import (
     PROCESSORS,
     Device,
-    DryRun,
     Fresh,
     HashName,
     Jobs,
@@ -58,6 +58,7 @@ from qconvert.cli.statistics import RTN, Method, Stats, check_method, statistics
 from qconvert.convert import convert, plan_conversion
 from qconvert.core.by_statistics import IMATRIX
 from qconvert.core.errors import UsageError
+from qconvert.core.plan import Plan
 from qconvert.device import device_named
 from qconvert.formats.table import METHODS
 from qconvert.io.hub import resolve
@@ -66,6 +67,7 @@ from qconvert.numerics.hessian import DAMPING
 from qconvert.plan.policy import SCHEME_NAMES, default_policy, read_rules, scheme_named
 from qconvert.plan.presets import preset_rules
 from qconvert.sequential.calibration import METHODS as BY_TEXT
+from qconvert.sequential.memory import Needs
 
 
 def quantize(
@@ -119,7 +121,12 @@ def quantize(
     candidates: Candidates = None,
     sensitivity_tokens: SensitivityTokens = SENSITIVITY_TOKENS,
     engine: QuantizeEngine = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the plan and write no output; of a budget its decision is kept beside OUT."
+        ),
+    ] = False,
     jobs: Jobs = PROCESSORS,
     max_memory: Annotated[
         str | None,
@@ -223,7 +230,7 @@ def quantize(
                     folder, rules, jobs=jobs, max_memory=limit, shard_bytes=shard_bytes,
                     from_quantized=from_quantized, fold=fold, calibration=calibration,
                 )  # fmt: skip
-                preview(plan, out, json=json)
+                preview(plan, out, json=json, beside=_beside(plan, budgeted, needed, warnings) if json else None)
                 if budgeted is not None and not json:
                     budgeted.show()
                 if needed is not None and not json:
@@ -243,6 +250,18 @@ def quantize(
         return 0
 
     raise typer.Exit(console.guarded(call))
+
+
+def _beside(
+    plan: Plan, budgeted: BudgetedPolicy | None, needed: Needs | None, warnings: Sequence[str]
+) -> dict[str, Any]:
+    """What ``--dry-run --json`` tells beside the plan: what its tables say of a budget, engines and memory."""
+    return {
+        "budget": None if budgeted is None else budgeted.document(),
+        "engine_limits": limits(plan),
+        "needs": None if needed is None else asdict(needed),
+        "warnings": list(warnings),
+    }
 
 
 def _warn(warnings: Sequence[str], *, json: bool) -> None:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qconvert.core.plan import Mosaic, Plan, Quantize, Reencode, Step
 from qconvert.core.tensor_info import TensorInfo
 
 
-def plan_text(plan: Plan) -> Iterator[str]:
+def plan_text(plan: Plan, beside: Mapping[str, Any] | None = None) -> Iterator[str]:
     """Everything that the plan decided, in plan order, as parts of one JSON document with sorted keys.
 
     In parts, because the document of a large checkpoint is 140 MB and takes ten times as much as one object.
+
+    Args:
+        plan: what is decided.
+        beside: further keys of the document, of what the plan was made from; none of the plan's own.
     """
-    yield f'{{\n  "config": {_text(plan.config, 1)},\n  "layout": '
-    yield from _list(_place(info) for info in plan.layout.tensors)
-    rest = {
+    large = {"layout": map(_place, plan.layout.tensors), "steps": map(_step, plan.steps)}
+    small = {
+        **(beside or {}),
+        "config": plan.config,
         "left_out": dict(plan.left_out),
         "policy_hash": plan.policy_hash,
         "side_files": list(plan.side_files),
         "source_hash": plan.source_hash,
     }
-    for key, value in rest.items():
-        yield f',\n  "{key}": {_text(value, 1)}'
-    yield ',\n  "steps": '
-    yield from _list(_step(step) for step in plan.steps)
+    separator = "{"
+    for key in sorted({*large, *small}):
+        yield f'{separator}\n  "{key}": '
+        if key in large:
+            yield from _list(large[key])
+        else:
+            yield _text(small[key], 1)
+        separator = ","
     yield "\n}\n"
 
 

@@ -113,12 +113,24 @@ def test_shares_and_ratios_are_paired() -> None:
     )  # fmt: skip
     rtn, gptq, peer = table
     assert rtn.kl is not None and rtn.kl.low < 0.9 * rtn.kl.value and rtn.kl.high > 1.1 * rtn.kl.value
+    assert (rtn.median, gptq.median) == (np.median(HARD), np.median(0.6 * HARD))
     assert rtn.recovered is None and rtn.to_ours is None and gptq.to_ours is None
     assert gptq.recovered is not None and peer.to_ours is not None
     for interval, value in ((gptq.recovered, 0.4), (peer.to_ours, 0.5 / 0.6)):
         assert (interval.value, interval.low, interval.high) == pytest.approx((value, value, value))
     assert gptq.perplexity is not None and gptq.perplexity.value == pytest.approx(np.exp(0.25))
     assert peer.lower_than_ours and not gptq.lower_than_ours
+
+
+def test_other_folds_are_held_against_the_default_ones_of_their_scheme() -> None:
+    usual, other, alone = rows(
+        [measured("awq", ours=True), measured("awq-input", ours=True), measured("awq-input", "int8", ours=True)],
+        {("awq", "int4-g128"): scores(HARD), ("awq-input", "int4-g128"): scores(0.9 * HARD),
+         ("awq-input", "int8"): scores(HARD)},
+        "rtn", "gptq",
+    )  # fmt: skip
+    assert usual.to_usual is None and alone.to_usual is None
+    assert other.to_usual is not None and other.to_usual.high == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(("text_bytes", "rival"), [(999, 1.0), (1500, 0.5), (900, None)])

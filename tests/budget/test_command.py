@@ -53,6 +53,37 @@ def test_a_dry_run_shows_the_decision_and_writes_it_beside(source: Path, tmp_pat
     assert beside == {"known.json", "known.frontier.json", "known.frontier.svg"}
 
 
+def test_a_dry_run_tells_machines_what_its_tables_say(source: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 400, 96))
+    text = ("--calibration-data", tmp_path / "ids.npy", "--calibration-tokens", "96", "--calibration-window", "24")
+    asked = ("--target-size", "1.1MB", *measured(source), "--method", "gptq", *text)
+    shown = run(source, tmp_path / "out", *asked, "--dry-run", "--json")
+    assert shown.exit_code == 0, shown.output
+    told = json.loads(shown.stdout)
+    budget = told["budget"]
+    assert budget["sensitivities"] == {"file": str(source.parent / "known.json"), "measured_now": 0}
+    assert budget["kl_per_byte"] > 0 and len(budget["frontier"]) > 1 and "all int8" in budget["uniform"]
+    assert set(told["needs"]) == {"work", "waiting", "kept"} and min(told["needs"].values()) > 0
+    done = run(source, tmp_path / "out", *asked, "--json")
+    assert done.exit_code == 0, done.output
+    written = json.loads(done.stdout)
+    assert (written["budget"], written["engine_limits"]) == (budget, told["engine_limits"])
+    assert written["policy_hash"] == told["policy_hash"]
+    chosen = {(part["group"], part["layer"]): part["scheme"] for part in budget["parts"]}
+    steps = {step["role"]: step["action"] for step in told["steps"]}
+    assert steps["text.expert.up layer 1 expert 2"] == f"{chosen['routed experts', 1]}-sym"
+
+
+def test_a_dry_run_says_what_it_measured(source: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 400, 96))
+    text = ("--calibration-data", tmp_path / "ids.npy", "--sensitivity-tokens", "48", "--calibration-window", "24")
+    asked = ("--bits", "9", "--candidates", "int8", *text, "--dry-run")
+    first, again = (run(source, tmp_path / "out", *asked) for _ in range(2))
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    assert "measured now, the others kept in" in " ".join(first.output.split())
+    assert "sensitivities: all kept in" in " ".join(again.output.split())
+
+
 def test_its_policy_file_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     done = run(source, tmp_path / "out", "--target-size", "1.1MB", "--search", "--json", *measured_searched(source))
     assert done.exit_code == 0, done.output

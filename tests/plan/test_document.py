@@ -22,6 +22,8 @@ def test_the_parts_of_a_plan_are_one_document_with_sorted_keys(tmp_path: Path) -
     assert [info["name"] for info in document["layout"]] == [info.name for info in plan.layout.tensors]
     assert [step["outputs"] for step in document["steps"]] == [list(step.outputs) for step in plan.steps]
     assert document["config"] == plan.config
+    beside = json.loads("".join(plan_text(plan, {"budget": {"bits": 5.0}, "warnings": []})))
+    assert beside == {**document, "budget": {"bits": 5.0}, "warnings": []}
 
 
 def test_the_longest_part_does_not_grow_with_the_plan(tmp_path: Path) -> None:
