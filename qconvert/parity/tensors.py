@@ -20,7 +20,7 @@ from qconvert.parity.absent import absent, tied
 from qconvert.parity.blocks import BlockSums, block_sums, joined
 from qconvert.parity.causes import Cause, CauseKind, Severity, cause, ranked
 from qconvert.parity.codes import CodeCounts, count_codes, dead_scales
-from qconvert.parity.damage import damage_faults, excess_db, piece_sums
+from qconvert.parity.damage import Evidence, damage_faults, evidence, together
 from qconvert.parity.faults import (
     bad_scales,
     floor_db,
@@ -177,18 +177,17 @@ def _compare(
             return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), faults
     blocking = None if scheme is None else scheme.blocking
     found: list[BlockSums] = []
-    small: list[BlockSums] = []
-    excess: list[Tensor] = []
+    seen: list[Evidence] = []
     codes = None if scheme is None else CodeCounts()
     # of what is scaled, errors are of what it means in the original's place, faults of what is stored in its own
     meant = ErrorSums() if scheme is not None and scaled.touches(role) else None
     try:
         for begin, end in runs((original, role), (converted, role)):
             w = original.matrix(role, begin, end)
-            if codes is None:
+            quantized = None if codes is None else converted.quantized(role, begin, end)
+            if codes is None or quantized is None:
                 v = scaled.undone(role, converted.matrix(role, begin, end), begin)
             else:
-                quantized = converted.quantized(role, begin, end)
                 v = converted.meaning(quantized)
                 codes += count_codes(quantized, v)
             if meant is not None:
@@ -199,9 +198,8 @@ def _compare(
                 return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
                     not_finite(role, stored.name, v)
                 ]
-            if scheme is not None:
-                small.append(piece_sums(w, v, scheme, found[-1]))
-                excess.append(excess_db(w, small[-1], scheme))
+            if quantized is not None:
+                seen.append(evidence(w, v, quantized, found[-1]))
     except FormatError as error:
         rows, cols = stored.shape
         parts = converted.parts(role)
@@ -212,10 +210,11 @@ def _compare(
     sums = joined(found)
     outcome = Outcome.QUANTIZED if scheme is not None else Outcome.CHANGED
     total = sums.total if meant is None else meant
-    faults = list(scale_faults(role, stored.name, sums, blocking, stored.shape))
-    if scheme is not None:
-        kinds = {one.kind for one in faults}
-        faults += damage_faults(role, stored.name, joined(small), torch.cat(excess), scheme, stored.shape, kinds)
+    if scheme is None:
+        return result(outcome, total, codes), list(scale_faults(role, stored.name, sums, blocking, stored.shape))
+    whole = together(seen)
+    faults = list(scale_faults(role, stored.name, sums, blocking, stored.shape, whole.cut))
+    faults += damage_faults(role, stored.name, whole, scheme, stored.shape, {one.kind for one in faults})
     return result(outcome, total, codes), faults
 
 

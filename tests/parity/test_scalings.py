@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from torch import Tensor
 from qconvert.convert import convert
 from qconvert.core.awq_fold import AwqFold
 from qconvert.core.role import Kind, TensorRole
-from qconvert.core.scheme import INT8, int4
+from qconvert.core.scheme import INT8, Scheme, int4
 from qconvert.parity.causes import CauseKind
 from qconvert.parity.scalings import Scalings
 from qconvert.parity.tensors import compare_weights
 from qconvert.plan.policy import default_policy
+from qconvert.plan.presets import preset_rules
 from qconvert.sequential.calibration import Calibration
 from qconvert.weights.overlay import Matrices, OverlaidWeights
 from qconvert.weights.source import CheckpointWeights
@@ -127,6 +129,23 @@ def test_a_folded_checkpoint_has_no_fault(folded: tuple[Path, Path]) -> None:
         assert one.sums.sqnr_db > (10.0 if one.scheme is not None else 48.0), one.name
         for half in one.halves:
             assert half.sums.sqnr_db > 10.0
+
+
+@pytest.mark.parametrize(
+    ("fold", "experts"),
+    [*((fold, int4(32)) for fold in AwqFold), (AwqFold.UP_DOWN, INT8)],
+    ids=lambda value: str(getattr(value, "value", value)),
+)
+def test_each_fold_alone_has_no_fault_beside_eight_bits(
+    folded: tuple[Path, Path], tmp_path: Path, fold: AwqFold, experts: Scheme
+) -> None:
+    """Scales of eight bits cut off what few inputs count: some rows exceed plain rounding by 12 dB."""
+    policy = default_policy(experts, rules=preset_rules("mixed", experts))
+    convert(folded[0], tmp_path / "out", policy, calibration=replace(FOLDED, folds=(fold,)))
+    with CheckpointWeights.open(folded[0]) as a, CheckpointWeights.open(tmp_path / "out", strict=False) as b:
+        found = compare_weights(a, b)
+    assert found.causes == ()
+    assert set(found.scaled) == {fold}
 
 
 def damaged(
