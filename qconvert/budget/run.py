@@ -17,6 +17,7 @@ from qconvert.budget.parts import Part, parts_of
 from qconvert.budget.policy_file import rules_of
 from qconvert.budget.sizes import Size, file_bytes, size_of
 from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.plan import Plan
 from qconvert.core.scheme import int4
 from qconvert.io.fingerprint import fingerprint
 from qconvert.parity.tensors import Progress
@@ -77,7 +78,8 @@ class Budgeted:
     Attributes:
         rules: those of the user, then those of the decision.
         own: those of the decision alone.
-        file_bytes: what the files with weights take, from their plan.
+        plan: what they make of the source, rounded to nearest.
+        file_bytes: what its files with weights take.
         beside: bytes of the files that no budget changes.
         weights: numbers in all parts.
         points: what other budgets buy.
@@ -87,6 +89,7 @@ class Budgeted:
     decision: Decision
     rules: tuple[Rule, ...]
     own: tuple[Rule, ...]
+    plan: Plan
     losses: Losses
     file_bytes: int
     beside: int
@@ -104,6 +107,7 @@ def decide(
     asked: Asked,
     text: Callable[[], Text],
     *,
+    accept: Callable[[Plan], None] = lambda plan: None,
     progress: Progress = lambda phase, done, total: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Budgeted:
@@ -113,6 +117,8 @@ def decide(
         source: folder of the original.
         asked: what is wanted.
         text: makes what parts are measured on; not called where all is known.
+        accept: sees the plan in which every part has its fewest bits, before anything is measured, and refuses by
+            raising what no decision could mend.
         progress: of measuring.
         tell: is told how long it will take.
 
@@ -131,18 +137,19 @@ def decide(
             )
         free = Choices(ways=tuple(_ways(weights, part) for part in parts), layers_apart=asked.layers_apart)
         count = sum(math.prod(weights.stored[role].shape) for part in parts for role in part.roles)
-        room = _room(free, asked, count, _Written(weights, asked))
+        room = _room(free, asked, count, _Written(weights, asked), accept)
         losses = _losses(weights, asked, parts, text, progress, tell)
         choices = replace(free, ways=tuple(tuple(_costing(way, losses) for way in ways) for ways in free.ways))
         decision = room.best_of(choices)
-        taken = room.written(decision)
+        plan = room.written.plan(decision)
     own = _own(decision, asked)
     return Budgeted(
         decision=decision,
         rules=(*asked.rules, *own),
         own=own,
         losses=losses,
-        file_bytes=taken,
+        plan=plan,
+        file_bytes=file_bytes(plan),
         beside=room.beside,
         weights=count,
         points=frontier(choices, both, POINTS),
@@ -203,13 +210,16 @@ class _Written:
         self._weights, self._asked = weights, asked
 
     def __call__(self, decision: Decision) -> int:
-        plan = build_plan(
+        return file_bytes(self.plan(decision))
+
+    def plan(self, decision: Decision) -> Plan:
+        """What the rules of a decision, and those of the user, make of the source."""
+        return build_plan(
             self._weights.checkpoint,
             policy_of((*self._asked.rules, *_own(decision, self._asked))),
             shard_bytes=self._asked.shard_bytes,
             from_quantized=self._asked.from_quantized,
         )
-        return file_bytes(plan)
 
 
 def _own(decision: Decision, asked: Asked) -> tuple[Rule, ...]:
@@ -238,7 +248,7 @@ class _Room:
     asked: Asked
     limit: int
     beside: int
-    written: Callable[[Decision], int]
+    written: _Written
 
     def best_of(self, choices: Choices) -> Decision:
         """The decision that costs least of those that fit; there is one."""
@@ -249,7 +259,7 @@ class _Room:
         return choices.lightest(_tensors) if found is None else found
 
 
-def _room(choices: Choices, asked: Asked, count: int, written: Callable[[Decision], int]) -> _Room:
+def _room(choices: Choices, asked: Asked, count: int, written: _Written, accept: Callable[[Plan], None]) -> _Room:
     """Hold the budget against what the parts take, which is known before anything is measured.
 
     Raises:
@@ -258,7 +268,9 @@ def _room(choices: Choices, asked: Asked, count: int, written: Callable[[Decisio
     """
     counted = both if asked.bits is None else _tensors
     least = choices.lightest(counted)
-    smallest = written(least)
+    plan = written.plan(least)
+    accept(plan)
+    smallest = file_bytes(plan)
     beside = smallest - least.size.both
     if asked.bits is not None:
         limit = math.floor(asked.bits * count / 8)
