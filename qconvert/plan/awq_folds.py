@@ -31,8 +31,8 @@ def fold_by_awq(plan: Plan, folds: Iterable[AwqFold]) -> Plan:
     idle = pointless_folds(plan, folds)
     if idle:
         raise PlanError(
-            f"the fold {idle[0].value!r} rounds nothing more finely: no matrix that it scales is rounded by the policy; "
-            f"drop it from --awq-folds, or round one of {scaled_by(idle[0])}"
+            f"the fold {idle[0].value!r} rounds nothing more finely: no matrix that it scales is rounded by the "
+            f"policy; drop it from --awq-folds, or round one of {scaled_by(idle[0])}"
         )
     for fold in folds:
         members = _members(fold, steps)

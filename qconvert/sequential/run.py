@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qconvert.core.errors import PlanError, UsageError
-from qconvert.core.plan import Plan, Quantize, Step
+from qconvert.core.plan import Plan, Quantize, Rescale, Step
 from qconvert.core.role import Section
 from qconvert.execute import Outcome
 from qconvert.io.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from qconvert.run import Progress, run, step_bytes
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.layer import round_layer
 from qconvert.sequential.memory import check_room
+from qconvert.sequential.ordered import in_order
 from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps, looks_at_inputs, marked
 from qconvert.sequential.rounder import Rounder
 from qconvert.sequential.shop import Shop
@@ -168,6 +169,10 @@ def run_calibrated(
             folder=folder,
         )
         try:
+            # copies have been looked at; NaN in these would come out as that of a layer's outputs
+            scaled = [step for step in plan.steps if isinstance(step.action, Rescale) and step.key not in finished]
+            for _ in in_order(pool, rounder.check, scaled, 2 * jobs):
+                pass
             _Pass(shop, steps, sink, states).all(finished)
         finally:
             stop.set()
