@@ -204,7 +204,8 @@ def quantize(
         folder = resolve(source)
         refuse_existing(out)
         needed = needs_of(folder, jobs, text.tokens, limit, text.folds_of(method)) if method in BY_TEXT else None
-        budgeted, idle_folds = None, ()
+        budgeted: BudgetedPolicy | None = None
+        idle_folds: tuple[str, ...] = ()
         if budget.given:
             budgeted = budget.decide(
                 folder, out, text, method, rules=own, search=searched, engine=engine, from_quantized=from_quantized,

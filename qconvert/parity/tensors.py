@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +16,9 @@ from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
+from qconvert.memory import available_bytes
 from qconvert.numerics.error import ErrorSums, error_sums
+from qconvert.numerics.threads import in_order, one_thread
 from qconvert.parity.absent import absent, tied
 from qconvert.parity.blocks import BlockSums, block_sums, joined
 from qconvert.parity.causes import Cause, CauseKind, Severity, cause, ranked
@@ -32,7 +35,7 @@ from qconvert.parity.faults import (
 from qconvert.parity.halves import half_sums
 from qconvert.parity.identity import find_matches, name_matches
 from qconvert.parity.kept import changed_faults, row_sums
-from qconvert.parity.pairs import pair_sums, runs
+from qconvert.parity.pairs import RUN_ELEMENTS, pair_sums, runs
 from qconvert.parity.scalings import ScaledView, Scalings
 from qconvert.weights.source import CheckpointWeights
 
@@ -40,6 +43,9 @@ Progress = Callable[[str, int, int], None]
 
 PIECE_BYTES = 32 << 20
 """Plain tensors are compared in runs of rows of this size: an embedding is never in memory as a whole."""
+
+THREAD_BYTES = 12 * 4 * RUN_ELEMENTS
+"""What one comparison holds, about: a run of rows of both matrices in float32, products of them, and roundings."""
 
 
 class Outcome(enum.Enum):
@@ -133,7 +139,10 @@ def compare_weights(
     *,
     without: Collection[Section] = (),
 ) -> WeightsComparison:
-    """Compare all tensors by role and name the faults that the weights prove; sections ``without`` may be missing."""
+    """Compare all tensors by role and name the faults that the weights prove; sections ``without`` may be missing.
+
+    Tensors are compared side by side, as many as torch has threads and memory has room; numbers do not depend on that.
+    """
     causes = list(absent(original, converted, without))
     both = [role for role in original.stored if role in converted.stored]
     common = [role for role in both if original.stored[role].shape == converted.stored[role].shape]
@@ -144,21 +153,35 @@ def compare_weights(
     tensors: list[TensorComparison] = []
     suspects: list[TensorRole] = []
     scaled = Scalings(original, converted)
-    for done, role in enumerate(common):
-        progress("weights", done, len(common))
+
+    def one(role: TensorRole) -> tuple[TensorComparison, list[Cause]]:
         found, faults = _compare(original, converted, role, scaled)
         found = replace(found, stored_bytes=converted.stored_bytes(role))
-        tensors.append(_with_halves(found, original, scaled.converted_undone))
-        causes.extend(faults)
-        if found.sums.sqnr_db < floor_db(found.scheme) and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
-            suspects.append(role)
-    progress("weights", len(common), len(common))
-    causes = list(_explain(scaled.original_scaled, converted, suspects, causes))
+        return _with_halves(found, original, scaled.converted_undone), faults
+
+    jobs = max(1, min(torch.get_num_threads(), available_bytes() // 2 // THREAD_BYTES))
+    common.sort(key=_turn)
+    with one_thread():
+        with ThreadPoolExecutor(jobs, thread_name_prefix="weights") as pool:
+            for done, (found, faults) in enumerate(in_order(pool, one, common, 2 * jobs)):
+                progress("weights", done, len(common))
+                tensors.append(found)
+                causes.extend(faults)
+                low = found.sums.sqnr_db < floor_db(found.scheme)
+                if low and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
+                    suspects.append(found.role)
+        progress("weights", len(common), len(common))
+        causes = list(_explain(scaled.original_scaled, converted, suspects, causes))
     needed = [role for role in original.stored if not (role.kind is Kind.HEAD and tied(original))]
     needed = [role for role in needed if role.section not in without]
     complete = set(needed) <= set(common) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
     tensors.sort(key=lambda one: (_badness(one.sums.sqnr_db), one.name))
     return WeightsComparison(tensors=tuple(tensors), causes=ranked(causes), complete=complete, scaled=scaled.found)
+
+
+def _turn(role: TensorRole) -> tuple[bool, str, int]:
+    """What is of no layer, such as embeddings, is largest and comes first; then layers, which are scaled together."""
+    return role.layer is not None, role.section.value, role.layer or 0
 
 
 def _compare(

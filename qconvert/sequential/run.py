@@ -26,13 +26,12 @@ from qconvert.io.sink import Sink
 from qconvert.numerics.gptq import gptq
 from qconvert.numerics.hessian import blended, factorize, no_moments
 from qconvert.numerics.rounding_bitsandbytes import is_bitsandbytes
-from qconvert.numerics.threads import one_thread
+from qconvert.numerics.threads import in_order, one_thread
 from qconvert.plan.awq_folds import fold_by_awq
 from qconvert.run import Progress, run, step_bytes
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.layer import round_layer
 from qconvert.sequential.memory import check_room
-from qconvert.sequential.ordered import in_order
 from qconvert.sequential.places import Calibrated, LayerSteps, calibrated_steps, looks_at_inputs, marked
 from qconvert.sequential.rounder import Rounder
 from qconvert.sequential.shop import Shop

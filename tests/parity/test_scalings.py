@@ -18,6 +18,7 @@ from qconvert.convert import convert
 from qconvert.core.awq_fold import AwqFold
 from qconvert.core.role import Kind, TensorRole
 from qconvert.core.scheme import INT8, Scheme, int4
+from qconvert.parity import tensors as comparing
 from qconvert.parity.causes import CauseKind
 from qconvert.parity.scalings import Scalings
 from qconvert.parity.tensors import compare_weights
@@ -146,6 +147,21 @@ def test_each_fold_alone_has_no_fault_beside_eight_bits(
         found = compare_weights(a, b)
     assert found.causes == ()
     assert set(found.scaled) == {fold}
+
+
+def test_numbers_follow_neither_threads_nor_memory(folded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, room in ((1, 1 << 40), (2, 1 << 40), (5, 1 << 40), (3, 1)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(comparing, "available_bytes", lambda room=room: room)
+            with CheckpointWeights.open(folded[0]) as a, CheckpointWeights.open(folded[1], strict=False) as b:
+                found.append(compare_weights(a, b))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(found[0].tensors) > 100
+    assert all(one == found[0] for one in found)
 
 
 def damaged(
