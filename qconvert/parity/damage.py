@@ -38,9 +38,10 @@ by 2.7 to 19.4 dB, each less than this allows.
 BEYOND_ANY_DB = 20.0
 """What no method exceeds: for four bits, an error as large as the numbers themselves."""
 
-FINELY = 2.0
+FINELY = 3.5
 """Up to how many times an even spread over the steps of its own scale the other values of a block may err for what it
-cuts off to be given up: 3 would be half a step everywhere, 128 values of none reach 1.5."""
+cuts off to be given up. Rounding to nearest never exceeds it: half a step everywhere is 3, and the step is taken from
+what a block holds, whose codes may end at 7 of 7.5."""
 
 UPSCALED, DOWNSCALED, STRAIGHT = 1.25, 0.7, 0.95
 """Factors, with the cosine beside them, that name a wrong scale among damage. Clipping shrinks, so small factors need
