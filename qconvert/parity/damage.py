@@ -29,10 +29,10 @@ mean square.
 SPREAD = 2.0
 """How much more is allowed for each dB that a tenth of the pieces exceed.
 
-Plain rounding and clipping searches exceed nothing. Error feedback (GPTQ, Frantar et al. 2022, arXiv 2210.17323) moves
-the error to where inputs do not see it, all over a matrix: of 32,768 and 8,192 simulated groups of 32 and 128, with
-independent, correlated and low-rank inputs and with clipping, a tenth exceeded the bound by 1.4 to 9.3 dB and the worst
-by 2.7 to 19.4 dB, each less than this allows.
+Plain rounding exceeds nothing, nor do searches of scales, whose cut-off values do not count. Error feedback (GPTQ,
+Frantar et al. 2022, arXiv 2210.17323) moves the error to where inputs do not see it, all over a matrix: of 32,768 and
+8,192 simulated groups of 32 and 128, with independent, correlated and low-rank inputs and with clipping, a tenth
+exceeded the bound by 1.4 to 9.3 dB and the worst by 2.7 to 19.4 dB, each less than this allows.
 """
 
 BEYOND_ANY_DB = 20.0
