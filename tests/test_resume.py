@@ -22,11 +22,12 @@ from qconvert import carry_out as carrying
 from qconvert.convert import convert
 from qconvert.core.errors import DataError, Interrupted, OutputError, QconvertError
 from qconvert.core.scheme import int4
-from qconvert.io import committer, output_file
+from qconvert.execute import Fit, Folded, Loss, Outcome
+from qconvert.io import committer, output_file, resume
 from qconvert.io.committer import Finished
 from qconvert.io.journal import Journal
 from qconvert.io.partial_folder import _CLAIM_BYTES, PartialFolder
-from qconvert.io.resume import finished_steps
+from qconvert.io.resume import lines_of_steps
 from qconvert.io.write_behind import WriteBehind
 from qconvert.plan.policy import default_policy
 from tests.checkpoints import make_tiny
@@ -73,7 +74,7 @@ def finished(out: Path) -> list[Finished]:
     if not lock.exists():
         return []
     with lock.open("rb") as file:
-        return list(finished_steps(Journal(file.fileno(), _CLAIM_BYTES))[1].values())
+        return [Finished.of_line(line) for line in lines_of_steps(Journal(file.fileno(), _CLAIM_BYTES))[1].values()]
 
 
 def stop_after(steps: int, ending: Callable[[], BaseException]) -> Callable[[int, int], None]:
@@ -151,6 +152,47 @@ def test_what_would_give_other_bytes_is_refused_with_the_reason(
     assert len(finished(out)) == left
     convert(mine, out, policy, fresh=True, **again)
     assert sorted(os.listdir(tmp_path)) == ["out", "src"]
+
+
+def test_a_journal_that_an_earlier_build_wrote_is_not_read_but_refused(source: Path, tmp_path: Path) -> None:
+    """What notes of its steps look like nobody knows; its first line has no number."""
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        convert(source, out, POLICY, progress=stop_after(60, KeyboardInterrupt))
+    lock = out.with_name(f".{out.name}.partial.lock")
+    with lock.open("r+b") as file:
+        first, *lines = Journal(file.fileno(), _CLAIM_BYTES).read()
+        del first["identity"]["journal format"]
+        file.truncate(_CLAIM_BYTES)
+        Journal(file.fileno(), _CLAIM_BYTES).append([first, *({"step": line["step"], "done": 1} for line in lines)])
+    for _ in range(2):
+        with pytest.raises(OutputError, match=rf"another journal format \(none, now {resume.FORMAT}\).*--fresh"):
+            convert(source, out, POLICY)
+    convert(source, out, POLICY, fresh=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_notes_of_steps_are_those_of_the_journals_number() -> None:
+    """Where they change, ``resume.FORMAT`` does: a run of an earlier build could not go on from them."""
+    note = {
+        "source": "00",
+        "loss": [0.1, 2.0],
+        "scale_error": 0.5,
+        "fit": {"nearest_loss": 2.0, "loss": 1.0, "tokens": 7, "support": "own", "inputs": 32},
+        "folded": {
+            "fold": "input", "exponent": 0.3, "strength": 0.1, "loss": 0.9, "flips": None, "given_up": False,
+        },
+    }  # fmt: skip
+    outcome = Outcome(
+        source_hash="00",
+        loss=Loss(squared_error=0.1, signal=2.0),
+        scale_error=0.5,
+        fit=Fit(nearest_loss=2.0, loss=1.0, tokens=7, support="own", inputs=32),
+        folded=Folded(fold="input", exponent=0.3, strength=0.1, loss=0.9),
+    )
+    assert resume.FORMAT == "2"
+    assert outcome.note() == note
+    assert Outcome.of_note(json.loads(json.dumps(note))) == outcome
 
 
 def test_what_would_fail_again_leaves_nothing(source: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from qconvert.budget.parts import Part, parts_of
 from qconvert.budget.policy_file import rules_of
 from qconvert.budget.sizes import Size, file_bytes, size_of
 from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.plan import Plan
 from qconvert.core.scheme import int4
 from qconvert.io.fingerprint import fingerprint
 from qconvert.parity.tensors import Progress
@@ -77,8 +78,9 @@ class Budgeted:
     Attributes:
         rules: those of the user, then those of the decision.
         own: those of the decision alone.
+        plan: what the rules make of the source, rounded to nearest.
         measured: how many sensitivities were measured for it; the others were in the file.
-        file_bytes: what the files with weights take, from their plan.
+        file_bytes: what the plan's files with weights take.
         beside: bytes of the files that no budget changes.
         weights: numbers in all parts.
         points: what other budgets buy.
@@ -88,6 +90,7 @@ class Budgeted:
     decision: Decision
     rules: tuple[Rule, ...]
     own: tuple[Rule, ...]
+    plan: Plan
     losses: Losses
     measured: int
     file_bytes: int
@@ -106,6 +109,7 @@ def decide(
     asked: Asked,
     text: Callable[[], Text],
     *,
+    accept: Callable[[Plan], None] = lambda plan: None,
     progress: Progress = lambda phase, done, total: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Budgeted:
@@ -115,6 +119,8 @@ def decide(
         source: folder of the original.
         asked: what is wanted.
         text: makes what parts are measured on; not called where all is known.
+        accept: sees the plan in which every part has its fewest bits, before anything is measured, and refuses by
+            raising what no decision could mend.
         progress: of measuring.
         tell: is told how long it will take.
 
@@ -133,11 +139,11 @@ def decide(
             )
         free = Choices(ways=tuple(_ways(weights, part) for part in parts), layers_apart=asked.layers_apart)
         count = sum(math.prod(weights.stored[role].shape) for part in parts for role in part.roles)
-        room = _room(free, asked, count, _Written(weights, asked))
+        room = _room(free, asked, count, _Written(weights, asked), accept)
         losses, measured = _losses(weights, asked, parts, text, progress, tell)
         choices = replace(free, ways=tuple(tuple(_costing(way, losses) for way in ways) for ways in free.ways))
         decision = room.best_of(choices)
-        taken = room.written(decision)
+        plan = room.written.plan(decision)
     own = _own(decision, asked)
     return Budgeted(
         decision=decision,
@@ -145,7 +151,8 @@ def decide(
         own=own,
         losses=losses,
         measured=measured,
-        file_bytes=taken,
+        plan=plan,
+        file_bytes=file_bytes(plan),
         beside=room.beside,
         weights=count,
         points=frontier(choices, both, POINTS),
@@ -209,13 +216,16 @@ class _Written:
         self._weights, self._asked = weights, asked
 
     def __call__(self, decision: Decision) -> int:
-        plan = build_plan(
+        return file_bytes(self.plan(decision))
+
+    def plan(self, decision: Decision) -> Plan:
+        """What the rules of a decision, and those of the user, make of the source."""
+        return build_plan(
             self._weights.checkpoint,
             policy_of((*self._asked.rules, *_own(decision, self._asked))),
             shard_bytes=self._asked.shard_bytes,
             from_quantized=self._asked.from_quantized,
         )
-        return file_bytes(plan)
 
 
 def _own(decision: Decision, asked: Asked) -> tuple[Rule, ...]:
@@ -244,7 +254,7 @@ class _Room:
     asked: Asked
     limit: int
     beside: int
-    written: Callable[[Decision], int]
+    written: _Written
 
     def best_of(self, choices: Choices) -> Decision:
         """The decision that costs least of those that fit; there is one."""
@@ -255,7 +265,7 @@ class _Room:
         return choices.lightest(_tensors) if found is None else found
 
 
-def _room(choices: Choices, asked: Asked, count: int, written: Callable[[Decision], int]) -> _Room:
+def _room(choices: Choices, asked: Asked, count: int, written: _Written, accept: Callable[[Plan], None]) -> _Room:
     """Hold the budget against what the parts take, which is known before anything is measured.
 
     Raises:
@@ -264,7 +274,9 @@ def _room(choices: Choices, asked: Asked, count: int, written: Callable[[Decisio
     """
     counted = both if asked.bits is None else _tensors
     least = choices.lightest(counted)
-    smallest = written(least)
+    plan = written.plan(least)
+    accept(plan)
+    smallest = file_bytes(plan)
     beside = smallest - least.size.both
     if asked.bits is not None:
         limit = math.floor(asked.bits * count / 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +18,13 @@ from qconvert.budget.run import Asked, Budgeted, Text, decide, policy_of, said, 
 from qconvert.cli import console
 from qconvert.cli.calibrated import TextOptions
 from qconvert.cli.options import parse_size
+from qconvert.core.awq_fold import folds_said
 from qconvert.core.errors import UsageError
+from qconvert.core.plan import Plan
 from qconvert.formats.engine_rules import ALONE
 from qconvert.io.disk import disk_errors, sync_file
 from qconvert.parity.outputs.folder import replace_text
+from qconvert.plan.awq_folds import fold_by_awq, pointless_folds, scaled_by
 from qconvert.plan.policy import Policy, Rule, layer_ranges
 from qconvert.sequential.calibration import METHODS as BY_TEXT
 from qconvert.weights.source import CheckpointWeights
@@ -149,9 +152,14 @@ class BudgetOptions:
             )
             return Text(batches=found.batches, record=found.record)
 
+        folds = text.folds_of(method) if method == "awq" else ()
+
+        def accept(plan: Plan) -> None:
+            fold_by_awq(plan, folds)  # what is pointless however many matrices are rounded is the user's to mend
+
         with console.progress(in_bytes=False, quiet=quiet) as advance:
             tell = (lambda line: None) if quiet else console.say
-            found = decide(folder, asked, windows, progress=advance, tell=tell)
+            found = decide(folder, asked, windows, accept=accept, progress=advance, tell=tell)
         return BudgetedPolicy(found=found, asked=asked, files=_write(found, asked, folder, out))
 
 
@@ -167,6 +175,17 @@ class BudgetedPolicy:
     def policy(self) -> Policy:
         """The rules of the decision before the default ones."""
         return policy_of(self.found.rules)
+
+    def folding(self, text: TextOptions) -> tuple[TextOptions, tuple[str, ...]]:
+        """``text`` without the folds that this decision leaves nothing to do, and a warning for each of them."""
+        folds = text.folds_of("awq")
+        idle = pointless_folds(self.found.plan, folds)
+        warnings = tuple(
+            f"{fold.value} is not folded: within {said(self.asked)} the budget rounds nothing that it scales "
+            f"({scaled_by(fold)}); nothing has to be done"
+            for fold in idle
+        )
+        return replace(text, folds=folds_said(fold for fold in folds if fold not in idle)), warnings
 
     def document(self) -> dict[str, Any]:
         """For ``--json``."""

@@ -211,19 +211,23 @@ def quantize(
         folder = resolve(source)
         refuse_existing(out)
         needed = needs_of(folder, jobs, text.tokens, limit, text.folds_of(method)) if method in BY_TEXT else None
-        budgeted = None
+        budgeted: BudgetedPolicy | None = None
+        idle_folds: tuple[str, ...] = ()
         if budget.given:
             budgeted = budget.decide(
                 folder, out, text, method, rules=own, search=searched, engine=engine, from_quantized=from_quantized,
                 shard_bytes=shard_bytes, quiet=json,
             )  # fmt: skip
             rules = budgeted.policy
+            if method == "awq":
+                text, idle_folds = budgeted.folding(text)
         else:
             named = () if preset is None else preset_rules(preset, chosen)
             rules = default_policy(chosen, search=searched, rules=(*own, *named))
         if stored_as is not None:
             rules = rules.stored_as(stored_as)
-        with statistics_of(stats, folder) as (statistics, warnings):
+        with statistics_of(stats, folder) as (statistics, of_statistics):
+            warnings: tuple[str, ...] = (*idle_folds, *of_statistics)
             calibration = text.calibration(method, folder) if method in BY_TEXT else statistics
             if dry_run:
                 plan = plan_conversion(

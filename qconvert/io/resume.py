@@ -16,21 +16,29 @@ Identity = Mapping[str, str]
 _SHOWN = 20
 
 
+FORMAT = "2"
+"""Of what a journal holds: its lines, and the notes of steps in them, see ``execute.Outcome.note``.
+
+A build that writes or reads them otherwise has another number, whatever its version; the first ones had none.
+"""
+
+_FORMAT_KEY = "journal format"
+
+
 def begin_line(identity: Identity) -> dict[str, Any]:
     """The journal's first line."""
-    return {"identity": dict(identity)}
+    return {"identity": {_FORMAT_KEY: FORMAT, **identity}}
 
 
-def finished_steps(journal: Journal) -> tuple[Identity, dict[str, Finished]]:
-    """With what a journal began and the steps that it holds, by key."""
+def lines_of_steps(journal: Journal) -> tuple[Identity, dict[str, Any]]:
+    """With what a journal of any format began, and the lines of the steps that count in it, by key."""
     lines = journal.read()
-    steps: dict[str, Finished] = {}
+    steps: dict[str, Any] = {}
     for line in lines[1:]:
         if "void" in line:
             steps.pop(line["void"], None)
         else:
-            step = Finished.of_line(line)
-            steps[step.key] = step
+            steps[line["step"]] = line
     return (lines[0]["identity"] if lines else {}), steps
 
 
@@ -42,10 +50,10 @@ def steps_to_keep(folder: PartialFolder, identity: Identity) -> dict[str, Finish
     """
     if not folder.left_behind:
         return {}
-    began, steps = finished_steps(folder.journal)
+    began, steps = lines_of_steps(folder.journal)
     different = [
-        f"another {key}" + (f" ({began.get(key)}, now {value})" if len(value) <= _SHOWN else "")
-        for key, value in identity.items()
+        f"another {key}" + (f" ({began.get(key, 'none')}, now {value})" if len(value) <= _SHOWN else "")
+        for key, value in {_FORMAT_KEY: FORMAT, **identity}.items()
         if began.get(key) != value
     ]
     if steps and different:
@@ -53,7 +61,7 @@ def steps_to_keep(folder: PartialFolder, identity: Identity) -> dict[str, Finish
             f"{folder.path} holds {len(steps):,} finished steps of a conversion to {folder.out} with "
             f"{' and '.join(different)}: repeat that command to finish it, or start over with --fresh"
         )
-    return steps
+    return {key: Finished.of_line(line) for key, line in steps.items()}
 
 
 def keep(folder: PartialFolder, damaged: Iterable[str]) -> bool:
@@ -65,7 +73,7 @@ def keep(folder: PartialFolder, damaged: Iterable[str]) -> bool:
         return False
     try:
         folder.journal.append([{"void": key} for key in sorted(damaged)])
-        finished = bool(finished_steps(folder.journal)[1])
+        finished = bool(lines_of_steps(folder.journal)[1])
     except OSError:
         finished = True  # nobody can tell
     if finished:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 from torch import Tensor
 
 from qconvert.core.dtypes import DType
@@ -9,6 +11,9 @@ from qconvert.core.scheme import Block, Channel, Float, Group, Int, Scheme
 from qconvert.numerics.rounding_bitsandbytes import is_bitsandbytes, quantize_bitsandbytes
 from qconvert.numerics.rounding_rule import Rounded, second_scale_for
 from qconvert.numerics.rounding_torch import quantize_with_torch
+
+_IMPORTING = Lock()
+"""Two threads that import numba at the same time break it."""
 
 __all__ = ["Rounded", "quantize", "second_scale_for"]
 
@@ -52,7 +57,8 @@ def quantize(
         return quantize_bitsandbytes(w, scheme)
     if w.device.type == "cpu" and w.numel() and has_kernel(scheme):
         # Here, because importing numba takes a quarter of a second, and most commands round nothing.
-        from qconvert.numerics.rounding_compiled import quantize_compiled
+        with _IMPORTING:
+            from qconvert.numerics.rounding_compiled import quantize_compiled
 
         return quantize_compiled(w, scheme, search=search, importance=importance, second=second)
     return quantize_with_torch(w, scheme, search=search, importance=importance, second=second)

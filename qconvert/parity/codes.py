@@ -57,7 +57,26 @@ class _Compared(Protocol):
 
 def count_codes(q: QuantizedTensor, values: Tensor) -> CodeCounts:
     """The counts of ``q``, whose float32 meaning is ``values`` [N, K]."""
-    return CodeCounts(elements=q.codes.numel(), zeros=int((values == 0).sum()), clipped=int(_at_the_end(q).sum()))
+    return CodeCounts(elements=q.codes.numel(), zeros=int((values == 0).sum()), clipped=int(at_the_end(q).sum()))
+
+
+def at_the_end(q: QuantizedTensor) -> Tensor:
+    """Which codes stand at either end of their grid, a mask [N, K]."""
+    codes = q.codes
+    match q.scheme.grid:
+        case Int(bits=bits):
+            low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if q.scheme.symmetric else (0, 2**bits - 1)
+            outside: Tensor = (codes <= low) | (codes >= high)
+            return outside
+        case Float(kind="e4m3fn"):
+            return (codes.view(torch.uint8) & 0x7F) == 0x7E
+        case Float():
+            table = E2M1_VALUES
+        case Codebook(kind=kind):
+            table = CODEBOOKS[kind]
+    sizes = torch.tensor(table).abs()
+    ends: Tensor = (sizes == sizes.max())[codes.to(torch.int64)]
+    return ends
 
 
 def wrong_scales(values: Tensor, scheme: Scheme) -> Tensor:
@@ -103,21 +122,3 @@ def code_metrics(tensors: Iterable[_Compared]) -> Iterator[Metric]:
 def _bits(members: Iterable[_Compared]) -> float:
     members = list(members)
     return 8 * sum(one.stored_bytes for one in members) / max(sum(one.elements for one in members), 1)
-
-
-def _at_the_end(q: QuantizedTensor) -> Tensor:
-    codes = q.codes
-    match q.scheme.grid:
-        case Int(bits=bits):
-            low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if q.scheme.symmetric else (0, 2**bits - 1)
-            outside: Tensor = (codes <= low) | (codes >= high)
-            return outside
-        case Float(kind="e4m3fn"):
-            return (codes.view(torch.uint8) & 0x7F) == 0x7E
-        case Float():
-            table = E2M1_VALUES
-        case Codebook(kind=kind):
-            table = CODEBOOKS[kind]
-    sizes = torch.tensor(table).abs()
-    ends: Tensor = (sizes == sizes.max())[codes.to(torch.int64)]
-    return ends

@@ -37,13 +37,21 @@ MARGIN_DB = 6.0
 
 
 def scale_faults(
-    role: TensorRole, name: str, sums: BlockSums, blocking: Blocking | None, shape: tuple[int, ...]
+    role: TensorRole,
+    name: str,
+    sums: BlockSums,
+    blocking: Blocking | None,
+    shape: tuple[int, ...],
+    cut: Tensor | None = None,
 ) -> Iterator[Cause]:
-    """Blocks that are the original's times a factor, and blocks whose numbers are gone."""
+    """Blocks that are the original's times a factor, and blocks whose numbers are gone.
+
+    A block of ``cut`` has no factor but a largest value that its scale gives up.
+    """
     lost = (sums.approximated == 0) & (sums.signal > NO_SIGNAL)
     if bool(lost.any()):
         yield cause(CauseKind.LOST, role, f"{counted(lost, blocking, shape)} became zero", (name,))
-    wrong = is_factor(sums)
+    wrong = is_factor(sums) if cut is None else is_factor(sums) & ~cut
     if not bool(wrong.any()):
         return
     if sums.total.cosine < 0.5 and int(wrong.sum()) * 2 < wrong.numel():

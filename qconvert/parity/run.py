@@ -60,8 +60,9 @@ def compare(
     states of an engine, see ``execution/recorded.py``, these are compared with the reference on the weights of
     ``original``.
 
-    Memory: one matrix of each for the weights; one layer without its experts, one expert, and what there is of every
-    token within half of the available memory, the rest on disk, for the models; for the logits one slab of both heads.
+    Memory: a thread's matrix of each for the weights; one layer without its experts, one expert, and what there is of
+    every token within half of the available memory, the rest on disk, for the models; for the logits one slab of both
+    heads.
     ``tell`` is told what is about to take long, and how long.
 
     Raises:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from threading import RLock
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from qconvert.core.awq_fold import AwqFold
 from qconvert.core.errors import FormatError
-from qconvert.core.role import Kind, TensorRole
+from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
 from qconvert.numerics.awq import repeated_places, value_places
 from qconvert.quantized_view import Stored
@@ -43,10 +44,15 @@ Four-bit rounding moves either by less than a tenth, and more only where one val
 wrong size moves one of them by 1 and the other not at all.
 """
 
+LAYERS = 4
+"""Whose factors are in memory at once: threads work on tensors of neighbouring layers."""
+
 _AGREEING = 0.9
 """Share of rows whose products have to be near one before a pair is believed to be scaled."""
 
 _NOTHING = 1e-30
+
+_Layer = tuple[Section, int | None]
 
 _NORMS = (AwqFold.POST_ATTENTION, AwqFold.INPUT, AwqFold.LINEAR_NORM)
 _WITNESSES: Mapping[AwqFold, tuple[Kind, ...]] = {
@@ -97,13 +103,13 @@ class ScaledView:
 
 
 class Scalings:
-    """Finds out what is scaled, and does and undoes it."""
+    """Finds out what is scaled, and does and undoes it; any thread may ask."""
 
     def __init__(self, original: CheckpointWeights, converted: CheckpointWeights) -> None:
         self._original, self._converted = original, converted
-        self._known: dict[TensorRole, Tensor | None] = {}
+        self._known: dict[_Layer, dict[TensorRole, Future[Tensor | None]]] = {}
         self._divided: set[TensorRole] = set()
-        self._guard = RLock()  # models that are run read experts in several threads
+        self._guard = Lock()
 
     @property
     def found(self) -> Mapping[AwqFold, int]:
@@ -158,15 +164,26 @@ class Scalings:
     def _factors(self, producer: TensorRole, find: Callable[[TensorRole], Tensor | None]) -> Tensor | None:
         """What a tensor is divided by; ``None`` where it is not."""
         with self._guard:
-            if producer not in self._known:
-                if any((known.section, known.layer) != (producer.section, producer.layer) for known in self._known):
-                    self._known.clear()  # layers come one after the other
-                self._known[producer] = None  # meanwhile
-                with suppress(FormatError):  # the fault of one that cannot be read, which says so when its turn comes
-                    self._known[producer] = find(producer)
-                if self._known[producer] is not None:
-                    self._divided.add(producer)
-            return self._known[producer]
+            known = self._known.setdefault((producer.section, producer.layer), {})
+            while len(self._known) > LAYERS:  # they come one after the other
+                del self._known[next(iter(self._known))]
+            asked = producer in known
+            found = known.setdefault(producer, Future())
+        if not asked:  # who asks meanwhile waits for this
+            try:
+                found.set_result(self._found_by(find, producer))
+            except BaseException as error:
+                found.set_exception(error)
+                raise
+        return found.result()
+
+    def _found_by(self, find: Callable[[TensorRole], Tensor | None], producer: TensorRole) -> Tensor | None:
+        with suppress(FormatError):  # the fault of one that cannot be read, which says so when its turn comes
+            factors = find(producer)
+            if factors is not None:
+                self._divided.add(producer)
+            return factors
+        return None
 
     def _norm(self, norm: TensorRole) -> Tensor | None:
         """S with a norm stored as ``(offset + w) / s - offset``; ``None`` where its readers do not agree."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,12 +16,14 @@ from qconvert.core.dtypes import DType
 from qconvert.core.errors import FormatError
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import Scheme
+from qconvert.memory import available_bytes
 from qconvert.numerics.error import ErrorSums, error_sums
+from qconvert.numerics.threads import in_order, one_thread
 from qconvert.parity.absent import absent, tied
 from qconvert.parity.blocks import BlockSums, block_sums, joined
 from qconvert.parity.causes import Cause, CauseKind, Severity, cause, ranked
 from qconvert.parity.codes import CodeCounts, count_codes, dead_scales
-from qconvert.parity.damage import damage_faults, excess_db, piece_sums
+from qconvert.parity.damage import Evidence, damage_faults, evidence, together
 from qconvert.parity.faults import (
     bad_scales,
     floor_db,
@@ -32,7 +35,7 @@ from qconvert.parity.faults import (
 from qconvert.parity.halves import half_sums
 from qconvert.parity.identity import find_matches, name_matches
 from qconvert.parity.kept import changed_faults, row_sums
-from qconvert.parity.pairs import pair_sums, runs
+from qconvert.parity.pairs import RUN_ELEMENTS, pair_sums, runs
 from qconvert.parity.scalings import ScaledView, Scalings
 from qconvert.weights.source import CheckpointWeights
 
@@ -40,6 +43,9 @@ Progress = Callable[[str, int, int], None]
 
 PIECE_BYTES = 32 << 20
 """Plain tensors are compared in runs of rows of this size: an embedding is never in memory as a whole."""
+
+THREAD_BYTES = 12 * 4 * RUN_ELEMENTS
+"""What one comparison holds, about: a run of rows of both matrices in float32, products of them, and roundings."""
 
 
 class Outcome(enum.Enum):
@@ -133,7 +139,10 @@ def compare_weights(
     *,
     without: Collection[Section] = (),
 ) -> WeightsComparison:
-    """Compare all tensors by role and name the faults that the weights prove; sections ``without`` may be missing."""
+    """Compare all tensors by role and name the faults that the weights prove; sections ``without`` may be missing.
+
+    Tensors are compared side by side, as many as torch has threads and memory has room; numbers do not depend on that.
+    """
     causes = list(absent(original, converted, without))
     both = [role for role in original.stored if role in converted.stored]
     common = [role for role in both if original.stored[role].shape == converted.stored[role].shape]
@@ -144,21 +153,35 @@ def compare_weights(
     tensors: list[TensorComparison] = []
     suspects: list[TensorRole] = []
     scaled = Scalings(original, converted)
-    for done, role in enumerate(common):
-        progress("weights", done, len(common))
+
+    def one(role: TensorRole) -> tuple[TensorComparison, list[Cause]]:
         found, faults = _compare(original, converted, role, scaled)
         found = replace(found, stored_bytes=converted.stored_bytes(role))
-        tensors.append(_with_halves(found, original, scaled.converted_undone))
-        causes.extend(faults)
-        if found.sums.sqnr_db < floor_db(found.scheme) and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
-            suspects.append(role)
-    progress("weights", len(common), len(common))
-    causes = list(_explain(scaled.original_scaled, converted, suspects, causes))
+        return _with_halves(found, original, scaled.converted_undone), faults
+
+    jobs = max(1, min(torch.get_num_threads(), available_bytes() // 2 // THREAD_BYTES))
+    common.sort(key=_turn)
+    with one_thread():
+        with ThreadPoolExecutor(jobs, thread_name_prefix="weights") as pool:
+            for done, (found, faults) in enumerate(in_order(pool, one, common, 2 * jobs)):
+                progress("weights", done, len(common))
+                tensors.append(found)
+                causes.extend(faults)
+                low = found.sums.sqnr_db < floor_db(found.scheme)
+                if low and found.outcome in (Outcome.QUANTIZED, Outcome.CHANGED):
+                    suspects.append(found.role)
+        progress("weights", len(common), len(common))
+        causes = list(_explain(scaled.original_scaled, converted, suspects, causes))
     needed = [role for role in original.stored if not (role.kind is Kind.HEAD and tied(original))]
     needed = [role for role in needed if role.section not in without]
     complete = set(needed) <= set(common) and not any(one.outcome is Outcome.UNREADABLE for one in tensors)
     tensors.sort(key=lambda one: (_badness(one.sums.sqnr_db), one.name))
     return WeightsComparison(tensors=tuple(tensors), causes=ranked(causes), complete=complete, scaled=scaled.found)
+
+
+def _turn(role: TensorRole) -> tuple[bool, str, int]:
+    """What is of no layer, such as embeddings, is largest and comes first; then layers, which are scaled together."""
+    return role.layer is not None, role.section.value, role.layer or 0
 
 
 def _compare(
@@ -177,18 +200,17 @@ def _compare(
             return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), faults
     blocking = None if scheme is None else scheme.blocking
     found: list[BlockSums] = []
-    small: list[BlockSums] = []
-    excess: list[Tensor] = []
+    seen: list[Evidence] = []
     codes = None if scheme is None else CodeCounts()
     # of what is scaled, errors are of what it means in the original's place, faults of what is stored in its own
     meant = ErrorSums() if scheme is not None and scaled.touches(role) else None
     try:
         for begin, end in runs((original, role), (converted, role)):
             w = original.matrix(role, begin, end)
-            if codes is None:
+            quantized = None if codes is None else converted.quantized(role, begin, end)
+            if codes is None or quantized is None:
                 v = scaled.undone(role, converted.matrix(role, begin, end), begin)
             else:
-                quantized = converted.quantized(role, begin, end)
                 v = converted.meaning(quantized)
                 codes += count_codes(quantized, v)
             if meant is not None:
@@ -199,9 +221,8 @@ def _compare(
                 return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
                     not_finite(role, stored.name, v)
                 ]
-            if scheme is not None:
-                small.append(piece_sums(w, v, scheme, found[-1]))
-                excess.append(excess_db(w, small[-1], scheme))
+            if quantized is not None:
+                seen.append(evidence(w, v, quantized, found[-1]))
     except FormatError as error:
         rows, cols = stored.shape
         parts = converted.parts(role)
@@ -212,10 +233,11 @@ def _compare(
     sums = joined(found)
     outcome = Outcome.QUANTIZED if scheme is not None else Outcome.CHANGED
     total = sums.total if meant is None else meant
-    faults = list(scale_faults(role, stored.name, sums, blocking, stored.shape))
-    if scheme is not None:
-        kinds = {one.kind for one in faults}
-        faults += damage_faults(role, stored.name, joined(small), torch.cat(excess), scheme, stored.shape, kinds)
+    if scheme is None:
+        return result(outcome, total, codes), list(scale_faults(role, stored.name, sums, blocking, stored.shape))
+    whole = together(seen)
+    faults = list(scale_faults(role, stored.name, sums, blocking, stored.shape, whole.cut))
+    faults += damage_faults(role, stored.name, whole, scheme, stored.shape, {one.kind for one in faults})
     return result(outcome, total, codes), faults
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from qconvert.core.awq_fold import AwqFold
@@ -27,23 +27,45 @@ def fold_by_awq(plan: Plan, folds: Iterable[AwqFold]) -> Plan:
     """
     steps = list(plan.steps)
     dtypes = {info.name: info.dtype for info in plan.layout.tensors}
+    folds = tuple(folds)
+    idle = pointless_folds(plan, folds)
+    if idle:
+        raise PlanError(
+            f"the fold {idle[0].value!r} rounds nothing more finely: no matrix that it scales is rounded by the "
+            f"policy; drop it from --awq-folds, or round one of {scaled_by(idle[0])}"
+        )
     for fold in folds:
-        members: defaultdict[_Place, list[int]] = defaultdict(list)
-        kinds = {*fold.parts.producers, *fold.parts.readers}
-        for number, step in enumerate(steps):
-            if step.role.kind in kinds:
-                members[_place(fold, step)].append(number)
+        members = _members(fold, steps)
         worth = {place for place, numbers in members.items() if _pays(fold, [steps[n] for n in numbers])}
-        if not worth and fold is not AwqFold.UP_DOWN:
-            raise PlanError(
-                f"the fold {fold.value!r} rounds nothing more finely: no matrix that it scales is rounded by the "
-                "policy; drop it from --awq-folds, or round one of "
-                + ", ".join(sorted(kind.value for kind in fold.parts.readers))
-            )
         for place, numbers in members.items():
             for number in numbers:
                 steps[number] = _marked(steps[number], fold, dtypes, folded=place in worth)
     return replace(plan, steps=tuple(steps))
+
+
+def pointless_folds(plan: Plan, folds: Iterable[AwqFold]) -> tuple[AwqFold, ...]:
+    """Those of ``folds`` that round nothing more finely anywhere; never up and down, which nobody has to ask for."""
+    return tuple(
+        fold
+        for fold in folds
+        if fold is not AwqFold.UP_DOWN
+        and not any(_pays(fold, [plan.steps[n] for n in numbers]) for numbers in _members(fold, plan.steps).values())
+    )
+
+
+def scaled_by(fold: AwqFold) -> str:
+    """What a fold scales, for people."""
+    return ", ".join(sorted(kind.value for kind in fold.parts.readers))
+
+
+def _members(fold: AwqFold, steps: Sequence[Step]) -> Mapping[_Place, list[int]]:
+    """The numbers of the steps that take part, by what is folded together."""
+    members: defaultdict[_Place, list[int]] = defaultdict(list)
+    kinds = {*fold.parts.producers, *fold.parts.readers}
+    for number, step in enumerate(steps):
+        if step.role.kind in kinds:
+            members[_place(fold, step)].append(number)
+    return members
 
 
 def _place(fold: AwqFold, step: Step) -> _Place:

@@ -16,8 +16,8 @@ from qconvert.core.plan import Rescale
 from qconvert.core.role import EXPERT_KINDS, Kind, Section, TensorRole
 from qconvert.numerics.awq import rescaled
 from qconvert.numerics.hessian import Moments, no_moments
+from qconvert.numerics.threads import in_order
 from qconvert.sequential.mlp import MlpInputs, Name, Shown, inner, round_mlp
-from qconvert.sequential.ordered import in_order
 from qconvert.sequential.places import LayerSteps, MlpSteps
 from qconvert.sequential.shop import Shop, evenly, put_weight
 from qconvert.weights.rows import RowStore

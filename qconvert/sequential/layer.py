@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qconvert.core.role import Section
+from qconvert.numerics.threads import in_order
 from qconvert.sequential.experts import Experts
 from qconvert.sequential.mixer import round_mixer
-from qconvert.sequential.ordered import in_order
 from qconvert.sequential.places import LayerSteps
 from qconvert.sequential.post_attention import fold_before_experts
 from qconvert.sequential.shop import Shop

@@ -23,7 +23,7 @@ from qconvert.numerics.awq import best_of, candidates, powers_of_two, repeated_p
 from qconvert.numerics.gptq import row_losses
 from qconvert.numerics.hessian import Factor, Moments, blended, factorize, no_moments
 from qconvert.numerics.rounding import quantize
-from qconvert.sequential.ordered import in_order
+from qconvert.numerics.threads import in_order
 from qconvert.sequential.places import LayerSteps
 from qconvert.sequential.rounder import Way, to_nearest
 from qconvert.sequential.scaling import as_kept, as_rounded, scale_norm, scheme_of, squared, told

@@ -20,10 +20,10 @@ from qconvert.core.awq_fold import AwqFold
 from qconvert.core.plan import Step
 from qconvert.core.role import Kind
 from qconvert.numerics.hessian import blended
+from qconvert.numerics.threads import in_order
 from qconvert.sequential.calibration import MOST_FLIPS
 from qconvert.sequential.experts import Experts, linears_of
 from qconvert.sequential.mlp import Name, inner
-from qconvert.sequential.ordered import in_order
 from qconvert.sequential.places import MlpSteps
 from qconvert.sequential.rounder import to_nearest
 from qconvert.sequential.scaling import NormScaling, as_kept, as_rounded, scale_norm, squared

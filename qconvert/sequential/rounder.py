@@ -177,6 +177,20 @@ class Rounder:
         self._finish(step, list(pieces.values()), outcome)
         return meaning
 
+    def check(self, step: Step) -> None:
+        """Refuse what the source has for a step that rescales before anything is computed with it.
+
+        Raises:
+            DataError: a weight is NaN or infinite; names file and tensor.
+        """
+        action, read, reading = step.action, self._reader(), step.reading
+        if not isinstance(action, Rescale):
+            raise PlanError(f"{step.key} is not rescaled")
+        for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
+            with read.naming(reading, action.name):
+                if not all_finite(read.rows(reading, begin, end, None)):
+                    raise DataError("has NaN or infinite values")
+
     def rescale(
         self,
         step: Step,
@@ -236,17 +250,13 @@ class Rounder:
             weight: in the type of the step.
             folded: for the record.
 
-        Raises:
-            DataError: a weight is NaN or infinite; names file and tensor.
         """
         action, read, reading = step.action, self._reader(), step.reading
         if not isinstance(action, Rescale):
             raise PlanError(f"{step.key} is not rescaled")
         source_hash = SourceHash(self._sink.algorithm, step.inputs)
         rows, _ = read.shape(reading)
-        with read.naming(reading, action.name):
-            if not all_finite(read.rows(reading, 0, rows, source_hash)):
-                raise DataError(f"has NaN or infinite values in {action.dtype}")
+        read.rows(reading, 0, rows, source_hash)
         pieces = [self._sink.piece(action.name)] if step.key not in self._sink.finished else []
         for piece in pieces:
             piece.append(weight)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qconvert.core.errors import PlanError, UsageError
-from qconvert.core.plan import Plan, Quantize, Step
+from qconvert.core.plan import Plan, Quantize, Rescale, Step
 from qconvert.core.role import Section
 from qconvert.execute import Outcome
 from qconvert.io.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from qconvert.io.sink import Sink
 from qconvert.numerics.gptq import gptq
 from qconvert.numerics.hessian import blended, factorize, no_moments
 from qconvert.numerics.rounding_bitsandbytes import is_bitsandbytes
-from qconvert.numerics.threads import one_thread
+from qconvert.numerics.threads import in_order, one_thread
 from qconvert.plan.awq_folds import fold_by_awq
 from qconvert.run import Progress, run, step_bytes
 from qconvert.sequential.calibration import Calibration
@@ -168,6 +168,10 @@ def run_calibrated(
             folder=folder,
         )
         try:
+            # copies have been looked at; NaN in these would come out as that of a layer's outputs
+            scaled = [step for step in plan.steps if isinstance(step.action, Rescale) and step.key not in finished]
+            for _ in in_order(pool, rounder.check, scaled, 2 * jobs):
+                pass
             _Pass(shop, steps, sink, states).all(finished)
         finally:
             stop.set()

@@ -20,6 +20,9 @@ from qconvert.io.disk import sync_file
 from qconvert.io.file_record import record_file
 from qconvert.io.hashing import XXH3
 
+FORMAT = 2
+"""Of what is kept: another number where a build keeps something else under the same names; the first had none."""
+
 _PREFIX = "layer-"
 _RUN = "run.json"
 _PARTIAL = "run.json.partial"
@@ -63,12 +66,14 @@ class Boundaries:
         return int(last.name.removeprefix(_PREFIX)), lambda name: _read(last / name)
 
     def _whose(self) -> str | None:
-        """The identity of the run whose states are there; ``None`` of no run."""
+        """The identity of the run whose states are there; ``None`` of no run that keeps what this one does."""
         try:
             found = json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        identity = found.get("identity") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            return None
+        identity = found.get("identity")
         return identity if isinstance(identity, str) else None
 
     def claim(self) -> None:
@@ -114,7 +119,7 @@ class Boundaries:
     def _write_name(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder / _PARTIAL
-        beside.write_text(json.dumps({"identity": self.identity}), encoding="utf-8")
+        beside.write_text(json.dumps({"format": FORMAT, "identity": self.identity}), encoding="utf-8")
         beside.replace(self.folder / _RUN)
 
     def clear(self) -> None:

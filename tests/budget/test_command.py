@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from qconvert.budget.parts import Part
 from qconvert.cli.app import app
 from qconvert.convert import convert
 from qconvert.core.dtypes import DType
@@ -17,7 +18,7 @@ from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.file_record import record_file
 from qconvert.io.hashing import SHA256
 from qconvert.plan.policy import default_policy
-from tests.budget.known import known
+from tests.budget.known import known, usual
 from tests.checkpoints import make_tiny
 
 
@@ -98,6 +99,37 @@ def test_its_policy_file_gives_the_same_bytes(source: Path, tmp_path: Path) -> N
 def measured_searched(source: Path) -> tuple[str, Path]:
     known(source, source.parent / "searched.json", search=True)
     return "--sensitivities", source.parent / "searched.json"
+
+
+def text_of(folder: Path) -> tuple[str | Path, ...]:
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 400, 96))
+    return "--calibration-data", folder / "ids.npy", "--calibration-tokens", "96", "--calibration-window", "24"
+
+
+def test_a_fold_for_which_a_budget_leaves_nothing_is_left_out_with_a_warning(source: Path, tmp_path: Path) -> None:
+    def loss(part: Part, scheme: str) -> float:
+        return usual(part, scheme) * (1e6 if part.group == "linear attention output" else 1.0)
+
+    known(source, tmp_path / "known.json", loss=loss)
+    budget = ("--bits", "8", "--sensitivities", tmp_path / "known.json", *text_of(tmp_path))
+    done = run(source, tmp_path / "out", *budget, "--method", "awq", "--awq-folds", "input,linear-norm", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["calibration"]["folds"] == "input"
+    (warning,) = [one for one in said["warnings"] if "folded" in one]
+    assert "linear-norm is not folded: within 8 bits per weight" in warning and "linear_attention.output" in warning
+    again = run(source, tmp_path / "again", *budget, "--method", "awq", "--awq-folds", "linear-norm", "--dry-run")
+    assert again.exit_code == 0 and "warning: linear-norm is not folded" in again.output
+
+
+def test_a_fold_that_no_budget_can_use_is_refused_before_it_is_measured(source: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[rule]]\nmatch = "text.linear_attention.output"\nkeep = true\n')
+    ways = ("--bits", "8", "--method", "awq", "--awq-folds", "linear-norm")
+    refused = run(source, tmp_path / "out", "--policy", policy, *ways, *text_of(tmp_path))
+    assert refused.exit_code == 4
+    assert "'linear-norm' rounds nothing more finely" in refused.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"policy.toml", "ids.npy"}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from qconvert.core.errors import UsageError
 from qconvert.core.scheme import int4
 from qconvert.parity.model import Comparison, compare_models
 from qconvert.parity.run import ParityOptions, compare
-from qconvert.weights.boundaries import Boundaries
+from qconvert.weights.boundaries import FORMAT, Boundaries
 from qconvert.weights.source import CheckpointWeights
 from tests.conftest import Converted
 from tests.parity.test_model import BATCHES
@@ -64,6 +65,12 @@ def test_states_of_another_run_are_refused(tmp_path: Path) -> None:
     assert found[1]("x").tolist() == [1, 1]
     with pytest.raises(UsageError, match="another run"):
         Boundaries(folder=folder, identity="two").load()
+    run, said = folder / "run.json", {"format": FORMAT, "identity": "one"}
+    assert json.loads(run.read_text()) == said
+    run.write_text(json.dumps({"identity": "one"}))  # what an earlier build keeps under these names nobody knows
+    with pytest.raises(UsageError, match="another run"):
+        Boundaries(folder=folder, identity="one").load()
+    run.write_text(json.dumps(said))
     (folder / "layer-00003" / "x").write_bytes(b"cut")
     with pytest.raises(UsageError, match="start over"):
         found[1]("x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qconvert.core.quantized import QuantizedTensor
+from qconvert.core.quantized import E2M1_VALUES, NF4_VALUES, QuantizedTensor
 from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import (
     FP8,
@@ -30,10 +31,11 @@ from qconvert.core.scheme import (
     Scheme,
     int4,
 )
+from qconvert.numerics.importance import quantize_by_importance
 from qconvert.numerics.rounding import quantize
 from qconvert.parity.blocks import block_sums, joined
 from qconvert.parity.causes import Cause, CauseKind, Severity
-from qconvert.parity.damage import _extremes, damage_faults, excess_db, piece_sums
+from qconvert.parity.damage import _extremes, damage_faults, evidence, together
 from qconvert.parity.faults import scale_faults
 from qconvert.parity.tensors import compare_weights
 from qconvert.weights.source import CheckpointWeights
@@ -49,24 +51,33 @@ ROLE = TensorRole(section=Section.TEXT, kind=Kind.EXPERT_UP, layer=0, expert=0)
 UP = "model.language_model.layers.2.mlp.experts.3.up_proj."
 
 
-def faults(w: Tensor, v: Tensor, scheme: Scheme, *, step: int | None = None) -> Iterator[Cause]:
-    """What both searches say of ``v``, compared ``step`` rows at a time."""
+def faults(w: Tensor, q: QuantizedTensor, *, step: int | None = None, bf16: bool = False) -> Iterator[Cause]:
+    """What both searches say of ``q``, compared ``step`` rows at a time."""
+    v = q.dequantize().bfloat16().float() if bf16 else q.dequantize()
     step = step or len(w)
-    blocks, small, excess = [], [], []
+    blocks, seen = [], []
     for begin in range(0, len(w), step):
-        a, b = w[begin : begin + step], v[begin : begin + step]
-        blocks.append(block_sums(a, b, scheme.blocking))
-        small.append(piece_sums(a, b, scheme, blocks[-1]))
-        excess.append(excess_db(a, small[-1], scheme))
-    shape = tuple(w.shape)
-    found = list(scale_faults(ROLE, "x", joined(blocks), scheme.blocking, shape))
-    kinds = {one.kind for one in found}
+        rows = slice(begin, begin + step)
+        blocks.append(block_sums(w[rows], v[rows], q.scheme.blocking))
+        seen.append(evidence(w[rows], v[rows], rows_of(q, rows), blocks[-1]))
+    whole, shape = together(seen), tuple(w.shape)
+    found = list(scale_faults(ROLE, "x", joined(blocks), q.scheme.blocking, shape, whole.cut))
     yield from found
-    yield from damage_faults(ROLE, "x", joined(small), torch.cat(excess), scheme, shape, kinds)
+    yield from damage_faults(ROLE, "x", whole, q.scheme, shape, {one.kind for one in found})
+
+
+def rows_of(q: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    if q.codes[rows].shape == q.codes.shape:
+        return q
+    tall = q.scheme.blocking.rows if isinstance(q.scheme.blocking, Block) else 1
+    blocks = slice(rows.start // tall, rows.stop // tall)
+    zero = None if q.zero_point is None else q.zero_point[blocks]
+    codes = q.codes[rows]
+    return replace(q, codes=codes, scale=q.scale[blocks], zero_point=zero, shape=(len(codes), codes.shape[1]))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     shape=st.sampled_from(["gaussian", "heavy", "outliers", "sparse", "constant", "dead rows", "uniform"]),
@@ -78,32 +89,33 @@ def test_no_rounding_is_taken_for_damage(
     scheme: Scheme, seed: int, shape: str, size: float, search: bool, bf16: bool
 ) -> None:
     w = weights_of_shape(shape, seed) * size
-    v = quantize(w, scheme, search=search).quantized.dequantize()
-    v = v.bfloat16().float() if bf16 else v
-    assert list(faults(w, v, scheme)) == []
+    assert list(faults(w, quantize(w, scheme, search=search).quantized, bf16=bf16)) == []
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_columns_that_the_scale_of_a_row_cannot_reach_are_no_damage(scheme: Scheme) -> None:
     w = weights_of_shape("gaussian", 0)
     w[:, 100:] *= 1e-7
-    assert list(faults(w, quantize(w, scheme).quantized.dequantize(), scheme)) == []
+    assert list(faults(w, quantize(w, scheme).quantized)) == []
 
 
-def feedback(w: Tensor, inputs: Tensor, group: int, clip: float) -> Tensor:
+def feedback(w: Tensor, inputs: Tensor, group: int, clip: float) -> QuantizedTensor:
     """Column by column to int4, the error of each carried to those that follow: textbook GPTQ in float64."""
+    shape = (len(w), w.shape[1])
     w = w.to(torch.float64).clone()
     hessian = (inputs.T @ inputs).to(torch.float64)
     hessian += 0.01 * hessian.diag().mean() * torch.eye(len(hessian))
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    out = torch.zeros_like(w)
+    codes = torch.zeros(shape, dtype=torch.int8)
+    scales = torch.zeros(len(w), w.shape[1] // group, dtype=torch.bfloat16)
     scale = torch.zeros(len(w), dtype=torch.float64)
     for j in range(w.shape[1]):
         if j % group == 0:
-            scale = (w[:, j : j + group].abs().amax(1) * clip / 7.5).bfloat16().double()
-        out[:, j] = (w[:, j] / scale).round().clamp(-8, 7) * scale
-        w[:, j:] -= ((w[:, j] - out[:, j]) / upper[j, j])[:, None] * upper[j, j:]
-    return out.float()
+            scales[:, j // group] = (w[:, j : j + group].abs().amax(1) * clip / 7.5).bfloat16()
+            scale = scales[:, j // group].double()
+        codes[:, j] = (w[:, j] / scale).round().clamp(-8, 7).to(torch.int8)
+        w[:, j:] -= ((w[:, j] - codes[:, j] * scale) / upper[j, j])[:, None] * upper[j, j:]
+    return QuantizedTensor(codes=codes, scale=scales, scheme=int4(group), shape=shape)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.8])
@@ -122,7 +134,44 @@ def test_error_feedback_is_no_damage(inputs: str, group: int, clip: float) -> No
             x = x[:, : cols // 4] @ torch.randn(cols // 4, cols, generator=gen) + 0.3 * x
         case "outliers":
             x = x * torch.exp(1.5 * torch.randn(cols, generator=gen)) + 2 * torch.randn(800, 1, generator=gen)
-    assert list(faults(w, feedback(w, x, group, clip), int4(group))) == []
+    assert list(faults(w, feedback(w, x, group, clip))) == []
+
+
+def by_inputs(scheme: Scheme, seed: int, spread: float, uneven: float, scaled: bool) -> tuple[Tensor, QuantizedTensor]:
+    """Weights, perhaps of uneven columns, rounded for inputs of uneven sizes, perhaps scaled as AWQ does."""
+    gen = torch.Generator().manual_seed(seed)
+    w = torch.randn(256, 384, generator=gen) * torch.exp(uneven * torch.randn(384, generator=gen))
+    mean_squares = torch.exp(spread * torch.randn(384, generator=gen))
+    if scaled:
+        factors = mean_squares.pow(0.2)
+        w, mean_squares = w * factors, mean_squares / factors.square()
+    return w, quantize_by_importance(w, scheme, mean_squares).quantized
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@settings(max_examples=400, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    spread=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    uneven=st.sampled_from([0.0, 0.7, 1.5]),
+    scaled=st.booleans(),
+)
+def test_what_scales_give_up_for_large_inputs_is_no_damage(
+    scheme: Scheme, seed: int, spread: float, uneven: float, scaled: bool
+) -> None:
+    assert list(faults(*by_inputs(scheme, seed, spread, uneven, scaled))) == []
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_a_cut_off_value_that_outweighs_its_row_is_no_wrong_scale(size: float) -> None:
+    """Eight bits leave 0.57 of it, and the rest of the row to a half of a step."""
+    w = torch.randn(256, 384, generator=torch.Generator().manual_seed(1)) / 10
+    w[7, 3] = size
+    mean_squares = torch.ones(384)
+    mean_squares[3] = 1e-6
+    q = quantize_by_importance(w, INT8, mean_squares).quantized
+    assert 0.5 < float(q.dequantize()[7, 3] / size) < 0.6
+    assert list(faults(w, q)) == []
 
 
 def spoiled(scheme: Scheme) -> tuple[Tensor, QuantizedTensor]:
@@ -144,10 +193,10 @@ def test_a_few_wrong_codes_are_found_at_their_place(scheme: Scheme) -> None:
     """Sixteen codes of a row are those of its neighbours, as after a write to a wrong place."""
     w, q = spoiled(scheme)
     q.codes[7, 64:80] = q.codes[8, 64:80].clone()
-    (found,) = faults(w, q.dequantize(), scheme)
+    (found,) = faults(w, q)
     assert (found.kind, found.severity) == (CauseKind.DAMAGED, Severity.ERROR)
     assert found.evidence.startswith(f"{place_of(scheme)}: squared error ")
-    again = list(faults(w, q.dequantize(), scheme, step=128))
+    again = list(faults(w, q, step=128))
     assert [str(one) for one in again] == [str(found)]
 
 
@@ -158,11 +207,27 @@ def test_a_scale_that_is_wrong_by_half_is_a_factor(scheme: Scheme, factor: float
     if q.zero_point is not None:
         q.zero_point[0, -1], q.codes[0, 256:] = 8, (w[0, 256:] / q.scale[0, -1].float()).round().clamp(-8, 7) + 8
     q.scale[0, -1] *= factor
-    (found,) = faults(w, q.dequantize(), scheme)
+    (found,) = faults(w, q)
     assert found.kind is CauseKind.SCALE_FACTOR
     assert "row 0" in found.evidence
     said = float(found.evidence.partition("values are ")[2].split()[0])
     assert said == pytest.approx(factor, rel=LIMITS["scale_factor"])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_damage_beside_what_scales_give_up_is_found(scheme: Scheme) -> None:
+    """Codes of a neighbour, and scales by which the codes were not chosen, each in a block that is cut off."""
+    w, q = by_inputs(scheme, 1, 2.0, 0.0, False)
+    cut = w.abs() > 1.1 * q.dequantize().abs().amax(1, keepdim=True)
+    row = int(cut[8:-8].sum(1).argmax()) + 8
+    wrong = replace(q, codes=q.codes.clone())
+    wrong.codes[row, 64:80] = q.codes[row + 1, 64:80]
+    (found,) = faults(w, wrong)
+    assert found.kind is CauseKind.DAMAGED and found.evidence.startswith(f"row {row}")
+    for factor in (2.0, 1.5, 0.67, 0.5):
+        wrong = replace(q, scale=q.scale.clone())
+        wrong.scale[row // 128 if scheme == FP8_BLOCK else row] *= factor
+        assert {one.kind for one in faults(w, wrong)} & {CauseKind.SCALE_FACTOR, CauseKind.DAMAGED}, factor
 
 
 def test_a_zero_row_that_holds_numbers() -> None:
@@ -170,7 +235,7 @@ def test_a_zero_row_that_holds_numbers() -> None:
     w[7] = 0
     q = quantize(w, INT8).quantized
     q.codes[7, 3] = 1
-    (found,) = faults(w, q.dequantize(), INT8)
+    (found,) = faults(w, q)
     assert found.kind is CauseKind.DAMAGED
     assert "row 7: squared error where the original is zero" in found.evidence
 
@@ -194,20 +259,17 @@ def test_extremes_equal_loops(blocking: Blocking) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "e2m1"])
 def test_schemes_without_a_rounding_of_ours_are_bounded_too(kind: str) -> None:
+    table = torch.tensor(NF4_VALUES if kind == "nf4" else E2M1_VALUES)
     grid = Codebook(kind="nf4") if kind == "nf4" else Float(kind="e2m1")
-    levels = {
-        "nf4": [-1, -0.7, -0.53, -0.4, -0.28, -0.19, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1],
-        "e2m1": [sign * x / 6 for sign in (-1, 1) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)],
-    }[kind]  # fmt: skip
     scheme = Scheme(grid=grid, blocking=Flat(size=64), scale=INT8.scale, activation=Activation())
     w = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
     blocks = w.view(-1, 64)
-    largest = blocks.abs().amax(1, keepdim=True)
-    table = torch.tensor(levels)
-    v = (table[(blocks.unsqueeze(-1) / largest.unsqueeze(-1) - table).abs().argmin(-1)] * largest).view_as(w)
-    assert list(faults(w, v, scheme)) == []
-    v[4, 64:] = v[5, 64:].clone()
-    (found,) = faults(w, v, scheme)
+    scale = blocks.abs().amax(1) / table.max()
+    codes = (blocks.unsqueeze(-1) / scale[:, None, None] - table).abs().argmin(-1).view_as(w).to(torch.uint8)
+    q = QuantizedTensor(codes=codes, scale=scale, scheme=scheme, shape=(32, 128))
+    assert list(faults(w, q)) == []
+    codes[4, 64:] = codes[5, 64:].clone()
+    (found,) = faults(w, q)
     assert found.kind is CauseKind.DAMAGED
     assert found.evidence.startswith("elements 576 to 639 in row-major order")
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from torch import Tensor
 from qconvert.convert import convert
 from qconvert.core.awq_fold import AwqFold
 from qconvert.core.role import Kind, TensorRole
-from qconvert.core.scheme import INT8, int4
+from qconvert.core.scheme import INT8, Scheme, int4
+from qconvert.parity import tensors as comparing
 from qconvert.parity.causes import CauseKind
 from qconvert.parity.scalings import Scalings
 from qconvert.parity.tensors import compare_weights
 from qconvert.plan.policy import default_policy
+from qconvert.plan.presets import preset_rules
 from qconvert.sequential.calibration import Calibration
 from qconvert.weights.overlay import Matrices, OverlaidWeights
 from qconvert.weights.source import CheckpointWeights
@@ -127,6 +130,38 @@ def test_a_folded_checkpoint_has_no_fault(folded: tuple[Path, Path]) -> None:
         assert one.sums.sqnr_db > (10.0 if one.scheme is not None else 48.0), one.name
         for half in one.halves:
             assert half.sums.sqnr_db > 10.0
+
+
+@pytest.mark.parametrize(
+    ("fold", "experts"),
+    [*((fold, int4(32)) for fold in AwqFold), (AwqFold.UP_DOWN, INT8)],
+    ids=lambda value: str(getattr(value, "value", value)),
+)
+def test_each_fold_alone_has_no_fault_beside_eight_bits(
+    folded: tuple[Path, Path], tmp_path: Path, fold: AwqFold, experts: Scheme
+) -> None:
+    """Scales of eight bits cut off what few inputs count: some rows exceed plain rounding by 12 dB."""
+    policy = default_policy(experts, rules=preset_rules("mixed", experts))
+    convert(folded[0], tmp_path / "out", policy, calibration=replace(FOLDED, folds=(fold,)))
+    with CheckpointWeights.open(folded[0]) as a, CheckpointWeights.open(tmp_path / "out", strict=False) as b:
+        found = compare_weights(a, b)
+    assert found.causes == ()
+    assert set(found.scaled) == {fold}
+
+
+def test_numbers_follow_neither_threads_nor_memory(folded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, room in ((1, 1 << 40), (2, 1 << 40), (5, 1 << 40), (3, 1)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(comparing, "available_bytes", lambda room=room: room)
+            with CheckpointWeights.open(folded[0]) as a, CheckpointWeights.open(folded[1], strict=False) as b:
+                found.append(compare_weights(a, b))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(found[0].tensors) > 100
+    assert all(one == found[0] for one in found)
 
 
 def damaged(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from torch import Tensor
 from qconvert.cli.calibrated import coverage_warnings
 from qconvert.convert import convert, plan_conversion
 from qconvert.core.awq_fold import AwqFold
-from qconvert.core.errors import Interrupted, PlanError, UsageError
+from qconvert.core.errors import DataError, Interrupted, PlanError, UsageError
 from qconvert.core.plan import Quantize, Rescale, Step
 from qconvert.core.role import TensorRole
 from qconvert.core.scheme import int4
@@ -24,6 +26,7 @@ from qconvert.numerics.awq import fold_into_norm
 from qconvert.plan.policy import Policy, Rule, default_policy
 from qconvert.sequential import post_attention
 from qconvert.sequential import rounder as rounding
+from qconvert.sequential import run as running
 from qconvert.sequential.calibration import Calibration
 from qconvert.sequential.rounder import Rounded, Rounder, Way
 from qconvert.verify import verify
@@ -263,3 +266,24 @@ def test_without_folds_nothing_that_is_not_rounded_changes(source: Path, tmp_pat
     with CheckpointWeights.open(source) as before, CheckpointWeights.open(tmp_path / "out") as after:
         for role in after.stored:
             assert after.scheme(role) is not None or torch.equal(after.raw(role), before.raw(role))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.2.input_layernorm.weight", "layers.1.post_attention_layernorm.weight", "layers.2.mlp.gate.weight",
+        "layers.0.linear_attn.norm.weight",
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_among_what_is_scaled_is_named_before_any_layer(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shutil.copytree(source, tmp_path / "src")
+    found = load_file(source / "model.safetensors")
+    (whole,) = [one for one in found if one.endswith(f"language_model.{name}")]
+    found[whole].view(-1)[-1] = torch.nan
+    save_file(found, tmp_path / "src" / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(running, "round_layer", lambda *_, **__: pytest.fail("a layer was worked on"))
+    with pytest.raises(DataError, match=rf"model\.safetensors: {re.escape(whole)}.*NaN or infinite"):
+        convert(tmp_path / "src", tmp_path / "out", HALF, calibration=FOLDED)
+    assert not (tmp_path / "out").exists()
