@@ -61,20 +61,22 @@ class Packing:
 
 
 def packing(graph: GraphWriter, real: ir.Value, count: ir.Value, width: int) -> Packing:
-    """The packing of tokens that are ``real`` int64 [B, S], for a convolution of ``width`` taps.
+    """The packing of tokens that are ``real`` int64 [B, S], each 0 or 1, for a convolution of ``width`` taps.
 
-    TopK gives equal elements in the order of their places.
+    No two tokens are equal to TopK: its CUDA kernel for more than 256 of them keeps no order of equal ones (ONNX
+    Runtime's ``topk_impl.cuh``, ``RadixTopK``), whatever the standard says.
     """
-    apart = graph.op("Unsqueeze", real, graph.integers(2))
+    places = graph.op("Range", graph.integer(0), graph.op("Squeeze", count), graph.integer(1))
+    ranks = graph.op("Sub", graph.op("Mul", real, count), places)  # above 0 where a token is real
     shape = graph.integers(0, -1, 1)  # what TopK gives is of unknown width to who infers shapes
-    ordered, order = graph.ops("TopK", 2, apart, count, axis=1)
+    ordered, order = graph.ops("TopK", 2, graph.op("Unsqueeze", ranks, graph.integers(2)), count, axis=1)
     order = graph.op("Reshape", order, shape)
     _, inverse = graph.ops("TopK", 2, order, count, axis=1, largest=0)
-    filled = graph.op("ReduceSum", apart, graph.integers(1), keepdims=1)
+    filled = graph.op("ReduceSum", graph.op("Unsqueeze", real, graph.integers(2)), graph.integers(1), keepdims=1)
     return Packing(
         order=order,
         inverse=graph.op("Reshape", inverse, shape),
-        real=graph.op("Cast", ordered, to=ir.DataType.FLOAT.value),
+        real=graph.op("Cast", graph.op("Greater", ordered, graph.integer(0)), to=ir.DataType.FLOAT.value),
         last=graph.op("Sub", filled, graph.integer(1)),
         window=graph.op("Add", filled, graph.constant(np.arange(width - 1, dtype=np.int64)[:, None])),
     )
