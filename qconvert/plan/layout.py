@@ -29,7 +29,8 @@ class OutputTensor:
 
 
 def lay_out(groups: Iterable[tuple[OutputTensor, ...]], shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
-    """Fill shards of at most ``shard_bytes`` in order; a group (one step's outputs) stays together.
+    """Fill shards of at most ``shard_bytes`` in order; a group (outputs of one step, or of several that are read as one)
+    stays together.
 
     A group larger than ``shard_bytes`` gets a shard of its own. Inside a shard wide element types come first, so
     that every tensor is aligned to its element: the format allows no gaps.
