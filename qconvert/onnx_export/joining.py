@@ -32,7 +32,8 @@ def runs(weights: Iterable[tuple[TensorRole, Weight]]) -> Iterator[tuple[Weight,
 
     def sort(entry: tuple[TensorRole, Weight]) -> tuple[object, ...]:
         role, weight = entry
-        return FAMILY.get(role.kind, role), role.layer, weight.scheme, weight.dtype, weight.shape[1:]
+        of = FAMILY.get(role.kind, role), role.section, role.layer
+        return *of, weight.scheme, weight.dtype, weight.shape[1:]
 
     for _, together in groupby(weights, key=sort):
         yield tuple(weight for _, weight in together)

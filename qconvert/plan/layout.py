@@ -29,10 +29,10 @@ class OutputTensor:
 
 
 def lay_out(groups: Iterable[tuple[OutputTensor, ...]], shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
-    """Fill shards of at most ``shard_bytes`` in order; a group (outputs of one step, or of several that are read as one)
-    stays together.
+    """Fill shards of at most ``shard_bytes`` in order; a group stays together.
 
-    A group larger than ``shard_bytes`` gets a shard of its own. Inside a shard wide element types come first, so
+    A group is what one step gives, or several whose outputs are read as one.
+    One larger than ``shard_bytes`` gets a shard of its own. Inside a shard wide element types come first, so
     that every tensor is aligned to its element: the format allows no gaps.
     """
     shards: list[list[OutputTensor]] = [[]]

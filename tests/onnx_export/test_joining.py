@@ -13,14 +13,16 @@ import onnxruntime
 import pytest
 
 from qconvert.core.errors import SourceError
+from qconvert.core.role import Kind, Section, TensorRole
 from qconvert.core.scheme import INT8, Scheme, int4
 from qconvert.io.checkpoint import Checkpoint
 from qconvert.io.source_folder import MODEL_FILE
 from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.graph_writer import ALIAS, JOINT
-from qconvert.onnx_export.joining import stretch
+from qconvert.onnx_export.joining import runs, stretch
 from qconvert.onnx_export.package_weights import PackageWeights
 from qconvert.onnx_export.states import PAST, present_of
+from qconvert.onnx_export.weight import Weight
 from qconvert.plan.policy import Rule, default_policy
 from tests.checkpoints import make_tiny
 from tests.onnx_export.packages import EXACT, error, exported, prompt, reference
@@ -89,6 +91,19 @@ def test_files_of_any_size_keep_them_side_by_side(tmp_path: Path, shard_bytes: i
     whole = exported(tmp_path / "source", tmp_path / "whole", replace(options, shard_bytes=5_000_000))
     ids = np.arange(9)[None]
     assert np.array_equal(package.forward(ids).logits, whole.forward(ids).logits)
+
+
+def test_one_product_is_of_one_layer_of_one_section() -> None:
+    places = ((Section.TEXT, 0), (Section.TEXT, 1), (Section.MTP, 1))
+    weights = [
+        (
+            TensorRole(section=section, kind=kind, layer=layer),
+            Weight(names=(f"{section}.{layer}.{kind}",), shape=(4, 8)),
+        )
+        for section, layer in places
+        for kind in (Kind.SHARED_GATE, Kind.SHARED_UP)
+    ]
+    assert [len(run) for run in runs(weights)] == [2, 2, 2]
 
 
 def test_tensors_that_do_not_follow_each_other_are_no_stretch(tmp_path: Path) -> None:

@@ -24,9 +24,7 @@ def _placed(real: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         graph.output(value, name, kind, ("batch", "rows", 1))
     model = graph.model("0")
     sorted_by = [str(node.inputs[0].name) for node in model.graph if node.op_type == "TopK" and node.inputs[0]]
-    found: list[np.ndarray] = list(
-        ReferenceEvaluator(ir.to_proto(model)).run([*names, *sorted_by], {"real": real})  # type: ignore[arg-type]
-    )
+    found = ReferenceEvaluator(ir.to_proto(model)).run([*names, *sorted_by], {"real": real})
     return found[: len(names)], found[len(names) :]
 
 
