@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -32,8 +31,8 @@ from qconvert.manifest_reader import read_manifest
 from qconvert.onnx_export.actions import OFFSET_NORMS
 from qconvert.onnx_export.graph_file import read_graph
 from qconvert.onnx_export.graph_writer import JOINT
-from qconvert.onnx_export.joining import stretch
 from qconvert.onnx_export.pictures import PROCESSORS
+from qconvert.onnx_export.places import misplaced
 from qconvert.onnx_export.plan import CONTRIB
 from qconvert.quantized_view import Problem, ProblemKind, QuantizedView, Stored
 from qconvert.weights.source import CheckpointWeights
@@ -231,19 +230,10 @@ def _survey(checkpoint: Checkpoint) -> tuple[QuantizedView, Mapping[TensorRole, 
 def _misplaced(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Initializers that a graph reads from elsewhere than where the tensor of their name is."""
     for path in sorted(checkpoint.path.glob("*.onnx")):
-        for name, value in read_graph(path).initializers.items():
-            held = value.const_value
-            if not isinstance(held, ir.ExternalTensor):
-                continue
-            asked = (Path(held.location).name, held.offset or 0, held.length)
-            if asked != stretch(name, checkpoint.tensors):
-                message = f"{path.name} reads it from {asked[0]} at byte {asked[1]}, where something else is"
-                yield Problem(
-                    kind=ProblemKind.MISSHAPEN,
-                    name=name,
-                    message=message,
-                    role=_role(_base(name.partition(JOINT)[0])[0]),
-                )
+        for name, found in misplaced(read_graph(path), checkpoint.tensors):
+            first = _base(name.partition(JOINT)[0])[0]
+            message = f"{path.name} reads it {found}"
+            yield Problem(kind=ProblemKind.MISSHAPEN, name=name, message=message, role=_role(first))
 
 
 def _by_base(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qconvert.core.errors import SourceError, UsageError
 from qconvert.onnx_export.graph_file import read_graph
 from qconvert.onnx_export.operators import newer_than, unfinished_opset, version_named
+from qconvert.onnx_export.places import check_places
 from qconvert.onnx_export.states import INPUT_IDS, INPUTS_EMBEDS, PAST, present_of
 
 try:
@@ -64,10 +65,12 @@ def load(path: Path, threads: int) -> onnxruntime.InferenceSession:
     """A graph on the CPU; ``threads`` 0 leaves their number to ONNX Runtime.
 
     Raises:
-        SourceError: the installed ONNX Runtime lacks an operator, or refuses the graph.
+        SourceError: the installed ONNX Runtime lacks an operator, or refuses the graph; or weights are not where the
+            graph reads them.
     """
     version = onnxruntime.__version__
     graph, installed = read_graph(path), version_named(version)
+    check_places(path, graph)
     lacking = newer_than(graph, installed)
     if lacking:
         raise SourceError(f"{path}: ONNX Runtime {version} lacks {', '.join(sorted(lacking))}: install a newer one")

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qconvert.core.errors import SourceError
 from qconvert.core.role import Kind, Section, TensorRole
@@ -21,6 +22,7 @@ from qconvert.onnx_export.export import export_onnx
 from qconvert.onnx_export.graph_writer import ALIAS, JOINT
 from qconvert.onnx_export.joining import runs, stretch
 from qconvert.onnx_export.package_weights import PackageWeights
+from qconvert.onnx_export.runtime import Package
 from qconvert.onnx_export.states import PAST, present_of
 from qconvert.onnx_export.weight import Weight
 from qconvert.plan.policy import Rule, default_policy
@@ -133,6 +135,17 @@ def test_a_graph_that_reads_another_stretch_is_found(tmp_path: Path) -> None:
     onnx.save(graph, path)
     with pytest.raises(SourceError, match=r"q_proj.*reads it from model\.safetensors at byte"):
         PackageWeights.open(tmp_path / "package")
+    with pytest.raises(SourceError, match=r"model\.onnx reads .*q_proj.* from model\.safetensors at byte.*rewritten"):
+        Package(tmp_path / "package")
+
+
+def test_weights_that_another_tool_has_put_in_another_order_are_not_run(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "source")
+    export_onnx(tmp_path / "source", tmp_path / "package", EXACT)
+    path = tmp_path / "package" / "model.safetensors"
+    save_file(dict(reversed(load_file(path).items())), path)
+    with pytest.raises(SourceError, match=r"reads .* where something else is: the weights were rewritten"):
+        Package(tmp_path / "package")
 
 
 @pytest.mark.parametrize("scheme", [None, int4(32)], ids=str)
