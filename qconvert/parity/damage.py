@@ -91,16 +91,16 @@ class Evidence:
     cut: Tensor
 
 
-def evidence(w: Tensor, v: Tensor, quantized: QuantizedTensor, sums: BlockSums) -> Evidence:
+def evidence(w: Tensor, v: Tensor, quantized: QuantizedTensor, scheme: Scheme, sums: BlockSums) -> Evidence:
     """Look at rows of a matrix for what no rounding does.
 
     Args:
         w: [N, K] float32, whole blocks.
         v: what ``quantized`` means for an engine.
         quantized: its codes and scales.
-        sums: of ``w`` and ``v``, over blocks.
+        scheme: of the matrix; codes that are laid together from several may have scales for less than its blocks.
+        sums: of ``w`` and ``v``, over blocks of ``scheme``.
     """
-    scheme = quantized.scheme
     small = _piece_sums(w, v, scheme, sums)
     bound = _even_spread(w, small.signal, scheme)
     seen = Evidence(pieces=small, excess=_above(small, bound), cut=torch.zeros_like(sums.signal, dtype=torch.bool))

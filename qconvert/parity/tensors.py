@@ -221,8 +221,8 @@ def _compare(
                 return result(Outcome.UNREADABLE, _nan_sums(math.prod(stored.shape))), [
                     not_finite(role, stored.name, v)
                 ]
-            if quantized is not None:
-                seen.append(evidence(w, v, quantized, found[-1]))
+            if quantized is not None and scheme is not None:
+                seen.append(evidence(w, v, quantized, scheme, found[-1]))
     except FormatError as error:
         rows, cols = stored.shape
         parts = converted.parts(role)

@@ -59,7 +59,7 @@ def faults(w: Tensor, q: QuantizedTensor, *, step: int | None = None, bf16: bool
     for begin in range(0, len(w), step):
         rows = slice(begin, begin + step)
         blocks.append(block_sums(w[rows], v[rows], q.scheme.blocking))
-        seen.append(evidence(w[rows], v[rows], rows_of(q, rows), blocks[-1]))
+        seen.append(evidence(w[rows], v[rows], rows_of(q, rows), q.scheme, blocks[-1]))
     whole, shape = together(seen), tuple(w.shape)
     found = list(scale_faults(ROLE, "x", joined(blocks), q.scheme.blocking, shape, whole.cut))
     yield from found
