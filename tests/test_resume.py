@@ -166,8 +166,9 @@ def test_a_journal_that_an_earlier_build_wrote_is_not_read_but_refused(source: P
         file.truncate(_CLAIM_BYTES)
         Journal(file.fileno(), _CLAIM_BYTES).append([first, *({"step": line["step"], "done": 1} for line in lines)])
     for _ in range(2):
-        with pytest.raises(OutputError, match=rf"another journal format \(none, now {resume.FORMAT}\).*--fresh"):
+        with pytest.raises(OutputError, match=rf"another journal format \(none, now {resume.FORMAT}\)") as refused:
             convert(source, out, POLICY)
+        assert "finish it with the build that began it, or start over with --fresh" in str(refused.value)
     convert(source, out, POLICY, fresh=True)
     assert os.listdir(tmp_path) == ["out"]
 

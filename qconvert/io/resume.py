@@ -15,7 +15,6 @@ Identity = Mapping[str, str]
 
 _SHOWN = 20
 
-
 FORMAT = "2"
 """Of what a journal holds: its lines, and the notes of steps in them, see ``execute.Outcome.note``.
 
@@ -57,9 +56,11 @@ def steps_to_keep(folder: PartialFolder, identity: Identity) -> dict[str, Finish
         if began.get(key) != value
     ]
     if steps and different:
+        same = began.get(_FORMAT_KEY) == FORMAT
+        finish = "repeat that command to finish it" if same else "finish it with the build that began it"
         raise OutputError(
             f"{folder.path} holds {len(steps):,} finished steps of a conversion to {folder.out} with "
-            f"{' and '.join(different)}: repeat that command to finish it, or start over with --fresh"
+            f"{' and '.join(different)}: {finish}, or start over with --fresh"
         )
     return {key: Finished.of_line(line) for key, line in steps.items()}
 

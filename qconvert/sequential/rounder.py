@@ -178,16 +178,19 @@ class Rounder:
         return meaning
 
     def check(self, step: Step) -> None:
-        """Refuse what the source has for a step that rescales before anything is computed with it.
+        """Refuse what the source has for a step that rounds or rescales.
 
         Raises:
             DataError: a weight is NaN or infinite; names file and tensor.
         """
         action, read, reading = step.action, self._reader(), step.reading
-        if not isinstance(action, Rescale):
-            raise PlanError(f"{step.key} is not rescaled")
+        match action:
+            case Quantize(module=name) | Rescale(name=name):
+                pass
+            case _:
+                raise PlanError(f"{step.key} is neither rounded nor rescaled")
         for begin, end in row_blocks(*read.shape(reading), rows_together(reading.packed, 1)):
-            with read.naming(reading, action.name):
+            with read.naming(reading, name):
                 if not all_finite(read.rows(reading, begin, end, None)):
                     raise DataError("has NaN or infinite values")
 
@@ -249,7 +252,6 @@ class Rounder:
             step: one that rescales.
             weight: in the type of the step.
             folded: for the record.
-
         """
         action, read, reading = step.action, self._reader(), step.reading
         if not isinstance(action, Rescale):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qconvert.core.errors import PlanError, UsageError
+from qconvert.core.errors import DataError, PlanError, UsageError
 from qconvert.core.plan import Plan, Quantize, Rescale, Step
 from qconvert.core.role import Section
 from qconvert.execute import Outcome
@@ -197,7 +197,7 @@ class _Pass:
         hidden = HiddenStates(store=shop.store, count=len(batches))
         for n in range(self._start(hidden, finished), depth):
             onward = behind or n + 1 < depth
-            round_layer(shop, Section.TEXT, n, steps.layers.get(n) or LayerSteps(), hidden, onward=onward)
+            self._layer(Section.TEXT, n, steps.layers.get(n) or LayerSteps(), hidden, onward=onward)
             if onward and self.states is not None:
                 self.sink.flush()
                 self.states.save(n + 1, self._kept(hidden))
@@ -212,7 +212,16 @@ class _Pass:
             last = max(steps.mtp)
             for n in range(last + 1):
                 found = steps.mtp.get(n) or LayerSteps()
-                round_layer(shop, Section.MTP, n, found, drafts, onward=n < last)
+                self._layer(Section.MTP, n, found, drafts, onward=n < last)
+
+    def _layer(self, section: Section, n: int, found: LayerSteps, hidden: HiddenStates, *, onward: bool) -> None:
+        """Round one layer; a matrix that is not finite is named, wherever what is computed with it shows that first."""
+        try:
+            round_layer(self.shop, section, n, found, hidden, onward=onward)
+        except DataError:
+            for step in found.all():
+                self.shop.rounder.check(step)
+            raise
 
     def _start(self, hidden: HiddenStates, finished: dict[str, Outcome]) -> int:
         """Fill ``hidden`` with the inputs of the layer that comes next, and say which one that is."""

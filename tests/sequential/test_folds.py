@@ -268,6 +268,16 @@ def test_without_folds_nothing_that_is_not_rounded_changes(source: Path, tmp_pat
             assert after.scheme(role) is not None or torch.equal(after.raw(role), before.raw(role))
 
 
+def with_nan(source: Path, to: Path, name: str) -> str:
+    """A copy of ``source`` in which the last number of a tensor is NaN; the tensor's whole name."""
+    shutil.copytree(source, to)
+    found = load_file(source / "model.safetensors")
+    (whole,) = [one for one in found if one.endswith(f"language_model.{name}")]
+    found[whole].view(-1)[-1] = torch.nan
+    save_file(found, to / "model.safetensors", {"format": "pt"})
+    return whole
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -278,12 +288,22 @@ def test_without_folds_nothing_that_is_not_rounded_changes(source: Path, tmp_pat
 def test_what_is_not_finite_among_what_is_scaled_is_named_before_any_layer(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    shutil.copytree(source, tmp_path / "src")
-    found = load_file(source / "model.safetensors")
-    (whole,) = [one for one in found if one.endswith(f"language_model.{name}")]
-    found[whole].view(-1)[-1] = torch.nan
-    save_file(found, tmp_path / "src" / "model.safetensors", {"format": "pt"})
+    whole = with_nan(source, tmp_path / "src", name)
     monkeypatch.setattr(running, "round_layer", lambda *_, **__: pytest.fail("a layer was worked on"))
     with pytest.raises(DataError, match=rf"model\.safetensors: {re.escape(whole)}.*NaN or infinite"):
         convert(tmp_path / "src", tmp_path / "out", HALF, calibration=FOLDED)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.linear_attn.out_proj.weight", "layers.1.self_attn.o_proj.weight",
+        "layers.1.mlp.shared_expert.up_proj.weight", "layers.2.mlp.shared_expert.down_proj.weight",
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_among_what_is_rounded_and_scaled_is_named(source: Path, tmp_path: Path, name: str) -> None:
+    """Factors are tried on it, or what reads its outputs sees them, before its own turn comes."""
+    whole = with_nan(source, tmp_path / "src", name)
+    with pytest.raises(DataError, match=rf"model\.safetensors: {re.escape(whole)}.*NaN"):
+        convert(tmp_path / "src", tmp_path / "out", HALF, calibration=FOLDED)
