@@ -114,7 +114,8 @@ class Scalings:
     @property
     def found(self) -> Mapping[AwqFold, int]:
         """How many tensors were found to be divided, by fold: experts' up, norms, v."""
-        return Counter(fold for role in self._divided for fold in AwqFold if role.kind in fold.parts.producers)
+        counts = Counter(fold for role in self._divided for fold in AwqFold if role.kind in fold.parts.producers)
+        return {fold: counts[fold] for fold in AwqFold if fold in counts}  # roles come as threads and hashes have them
 
     @property
     def original_scaled(self) -> ScaledView:

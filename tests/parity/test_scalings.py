@@ -122,6 +122,7 @@ def test_a_folded_checkpoint_has_no_fault(folded: tuple[Path, Path]) -> None:
     with CheckpointWeights.open(folded[0]) as a, CheckpointWeights.open(folded[1], strict=False) as b:
         found = compare_weights(a, b)
     assert found.causes == ()
+    assert list(found.scaled) == list(AwqFold)
     said = record(folded[1])
     for fold in (AwqFold.POST_ATTENTION, AwqFold.INPUT, AwqFold.LINEAR_NORM):
         assert found.scaled[fold] == said[fold.value]["scaled"] > 0
