@@ -122,6 +122,8 @@ def compare(
             notes.append("The models were not run.")
         elif not weights.complete:
             notes.append("The models were not run: the converted one is incomplete, see the causes.")
+        elif is_package(converted) and theirs.problems:
+            notes.append("The models were not run: the package is not as its graphs read it, see the causes.")
         else:
             vocabulary = ours.config.text.vocab_size
             windows = choose_windows(

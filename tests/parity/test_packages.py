@@ -232,6 +232,8 @@ def test_a_graph_that_reads_its_weights_from_elsewhere_is_a_contradiction(packag
         here.CopyFrom(there)
     onnx.save(model, tmp_path / "package" / "model.onnx")
     found = compare(packages("original"), tmp_path / "package", FEW)
+    assert found.verdict is Verdict.FAIL and found.tokens == 0
+    assert any("not run: the package is not as its graphs read it" in note for note in found.notes)
     assert found.causes[0].kind is CauseKind.CONTRADICTION and found.causes[0].severity is Severity.ERROR
     assert found.causes[0].where == "layer 0 router"
 
