@@ -21,9 +21,9 @@ AutoAWQ's to 0.5; the rest is room for scales in 16 bits."""
 
 
 MOST_OF_INT8 = 0.12
-"""Of a row in eight-bit integers, how much is given up at most: searches for inputs whose mean squares are
-e^(4 z) apart gave up to 0.10 (184,320 rows of 384, simulated), for e^(2 z) 0.01; a scale that is half of
-what a row needs takes 0.04 to 0.22. In four bits a search gives up to 0.44 of a group of 32, no less than such a scale takes."""
+"""Of a row in eight-bit integers, how much is given up at most: searches for inputs whose mean squares are e^(4 z)
+apart gave up to 0.10 (184,320 rows of 384, simulated), for e^(2 z) 0.01; a scale that is half of what a row needs takes
+0.04 to 0.22. In four bits a search gives up to 0.44 of a group of 32, no less than such a scale takes."""
 
 
 def given_up(w: Tensor, v: Tensor, plain: Tensor, quantized: QuantizedTensor) -> Tensor:
