@@ -88,7 +88,7 @@ def text_graph(
     """Tokens to logits, in the operators of one set.
 
     Inputs: ``input_ids`` int64 [B, S], or with ``embedded`` ``inputs_embeds`` [B, S, D]; ``attention_mask`` int64
-    [B, A], zero at padding, which may be anywhere; ``position_ids`` int64 [3, B, S]; for every attention layer
+    [B, A], 1 or, at padding, 0, which may be anywhere; ``position_ids`` int64 [3, B, S]; for every attention layer
     ``past_key_values.{i}.key`` and ``.value`` [B, M, P, K], for every other ``past.{i}.conv`` [B, C, W - 1] and
     ``past.{i}.recurrent`` [B, Hv, dk, dv], zeros at first. Keys and values are of the type ``cache``, all else
     float32. Outputs: ``logits`` [B, S, V], or with
